@@ -1,0 +1,298 @@
+"""The plan: everything that determines the bytes of a ticket set, written before the first image is read.
+
+    plan.json = {format, plan_id, common: {...}, splits: {NAME: {..., plan_id}}, recorded: {...}}
+
+A split's plan_id is a hash of `common` and the split, so that a split can be added later; the set's is
+a hash of theirs. `recorded` (versions, device) is kept for people and never compared.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from shards import format as fmt
+from shards.errors import TicketSetError
+from shards.storage import write_atomic
+from shards.views import CROP_PCT
+
+from miner.sources import Source
+
+# Raise when the same inputs and options would give other bytes than before.
+ALGORITHM = 1
+TRAIN_VIEWS, OTHER_VIEWS = 16, 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be mined. `common` and `splits` are as in plan.json."""
+
+    common: dict[str, Any]
+    splits: dict[str, dict[str, Any]]
+
+    @property
+    def plan_id(self) -> str:
+        return fmt.digest({name: split["plan_id"] for name, split in self.splits.items()})
+
+    @property
+    def k(self) -> int:
+        return self.common["k"]
+
+    @property
+    def num_patches(self) -> int:
+        return self.common["grid"][0] * self.common["grid"][1]
+
+    def shards(self) -> list[tuple[str, int]]:
+        """(split, number) of every shard."""
+        return [(name, i) for name, split in self.splits.items() for i in range(split["shards"])]
+
+
+def make_plan(
+    source: Source,
+    selector: dict[str, Any],
+    *,
+    img_size: int,
+    patch_size: int,
+    k: int,
+    views: int | None,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    hflip: float,
+    exif: str,
+    store_side: int | None,
+    images: str,
+    val_share: float,
+    seed: int,
+    batch_size: int,
+    shard_size: int,
+    limit: int | None,
+) -> Plan:
+    """Resolve a source and options into a plan.
+
+    Args:
+        source: with the splits to mine.
+        selector: what identifies it: method, model, state hash, blocks, counts, dtype, input size, mean, std.
+        views: V of every split; None = 16 for train, 1 for the others. Inherited where the source has a base.
+        limit: images taken of each split, after permutation.
+    """
+    grid = [img_size // patch_size] * 2
+    common = {
+        "algorithm": ALGORITHM,
+        "selector": selector,
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "grid": grid,
+        "k": k,
+        "crop_pct": CROP_PCT,
+        "interpolation": "bicubic, antialias",
+        "images": images,
+        "exif": exif,
+        "store_side": store_side,
+        "val_share": val_share,
+        "seed": seed,
+        "batch_size": batch_size,
+        "base": source.base.manifest["set_id"] if source.base else None,
+        "classes": fmt.digest(source.classes),
+    }
+    splits = {}
+    for name, table in source.splits.items():
+        if source.base:
+            inherited = source.base.manifest["splits"][name]
+            geometry = {field: inherited[field] for field in ("views", "scale", "ratio", "hflip")}
+        else:
+            count = views or (TRAIN_VIEWS if name == "train" else OTHER_VIEWS)
+            geometry = {"views": count, "scale": list(scale), "ratio": list(ratio), "hflip": hflip}
+        planned = len(table) if limit is None else min(limit, len(table))
+        split = {
+            **geometry,
+            "inputs": inputs_hash(table),
+            "images": planned,
+            "limit": limit,
+            "shard_size": shard_size,
+            "shards": len(source.base.shard_names(name)) if source.base else -(-planned // shard_size),
+        }
+        split["plan_id"] = fmt.digest({"common": common, "name": name, "split": split})
+        splits[name] = split
+    return Plan(common, splits)
+
+
+def inputs_hash(table: pa.Table) -> str:
+    """sha256 of the listing: key, size and label of every input, sorted by key."""
+    sha = hashlib.sha256()
+    columns = (table[c].to_pylist() for c in ("key", "size", "label"))
+    for key, size, label in sorted(zip(*columns, strict=True)):
+        sha.update(f"{key} {size} {'' if label is None else label}\n".encode())
+    return sha.hexdigest()
+
+
+def shard_rows(plan: Plan, source: Source, split: str, number: int) -> np.ndarray:
+    """Rows of the split's table that make one shard, in stored order.
+
+    Inputs are permuted by the seed before they are cut into shards, so that no shard is of one class.
+    Far-away inputs keep their order across shards and are permuted within. A source with a base keeps
+    the base's shards.
+    """
+    table, size = source.splits[split], plan.splits[split]["shard_size"]
+    if source.base:
+        name = fmt.shard_name(split, number)
+        containers = table["container"].to_numpy()
+        names = [n for s in source.base.splits for n in source.base.shard_names(s)]
+        return np.flatnonzero(containers == names.index(name))
+    images = plan.splits[split]["images"]
+    seed = plan.common["seed"]
+    if source.in_order:
+        rows = np.arange(number * size, min((number + 1) * size, images))
+        return rows[_permutation(len(rows), f"{seed}/{split}/{number}")]
+    return _permutation(len(table), f"{seed}/{split}")[:images][number * size : (number + 1) * size]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, name: str) -> np.ndarray:
+    """A permutation that depends on nothing but its name: raw Philox words are numpy's fixed stream."""
+    key = int.from_bytes(hashlib.blake2b(f"order/{name}".encode(), digest_size=16).digest(), "little")
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False) -> Plan:
+    """Write plan.json, or hold the plan against the one that is there.
+
+    Splits that only the folder's plan has are kept: they were mined before.
+
+    Args:
+        retry: accept inputs that changed where they had failed.
+    Returns:
+        The plan of the whole folder.
+    Raises:
+        TicketSetError: the folder's plan differs; its differing fields are named.
+    """
+    path = folder / fmt.PLAN
+    try:
+        old = json.loads(path.read_bytes())
+        fmt.check_format(old["format"], str(path))
+    except FileNotFoundError:
+        old = None
+    except (ValueError, KeyError, TypeError) as error:
+        raise TicketSetError(f"{path}: not readable as a plan: {error}; start anew with --overwrite") from None
+    if old is None:
+        _store(path, plan, device)
+        return plan
+    shared = {name: old["splits"][name] for name in plan.splits if name in old["splits"]}
+    ours = {name: plan.splits[name] for name in shared}
+    for name, split in ours.items():
+        retried = shared[name].pop("retried_inputs", None)
+        if split["inputs"] != shared[name]["inputs"]:
+            if split["inputs"] == retried or (retry and _only_failed_changed(folder, shared[name], source, name)):
+                retried = split["inputs"]
+                ours[name] = shared[name]
+        if retried:
+            shared[name]["retried_inputs"] = retried
+            ours[name] = {**ours[name], "retried_inputs": retried}
+    differing = _differences({"common": old["common"], "splits": shared}, {"common": plan.common, "splits": ours})
+    if differing:
+        raise TicketSetError(
+            f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
+            f" give another --out, or --overwrite"
+        )
+    whole = Plan(plan.common, {**old["splits"], **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
+    if whole.splits != old["splits"] or retry:
+        (folder / fmt.MANIFEST).unlink(missing_ok=True)
+        _store(path, whole, device)
+    return whole
+
+
+def _store(path: Path, plan: Plan, device: str) -> None:
+    recorded = {
+        "versions": {p: version(p) for p in ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow", "webdataset")},
+        "python": platform.python_version(),
+        "platform": platform.machine(),
+        "device": device,
+    }
+    content = {
+        "format": list(fmt.FORMAT),
+        "plan_id": plan.plan_id,
+        "common": plan.common,
+        "splits": plan.splits,
+        "recorded": recorded,
+    }
+    write_atomic(path, fmt.canonical_json(content))
+
+
+def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, name: str) -> bool:
+    """Whether every input that differs from what was mined had failed then."""
+    import pyarrow.parquet as pq
+
+    columns = ["key", "source_bytes", "label", "status"]
+    known = {}
+    for number in range(split["shards"]):
+        index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
+        if index.exists():
+            rows = pq.read_table(index, columns=columns).to_pylist()
+            known.update({row["key"]: row for row in rows})
+    table = source.splits[name]
+    for key, size, label in zip(*(table[c].to_pylist() for c in ("key", "size", "label")), strict=True):
+        row = known.get(key)
+        if row and row["status"] == "ok" and (row["label"] != label or size not in (-1, row["source_bytes"])):
+            return False
+    return len(table) >= split["images"]
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`selector.keep_rate: 0.9 there, 0.7 here`, for every leaf that differs and is not itself a hash of others."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for key in sorted(old.keys() | new.keys()):
+            if key != "plan_id":
+                out += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return out
+    return [] if old == new else [f"{path.removeprefix('common.')}: {_brief(old)} there, {_brief(new)} here"]
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 and text.isalnum() else text
+
+
+def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
+    """What the manifest says besides what the shards count."""
+    n = plan.num_patches
+    linked = plan.common["images"] == "link"
+    members = {
+        fmt.RANKING: {"dtype": str(fmt.ranking_dtype(n)), "shape": ["views", n]},
+        fmt.VIEWS: {"dtype": "int32", "shape": ["views", len(fmt.VIEW_COLUMNS)], "columns": list(fmt.VIEW_COLUMNS)},
+        fmt.LABEL: {"dtype": "ascii int", "shape": []},
+    }
+    if not linked:
+        members["|".join(fmt.IMAGE_MEMBERS)] = {"dtype": "image file", "shape": ["height", "width", 3]}
+    base = None
+    if linked:
+        base = {"set_id": source.base.manifest["set_id"], "path": _relative(source.base.url, folder)}
+    fields = ("selector", "img_size", "patch_size", "grid", "k", "exif", "store_side", "seed")
+    return {
+        "format": list(fmt.FORMAT),
+        "plan_id": plan.plan_id,
+        **{field: plan.common[field] for field in fields},
+        "classes": source.classes,
+        "members": members,
+        "base": base,
+        "splits": {
+            name: {field: split[field] for field in ("views", "scale", "ratio", "hflip")}
+            for name, split in plan.splits.items()
+        },
+    }
+
+
+def _relative(url: str, folder: Path) -> str:
+    """The base's place from the linked set's folder; URLs and other drives stay absolute."""
+    if "://" in url:
+        return url
+    try:
+        return Path(os.path.relpath(os.path.abspath(url), os.path.abspath(folder))).as_posix()
+    except ValueError:  # another Windows drive
+        return os.path.abspath(url)

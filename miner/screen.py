@@ -1,0 +1,148 @@
+"""What a person sees of a mining run: the resolved plan, progress, and a summary with the next command."""
+
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from shards.console import duration, size, table
+from shards.reader import TicketSet
+
+from miner.engine import Progress
+from miner.plan import Plan
+from miner.sources import Source
+
+LOG_SECONDS = 15  # between plain log lines
+MEGAPIXELS_TO_RECOMMEND = 2.0
+
+
+def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list[str]) -> None:
+    """Print what is about to happen."""
+    selector, n = plan.common["selector"], plan.num_patches
+    how = selector["method"]
+    if selector["model"]:
+        blocks = ", ".join(map(str, selector["blocks"]))
+        how += f" of {selector['model']} at block{'s' if ',' in blocks else ''} {blocks}, {selector['input_size']} px"
+    rows = [["source", source.spec]]
+    for name in mined:
+        split = plan.splits[name]
+        rows.append(["", f"{name}: {split['images']} images, {split['views']} views each, {split['shards']} shards"])
+    rows += [["", note] for note in source.notes]
+    if source.base:
+        rows.append(["base", f"{source.base.url}: views and seed are inherited; images: {plan.common['images']}"])
+    rows += [
+        ["classes", len(source.classes) or "none: unlabelled"],
+        ["selector", how],
+        ["tickets", f"K = {plan.k} of {n} patches ({plan.k / n:.1%}){_rate(selector)}"],
+        ["device", f"{device}, {selector['dtype']}"],
+        ["output", f"{folder}, about {size(expected_bytes(plan, source, mined))}"],
+    ]
+    click.echo(table([[str(v) for v in row] for row in rows]))
+
+
+def _rate(selector: dict[str, Any]) -> str:
+    return "" if selector["keep_rate"] is None else f", keep rate {selector['keep_rate']:g} at each of {len(selector['counts'])} stages"
+
+
+def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
+    """Images as they are, and per sample the ranking, the views and their tar blocks."""
+    total = 0
+    for name in mined:
+        split, listed = plan.splits[name], source.splits[name]
+        members = 3 * 1024 + split["views"] * (plan.num_patches + 20)
+        images = 0
+        if plan.common["images"] == "copy":
+            known = [s for s in listed["size"].to_pylist() if s > 0]
+            images = round(statistics.fmean(known)) + 768 if known else 0
+        total += split["images"] * (members + images)
+    return total
+
+
+class Screen:
+    """A progress bar on a terminal, plain lines elsewhere; `update` is the engine's callback."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="image", desc="mining", dynamic_ncols=True)
+
+    def update(self, progress: Progress) -> None:
+        now = time.monotonic()
+        rate = progress.views / max(now - self._start, 1e-9)
+        waits = " ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
+        detail = f"{rate:.0f} views/s, failed {progress.failures}, waiting: {waits}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(detail, refresh=False)
+            self._bar.update(progress.images - self._bar.n)
+        elif now - self._shown > LOG_SECONDS:
+            self._shown = now
+            done = progress.images
+            images = done / (now - self._start)
+            left = duration((self._total - done) / images) if done else "?"
+            click.echo(
+                f"mining {done}/{self._total} images ({done / self._total:.0%}), {images:.0f} images/s, left {left}, {detail}",
+                err=True,
+            )
+
+    def close(self) -> float:
+        """Seconds since the start."""
+        if self._bar is not None:
+            self._bar.close()
+        return time.monotonic() - self._start
+
+
+def waiting_shares(progress: Progress) -> dict[str, float]:
+    """Of the time that the main thread spent in reading, selecting and writing, each one's share."""
+    total = sum(progress.waited.values()) or 1.0
+    return {leg: seconds / total for leg, seconds in progress.waited.items()}
+
+
+def show_summary(folder: Path, seconds: float, progress: Progress) -> None:
+    """Print what was written, what deserves attention, and what to type next."""
+    opened = TicketSet.open(str(folder))
+    manifest = opened.manifest
+    if progress.images:
+        waits = ", ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
+        click.echo(
+            f"mined {progress.images} images, {progress.views} views in {duration(seconds)}:"
+            f" {progress.images / seconds:.1f} images/s, {progress.views / seconds:.1f} views/s (waiting: {waits})"
+        )
+    head = ["split", "samples", "failed", "views", "shards", "size"]
+    rows = [
+        [name, s["samples"], s["failed"], s["views"], s["shards"], size(s["bytes"])]
+        for name, s in manifest["splits"].items()
+    ]
+    click.echo(table(rows, head))
+    for line in _advice(opened):
+        click.echo(line)
+    where = shlex.quote(str(folder))
+    click.echo(f"next: datalth-shards sheet {where} -o sheet.png, then datalth-shards verify {where} --deep")
+
+
+def _advice(opened: TicketSet) -> list[str]:
+    lines = []
+    columns = ["status", "source", "error", "orientation", "width", "height"]
+    rows = {name: [] for name in columns}
+    for split in opened.splits:
+        table_ = opened.table(split)
+        for name in columns:
+            rows[name] += table_[name].to_pylist()
+    failed = [(s, e) for st, s, e in zip(rows["status"], rows["source"], rows["error"], strict=True) if st != "ok"]
+    if failed:
+        lines.append(f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); --retry-failed mines them again")
+    turned = sum(o not in (None, 1) for o in rows["orientation"])
+    if turned and opened.exif == "ignore" and not opened.base:
+        lines.append(f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with --exif apply")
+    pixels = [w * h for w, h in zip(rows["width"], rows["height"], strict=True) if w]
+    megapixels = statistics.median(pixels) / 1e6 if pixels else 0
+    if megapixels > MEGAPIXELS_TO_RECOMMEND and not opened.base:
+        lines.append(
+            f"the median image has {megapixels:.1f} megapixels, decoded in every epoch; --store-side 512 makes training cheaper"
+        )
+    return lines

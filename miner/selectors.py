@@ -1,0 +1,303 @@
+"""Ticket selectors: images -> rankings of their patches.
+
+A method is one function `(selector, images, seeds) -> (ranking [B, N], scores [B, N])`;
+`register_method` adds one, and `--method module:function` takes it from any importable module.
+
+Sources: evit: EViT (ICLR 2022) section 3.1 as Data-LTH's public code uses it (no fused token);
+cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020).
+
+Shapes: B images, N patches, P prefix tokens, T = P + N tokens at most, D width, h heads.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from shards.errors import TicketSetError
+from torch import Tensor, nn
+
+from miner.drop import default_blocks
+
+Method = Callable[["Selector", Tensor | None, list[int] | None], tuple[Tensor, Tensor]]
+METHODS: dict[str, Method] = {}
+MODEL_FREE = {"random", "center"}
+
+
+def register_method(name: str) -> Callable[[Method], Method]:
+    """Make a function a selector method under a name."""
+
+    def add(function: Method) -> Method:
+        METHODS[name] = function
+        return function
+
+    return add
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Ranks patches. Build it with `create_selector`.
+
+    Attributes:
+        method: its name.
+        model: timm VisionTransformer in eval mode; None for the model-free methods.
+        grid: (gh, gw).
+        blocks: where scores are taken.
+        counts: patches kept after each of evit's stages; the last is K.
+        device: where it computes.
+        amp: bf16 autocast of the model; scores stay float32.
+    """
+
+    method: str
+    model: nn.Module | None
+    grid: tuple[int, int]
+    blocks: tuple[int, ...]
+    counts: tuple[int, ...]
+    device: torch.device
+    amp: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def k(self) -> int:
+        return self.counts[-1]
+
+    def rank(self, images: Tensor | None, seeds: list[int] | None = None) -> Tensor:
+        """Rank the patches of a batch.
+
+        Args:
+            images: [B, 3, S, S], normalised with the model's mean and std; S = grid * the model's patch size.
+            seeds: one a row, for `random`.
+        Returns:
+            int64 [B, N] patch indices, row-major, most informative first; a permutation in each row.
+        """
+        return self.rank_and_score(images, seeds)[0]
+
+    @torch.inference_mode()
+    def rank_and_score(self, images: Tensor | None, seeds: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """`rank`, and float [B, N] scores by which the patches of an image can be compared.
+
+        Scores are those of the method's first look at all N patches (evit: the first stage's attention).
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return METHODS[self.method](self, images, seeds)
+
+
+def create_selector(
+    method: str,
+    model: nn.Module | None,
+    grid: tuple[int, int],
+    counts: tuple[int, ...],
+    blocks: tuple[int, ...] | None = None,
+    device: str | torch.device = "cpu",
+    amp: bool = False,
+    compile: bool = False,
+) -> Selector:
+    """A selector whose arguments fit each other.
+
+    Args:
+        method: evit, cls-attention, rollout, random, center, a registered name, or module:function.
+        model: timm VisionTransformer with a class token and this grid; None for random and center.
+        grid: (gh, gw) of the tickets.
+        counts: `miner.drop.keep_counts` of N; for evit one a block.
+        blocks: 0-based; None = quarter points for evit, the last block for the others.
+        device: to compute on.
+        amp: bf16 autocast.
+        compile: torch.compile the model's blocks.
+    Raises:
+        TicketSetError: unknown method, a block the model lacks, a model without class token or of another grid.
+    """
+    if ":" in method and method not in METHODS:
+        METHODS[method] = _import_method(method)
+    if method not in METHODS:
+        raise TicketSetError(f"--method {method}: expected one of {', '.join(METHODS)}, or module:function")
+    device = torch.device(device)
+    if method in MODEL_FREE:
+        return Selector(method, None, grid, (), counts, device)
+    if model is None:
+        raise TicketSetError(f"--method {method}: needs a selector model")
+    _check_model(model, grid)
+    depth = len(model.blocks)
+    if blocks is None:
+        blocks = default_blocks(depth) if method == "evit" else (depth - 1,)
+    if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
+        raise TicketSetError(f"--drop-blocks {blocks}: expected ascending block numbers from 0 to {depth - 1}")
+    if method == "evit" and len(counts) != len(blocks):
+        raise TicketSetError(f"evit: expected a keep count for each of {len(blocks)} blocks, got {len(counts)}")
+    if method in ("cls-attention", "rollout") and len(blocks) != 1:
+        raise TicketSetError(f"--method {method}: expected one block in --drop-blocks, got {len(blocks)}")
+    model = model.eval().to(device)
+    if compile:
+        for block in model.blocks[: blocks[-1] + 1]:
+            block.compile(dynamic=True)
+    return Selector(method, model, grid, tuple(blocks), counts, device, amp)
+
+
+@register_method("evit")
+def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """The paper's selector: at each drop block keep the patches that the class token attends to most.
+
+    The ranking is the first K by the last stage's attention, then what was dropped at the last stage,
+    the one before, and so on, each by the attention that dropped it. A token is dropped after its block
+    rather than between attention and MLP: the MLP works token by token, so survivors are the same.
+    """
+    model, prefix = selector.model, selector.model.num_prefix_tokens
+    x = _embed(model, images)
+    patches = torch.arange(selector.num_patches, device=x.device).expand(len(x), -1)  # [B, n] survivors
+    dropped: list[Tensor] = []
+    scores = None
+    start = 0
+    for block, count in zip(selector.blocks, selector.counts, strict=True):
+        x = _run_blocks(model, x, start, block)
+        attention = _cls_attention(model.blocks[block], x)[:, prefix:]
+        scores = attention if scores is None else scores
+        order = _descending(attention)
+        if block == selector.blocks[-1]:
+            dropped.append(patches.gather(1, order))  # the kept and the last dropped, by the same attention
+            break
+        x = _run_blocks(model, x, block, block + 1)
+        dropped.append(patches.gather(1, order[:, count:]))
+        kept = order[:, :count].sort(dim=1).values  # raster order, so that ties go to the lower patch
+        patches = patches.gather(1, kept)
+        rows = kept[:, :, None].expand(-1, -1, x.shape[2])
+        x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, rows)], dim=1)
+        start = block + 1
+    return torch.cat(dropped[::-1], dim=1), scores
+
+
+@register_method("cls-attention")
+def cls_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Head-mean attention of the class token at one block, all patches present."""
+    (block,) = selector.blocks
+    x = _run_blocks(selector.model, _embed(selector.model, images), 0, block)
+    scores = _cls_attention(selector.model.blocks[block], x)[:, selector.model.num_prefix_tokens :]
+    return _descending(scores), scores
+
+
+@register_method("rollout")
+def rollout(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Attention rollout from block 0 to one block: the product of (A + I) / 2, head means, class token's row."""
+    model, (last,) = selector.model, selector.blocks
+    x = _embed(model, images)
+    flow = None
+    for i in range(last + 1):
+        attention = _attention(model.blocks[i], x)  # [B, T, T]
+        mixed = (attention + torch.eye(attention.shape[-1], dtype=attention.dtype, device=x.device)) / 2
+        with torch.autocast(x.device.type, enabled=False):
+            flow = mixed if flow is None else mixed @ flow
+        if i < last:
+            x = _run_blocks(model, x, i, i + 1)
+    scores = flow[:, 0, model.num_prefix_tokens :]
+    return _descending(scores), scores
+
+
+@register_method("random")
+def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """A uniform ranking a row, a pure function of its seed."""
+    if seeds is None:
+        raise ValueError("random: expected a seed for each row")
+    bits = [np.random.Philox(key=seed).random_raw(selector.num_patches) >> 11 for seed in seeds]
+    scores = torch.from_numpy(np.stack(bits).astype(np.float64) * 2.0**-53)
+    return _descending(scores), scores
+
+
+@register_method("center")
+def center(selector: Selector, images: Tensor | None, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Nearest to the centre of the view first: what a photographer's framing alone is worth."""
+    height, width = selector.grid
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    # Squared distance in units of half a patch stays an integer, so ties are exact.
+    distance = (2 * rows - height + 1) ** 2 + (2 * columns - width + 1) ** 2
+    scores = -distance.flatten().double().expand(len(seeds if images is None else images), -1)
+    return _descending(scores), scores
+
+
+def _embed(model: nn.Module, images: Tensor) -> Tensor:
+    """[B, 3, S, S] -> [B, T, D], as timm's forward_features before its blocks."""
+    return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+
+
+def _run_blocks(model: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+    for block in model.blocks[start:stop]:
+        x = block(x)
+    return x
+
+
+def _cls_attention(block: nn.Module, x: Tensor) -> Tensor:
+    """[B, T, D] at a block's input -> head-mean attention of the class token after softmax, [B, T].
+
+    Only this row is computed: one query a head and the keys.
+    """
+    x = block.norm1(x)
+    query, key = _queries(block.attn, x[:, :1]), _keys(block.attn, x)
+    return _softmax(block.attn, query, key)[:, :, 0].mean(1)
+
+
+def _attention(block: nn.Module, x: Tensor) -> Tensor:
+    """Head-mean attention after softmax, [B, T, T]."""
+    x = block.norm1(x)
+    return _softmax(block.attn, _queries(block.attn, x), _keys(block.attn, x)).mean(1)
+
+
+def _softmax(attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+    """[B, h, Q, d], [B, h, T, d] -> [B, h, Q, T], never in less than float32.
+
+    bf16 leaves about 33 different scores among 196 patches: the order would be arbitrary.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query.to(dtype) * attn.scale) @ key.to(dtype).transpose(-2, -1)
+        return logits.softmax(-1)
+
+
+def _queries(attn: nn.Module, x: Tensor) -> Tensor:
+    return attn.q_norm(_project(attn, x, 0))
+
+
+def _keys(attn: nn.Module, x: Tensor) -> Tensor:
+    return attn.k_norm(_project(attn, x, 1))
+
+
+def _project(attn: nn.Module, x: Tensor, which: int) -> Tensor:
+    """One third of the fused qkv projection: [B, T, D] -> [B, h, T, d]; 0 queries, 1 keys."""
+    weight = attn.qkv.weight.chunk(3)[which]
+    bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[which]
+    out = nn.functional.linear(x, weight, bias)
+    return out.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Indices by falling score; ties go to the lower index."""
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _check_model(model: nn.Module, grid: tuple[int, int]) -> None:
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer) or model.cls_token is None:
+        raise TicketSetError(f"selector {name}: expected a timm VisionTransformer with a class token")
+    odd = next((b for b in model.blocks if type(b) is not Block or type(b.attn) is not Attention), None)
+    if odd is not None:
+        raise TicketSetError(
+            f"selector {name}: expected blocks of timm's Block and Attention, got {type(odd).__name__}"
+            f" and {type(odd.attn).__name__}"
+        )
+    if tuple(model.patch_embed.grid_size) != tuple(grid):
+        raise TicketSetError(f"selector {name}: expected a patch grid of {grid}, got {model.patch_embed.grid_size}")
+
+
+@functools.cache
+def _import_method(spec: str) -> Method:
+    module_name, _, function_name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise TicketSetError(f"--method {spec}: {error}") from None
+    if not callable(function):
+        raise TicketSetError(f"--method {spec}: expected a function, got {type(function).__name__}")
+    return function

@@ -1,0 +1,110 @@
+"""Sources: where labelled images come from. `open_source` takes every form that --data accepts."""
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards import format as fmt
+from shards import storage
+from shards.errors import TicketSetError
+
+from miner.sources.folder import folder_source
+from miner.sources.imagenet import imagenet_source, is_imagenet
+from miner.sources.source import Source, split_off_val
+from miner.sources.tars import tar_source
+from miner.sources.ticket_set import ticket_set_source
+from miner.sources.timm_reader import timm_source
+
+__all__ = ["Source", "open_source"]
+
+FORMS = """expected one of
+  a folder of class folders, or of train/ and val/ with class folders   --data photos
+  the original ImageNet tars in a folder                                --data ILSVRC2012
+  WebDataset tars                                                       --data 'tars/train-{0000..0127}.tar'
+  another ticket set                                                    --data shards
+  a map-style timm reader                                               --data timm:hfds/uoft-cs/cifar10
+  a name under $DATALTH_DATA                                            --data imagenet"""
+
+
+def open_source(
+    spec: str,
+    splits: Sequence[str] = (),
+    labels: str | None = None,
+    label_field: str = "label",
+    val_share: float = 0.1,
+    seed: int = 0,
+    base: str | None = None,
+) -> Source:
+    """List the images behind a --data argument.
+
+    Args:
+        spec: as FORMS.
+        splits: wanted; empty = all there are.
+        labels: CSV of filename,class for images that carry none.
+        label_field: of a WebDataset sample's json, where it has no cls member.
+        val_share: of the images of each class that make the val split where the source has none.
+        seed: of the set; takes part in which images those are.
+        base: where the base of a linked set is now.
+    Raises:
+        TicketSetError: nothing of the kind is there, it holds no images, or a split is missing.
+    """
+    source = _open(spec, splits, labels, label_field, base)
+    if source.base is None:
+        source = split_off_val(source, val_share, seed)
+    missing = [s for s in splits if s not in source.splits]
+    if missing:
+        raise TicketSetError(f"--data {spec}: expected a split of {list(source.splits)}, got --split {missing[0]}")
+    if splits:
+        source = source.only(splits)
+    empty = [name for name, table in source.splits.items() if len(table) == 0]
+    if empty:
+        raise TicketSetError(f"--data {spec}: split {empty[0]} holds no images")
+    return source
+
+
+def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str, base: str | None) -> Source:
+    if spec.startswith("timm:"):
+        return timm_source(spec, splits)
+    path = storage.local(spec)
+    if storage.is_remote(path):
+        if path.endswith(".tar"):
+            return tar_source(spec, _expand(path), label_field, labels)
+        return ticket_set_source(path, base)
+    if not os.path.exists(path):
+        under = os.path.join(os.environ.get("DATALTH_DATA", ""), path)
+        if os.environ.get("DATALTH_DATA") and os.path.exists(under):
+            path = under
+        elif path.endswith(".tar") and _expand(path):
+            return tar_source(spec, _expand(path), label_field, labels)
+        else:
+            raise TicketSetError(f"--data {spec}: no such path; {FORMS}")
+    if is_imagenet(path):
+        return imagenet_source(spec, path, splits, labels)
+    if os.path.isfile(path):
+        if not path.endswith(".tar"):
+            raise TicketSetError(f"--data {spec}: a single file; {FORMS}")
+        return tar_source(spec, [path], label_field, labels)
+    if os.path.exists(os.path.join(path, fmt.MANIFEST)) or os.path.exists(os.path.join(path, fmt.PLAN)):
+        return ticket_set_source(path, base)
+    tars = sorted(str(p) for p in Path(path).glob("*.tar"))
+    if tars and not any(p.is_dir() for p in Path(path).iterdir()):
+        return tar_source(spec, tars, label_field, labels)
+    return folder_source(spec, path, splits, labels)
+
+
+def _expand(pattern: str) -> list[str]:
+    """Braces and local globs; a brace without a file behind it is an error, not a gap."""
+    from webdataset.shardlists import expand_urls
+
+    urls: list[str] = []
+    for url in expand_urls(pattern):
+        if storage.is_remote(url):
+            urls.append(url)
+        elif glob.has_magic(url):
+            urls += sorted(glob.glob(url))
+        elif os.path.exists(url):
+            urls.append(url)
+        elif "{" in pattern:
+            raise TicketSetError(f"--data {pattern}: {url} is missing")
+    return urls

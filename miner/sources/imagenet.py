@@ -1,0 +1,130 @@
+"""The original ILSVRC2012 archives, read as they are: a tar of class tars, and a flat val tar.
+
+Keys and labels are those of the extracted train/WNID and val/WNID folders. The val tar says nothing
+of classes: they come from the devkit archive beside it, or from --labels.
+"""
+
+import functools
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+
+from shards.errors import TicketSetError
+
+from miner.sources.source import Entry, Source, class_names, is_image, label_entries, listing, read_labels
+from miner.sources.tars import TarReader, members, open_tar
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+_META = "data/meta.mat"
+
+
+def is_imagenet(path: str) -> bool:
+    """One of the two archives, or a folder that holds one."""
+    if os.path.isdir(path):
+        return any(os.path.exists(os.path.join(path, name)) for name in (TRAIN, VAL))
+    return os.path.basename(path) in (TRAIN, VAL)
+
+
+def imagenet_source(spec: str, path: str, splits: Sequence[str], labels: str | None) -> Source:
+    """List the archives of a folder, or the one that `path` is.
+
+    Raises:
+        TicketSetError: the val tar's classes are nowhere to be had, or an archive cannot be read.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    wanted = {"train": TRAIN, "val": VAL}
+    archives = {
+        split: os.path.join(folder, name)
+        for split, name in wanted.items()
+        if os.path.exists(os.path.join(folder, name)) and (os.path.isdir(path) or os.path.basename(path) == name)
+    }
+    entries: dict[str, list[Entry]] = {}
+    for container, (split, archive) in enumerate(archives.items()):
+        if splits and split not in splits and split != "train":
+            continue
+        entries[split] = list(_train(archive, container) if split == "train" else _val(archive, container))
+        if split == "val":
+            label_entries(entries[split], read_labels(labels) if labels else _devkit_labels(spec, folder))
+            for entry in entries[split]:
+                entry.source = f"val/{entry.name}/{entry.source.rpartition('/')[2]}"
+    classes = class_names(entries.get("train") or entries["val"], f"--data {spec}")
+    notes: list[str] = []
+    tables = {split: listing(e, classes, f"--data {spec}, split {split}", notes) for split, e in entries.items()}
+    return Source(spec, classes, tables, TarReader(list(archives.values())), notes)
+
+
+def _train(archive: str, container: int) -> Iterator[Entry]:
+    with open_tar(archive) as (outer, file):
+        for class_tar in members(outer, archive):
+            wnid = os.path.basename(class_tar.name).removesuffix(".tar")
+            # A view of the class tar's bytes inside the archive: nothing is unpacked.
+            inside = tarfile.open(fileobj=_Section(file, class_tar.offset_data, class_tar.size), mode="r:")
+            for member in members(inside, f"{archive}: {class_tar.name}"):
+                if is_image(member.name):
+                    offset = class_tar.offset_data + member.offset_data
+                    yield Entry(f"train/{wnid}/{os.path.basename(member.name)}", wnid, member.size, container, offset)
+
+
+def _val(archive: str, container: int) -> Iterator[Entry]:
+    with open_tar(archive) as (tar, _):
+        for member in members(tar, archive):
+            if is_image(member.name):
+                yield Entry(os.path.basename(member.name), None, member.size, container, member.offset_data)
+
+
+class _Section(io.RawIOBase):
+    """Bytes start..start+size of another file, as a file."""
+
+    def __init__(self, file: io.IOBase, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._position += len(data)
+        return data
+
+
+@functools.cache
+def _devkit_labels(spec: str, folder: str) -> dict[str, str]:
+    """File name in the val tar -> WordNet id."""
+    devkit = os.path.join(folder, DEVKIT)
+    if not os.path.exists(devkit):
+        raise TicketSetError(
+            f"--data {spec}: {VAL} names no classes; put {DEVKIT} beside it, or give --labels FILE.csv (filename,class)"
+        )
+    try:
+        from scipy.io import loadmat  # meta.mat is a Matlab file; torchvision reads it the same way
+    except ImportError:
+        raise TicketSetError(
+            f"--data {spec}: reading {DEVKIT} needs scipy: pip install scipy, or give --labels FILE.csv (filename,class)"
+        ) from None
+    found = {}
+    with tarfile.open(devkit, "r:gz") as tar:
+        for member in members(tar, devkit):
+            for wanted in (_TRUTH, _META):
+                if member.name.endswith(wanted):
+                    found[wanted] = tar.extractfile(member).read()
+    if len(found) != 2:
+        raise TicketSetError(f"{devkit}: expected {_TRUTH} and {_META} in it")
+    synsets = loadmat(io.BytesIO(found[_META]), squeeze_me=True)["synsets"]
+    wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+    truth = found[_TRUTH].decode("ascii").split()
+    return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of[int(number)] for i, number in enumerate(truth, 1)}

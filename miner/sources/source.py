@@ -1,0 +1,179 @@
+"""What every source comes down to: tables of inputs by split, and a function that reads one."""
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from shards.errors import TicketSetError
+from shards.keys import natural_sorted, unique_keys
+from shards.reader import TicketSet
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff .avif .jp2 .tga".split()
+)
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),  # relative path, or the name in its tar
+        ("label", pa.int32()),  # null where the image has none
+        ("size", pa.int64()),  # bytes; -1 where the source cannot say
+        ("container", pa.int32()),  # which tar, ticket-set shard, or 0
+        ("offset", pa.int64()),  # where in it
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source.
+
+    Attributes:
+        spec: as the user wrote it.
+        classes: names in the order of their labels; empty where nothing is labelled.
+        splits: name -> table of SCHEMA, in natural order of the source paths.
+        read: row of such a table -> the file's bytes, and the views that a ticket set gave it, else None;
+            called from several threads.
+        notes: what a person should know of the listing.
+        base: the ticket set behind it; its shards, views and seed are then inherited.
+        in_order: the images lie far away: keep their order across shards.
+    """
+
+    spec: str
+    classes: list[str]
+    splits: dict[str, pa.Table]
+    read: Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
+    notes: list[str] = field(default_factory=list)
+    base: TicketSet | None = None
+    in_order: bool = False
+
+    def only(self, splits: Sequence[str]) -> "Source":
+        return replace(self, splits={name: self.splits[name] for name in splits})
+
+
+@dataclass(slots=True)
+class Entry:
+    """One input while it is being listed; `name` is its class name, its label, or None."""
+
+    source: str
+    name: str | int | None
+    size: int = -1
+    container: int = 0
+    offset: int = 0
+
+
+def is_image(path: str) -> bool:
+    dot = path.rfind(".")
+    return dot >= 0 and path[dot:].lower() in IMAGE_SUFFIXES
+
+
+def listing(entries: Iterable[Entry], classes: list[str], where: str, notes: list[str]) -> pa.Table:
+    """Sort inputs in natural order, give them keys, and turn class names into labels.
+
+    Raises:
+        TicketSetError: a class that `classes` lacks.
+    """
+    by_path: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.source, []).append(entry)
+    ordered = [e for path in natural_sorted(by_path) for e in by_path[path]]
+    keys, renamed = unique_keys([e.source for e in ordered])
+    if renamed:
+        notes.append(f"{len(renamed)} inputs share a key with another and got -1, -2, ... (first: {renamed[0]})")
+    label_of = {name: i for i, name in enumerate(classes)}
+    for entry in ordered:
+        if isinstance(entry.name, str) and entry.name not in label_of:
+            raise TicketSetError(f"{where}: class {entry.name!r} ({entry.source}) is not among train's {len(classes)}")
+    columns = [
+        keys,
+        [e.source.encode("utf-8", "backslashreplace").decode() for e in ordered],
+        [label_of[e.name] if isinstance(e.name, str) else e.name for e in ordered],
+        [e.size for e in ordered],
+        [e.container for e in ordered],
+        [e.offset for e in ordered],
+    ]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+
+def class_names(entries: Iterable[Entry], where: str) -> list[str]:
+    """Classes of inputs that name them, sorted as torchvision does; of ints, their digits up to the highest.
+
+    Raises:
+        TicketSetError: some inputs have names and some numbers, or a number is negative.
+    """
+    names = {entry.name for entry in entries} - {None}
+    numbers = {name for name in names if isinstance(name, int)}
+    if not numbers:
+        return sorted(str(name) for name in names)
+    if numbers != names or min(numbers) < 0:
+        raise TicketSetError(f"{where}: expected labels that are all names or all numbers from 0, got both or less")
+    return [str(i) for i in range(max(numbers) + 1)]
+
+
+def empty_classes(classes: list[str], table: pa.Table, notes: list[str]) -> None:
+    """Note classes without an image: they keep their label, so that labels stay torchvision's."""
+    used = Counter(table["label"].to_pylist())
+    empty = [name for i, name in enumerate(classes) if i not in used]
+    if empty:
+        notes.append(f"{len(empty)} of {len(classes)} classes hold no images (first: {empty[0]}); they keep their label")
+
+
+def read_labels(path: str) -> dict[str, str]:
+    """filename -> class of a two-column CSV; a first line `filename,class` is a header.
+
+    Raises:
+        TicketSetError: not such a file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TicketSetError(f"--labels {path}: {error}") from None
+    bad = next((row for row in rows if len(row) != 2), None)
+    if bad is not None:
+        raise TicketSetError(f"--labels {path}: expected lines of filename,class, got {','.join(bad)!r}")
+    return {name.strip(): label.strip() for name, label in rows if name != "filename"}
+
+
+def label_entries(entries: list[Entry], labels: dict[str, str] | None) -> None:
+    """Give inputs without a class the one that --labels names for their file name.
+
+    Raises:
+        TicketSetError: --labels lacks a file.
+    """
+    if labels is None:
+        return
+    for entry in entries:
+        if entry.name is None:
+            base = entry.source.rpartition("/")[2]
+            if base not in labels:
+                raise TicketSetError(f"--labels: no class for {base}")
+            entry.name = labels[base]
+
+
+def split_off_val(source: Source, share: float, seed: int) -> Source:
+    """Give a source without a val split one: `share` of each class, chosen by a hash of the key.
+
+    Every class with two images or more gives at least one and keeps at least one.
+    """
+    if "val" in source.splits or "train" not in source.splits or share == 0:
+        return source
+    table = source.splits["train"]
+    hashes = [hashlib.blake2b(f"val/{seed}/{k}".encode(), digest_size=8).hexdigest() for k in table["key"].to_pylist()]
+    by_class: dict[int | None, list[int]] = {}
+    for row, label in enumerate(table["label"].to_pylist()):
+        by_class.setdefault(label, []).append(row)
+    chosen = np.zeros(len(table), bool)
+    for rows in by_class.values():
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        chosen[sorted(rows, key=lambda r: hashes[r])[:count]] = True
+    splits = {**source.splits, "train": table.filter(pa.array(~chosen)), "val": table.filter(pa.array(chosen))}
+    note = (
+        f"no val split: {int(chosen.sum())} of {len(table)} images became one (--val-share {share:g},"
+        f" by hash of the key, from every class)"
+    )
+    return replace(source, splits=splits, notes=[*source.notes, note])

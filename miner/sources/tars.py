@@ -1,0 +1,153 @@
+"""WebDataset tars as a source: headers are read once, images by offset.
+
+A sample's label is its `cls` member, else a field of its `json` member, else none.
+"""
+
+import functools
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from shards import storage
+from shards.errors import TicketSetError
+from shards.format import IMAGE_MEMBERS
+
+from miner.sources.source import (
+    Entry,
+    Source,
+    class_names,
+    empty_classes,
+    is_image,
+    label_entries,
+    listing,
+    read_labels,
+)
+
+_SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset: the key ends at the basename's first dot
+_SPLIT_WORDS = (("train", "train"), ("val", "val"), ("test", "test"))
+
+
+def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None) -> Source:
+    """List the samples of tars; a tar's split is the word train, val or test in its file name, else train.
+
+    Raises:
+        TicketSetError: a tar cannot be read, holds no images, or its labels are no labels.
+    """
+    notes: list[str] = []
+    label_map = read_labels(labels) if labels else None
+    by_split: dict[str, list[Entry]] = {}
+    for container, url in enumerate(urls):
+        entries = by_split.setdefault(split_of(url), [])
+        with open_tar(url) as (tar, _):
+            entries.extend(_samples(tar, url, container, label_field, notes))
+    for entries in by_split.values():
+        label_entries(entries, label_map)
+    every = [e for entries in by_split.values() for e in entries]
+    if not every:
+        raise TicketSetError(f"--data {spec}: no images in {len(urls)} tars")
+    classes = class_names(by_split.get("train") or every, f"--data {spec}")
+    if classes and all(isinstance(e.name, int) for e in every if e.name is not None):
+        classes = class_names(every, f"--data {spec}")
+    remote = any(storage.is_remote(url) for url in urls)
+    tables = {split: listing(entries, classes, f"--data {spec}", notes) for split, entries in by_split.items()}
+    if remote:  # read each tar once, from its beginning to its end
+        tables = {s: t.sort_by([("container", "ascending"), ("offset", "ascending")]) for s, t in tables.items()}
+    if "train" in tables:
+        empty_classes(classes, tables["train"], notes)
+    return Source(spec, classes, tables, TarReader(urls), notes, in_order=remote)
+
+
+class TarReader:
+    """Reads members by (container, offset, size). Few files stay open: a set may have thousands."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self._urls = urls
+        self._open = functools.lru_cache(2 if any(map(storage.is_remote, urls)) else 64)(storage.open_ranges)
+
+    def __call__(self, row: dict[str, Any]) -> tuple[bytes, None]:
+        url = self._urls[row["container"]]
+        data = self._open(url).read(row["offset"], row["size"])
+        if len(data) != row["size"]:
+            raise OSError(f"{url} ends inside {row['source']}")
+        return data, None
+
+
+class open_tar:
+    """A tar opened for listing, local or remote, as a context: (tar, file)."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> tuple[tarfile.TarFile, BinaryIO]:
+        import fsspec
+
+        try:
+            self._file = fsspec.open(self._url, "rb").open()
+            return tarfile.open(fileobj=self._file, mode="r:"), self._file
+        except (OSError, tarfile.TarError) as error:
+            raise TicketSetError(f"{self._url}: not a readable tar: {error}") from None
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, one at a time and without keeping them.
+
+    Raises:
+        TicketSetError: the tar ends early.
+    """
+    try:
+        for member in tar:
+            tar.members = []  # tarfile would keep every header it saw
+            if member.isfile():
+                yield member
+    except tarfile.TarError as error:
+        raise TicketSetError(f"{where}: not a readable tar: {error}") from None
+
+
+def split_of(url: str) -> str:
+    name = url.rpartition("/")[2].lower()
+    return next((split for word, split in _SPLIT_WORDS if word in name), "train")
+
+
+def _samples(
+    tar: tarfile.TarFile, url: str, container: int, label_field: str, notes: list[str]
+) -> Iterator[Entry]:
+    grouped: dict[str, dict[str, Any]] = {}
+    for member in members(tar, url):
+        match = _SAMPLE_NAME.match(member.name)
+        if match is None:
+            continue
+        name, extension = match[1], match[2].lower()
+        sample = grouped.setdefault(name, {})
+        if extension in ("cls", "json"):
+            sample[extension] = tar.extractfile(member).read()
+        elif is_image("." + extension):
+            sample.setdefault("image", (member.name, member.size, member.offset_data))
+        else:
+            sample.setdefault("other", extension)
+    pictured = {name: sample for name, sample in grouped.items() if "image" in sample}
+    if len(pictured) < len(grouped):
+        odd = next(name for name in grouped if name not in pictured)
+        notes.append(
+            f"{url}: {len(grouped) - len(pictured)} samples have no image member (.{', .'.join(IMAGE_MEMBERS)}, ...;"
+            f" first: {odd})"
+        )
+    for name, sample in pictured.items():
+        path, size, offset = sample["image"]
+        yield Entry(path, _label(sample, name, url, label_field), size, container, offset)
+
+
+def _label(sample: dict[str, Any], name: str, url: str, label_field: str) -> int | str | None:
+    try:
+        if "cls" in sample:
+            return int(sample["cls"])
+        if "json" in sample:
+            value = json.loads(sample["json"]).get(label_field)
+            return value if isinstance(value, int) or value is None else str(value)
+    except (ValueError, AttributeError):
+        raise TicketSetError(f"{url}: {name}: expected digits in .cls or an object in .json") from None
+    return None

@@ -1,0 +1,58 @@
+"""A finished ticket set as a source: another selector over the same images, views and shards."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from shards import format as fmt
+from shards import storage
+from shards.errors import TicketSetError
+from shards.reader import TicketSet
+from shards.tar import split_members
+
+from miner.sources.source import SCHEMA, Source
+
+
+def ticket_set_source(url: str, base: str | None) -> Source:
+    """List a ticket set's samples in stored order. A linked set leads to the set that holds its images.
+
+    Raises:
+        TicketSetError: not a finished ticket set.
+    """
+    opened = TicketSet.open(url, base)
+    images = opened.base or opened
+    shards: list[str] = []
+    splits = {}
+    for split in opened.splits:
+        tables = []
+        for name in opened.shard_names(split):
+            table = images.shard_table(name)
+            keep = pc.equal(table["status"], "ok")
+            if images is not opened:  # only what the link holds
+                own = opened.shard_table(name)
+                keep = pc.and_(keep, pc.is_in(table["key"], own.filter(pc.equal(own["status"], "ok"))["key"]))
+            table = table.filter(keep)
+            columns = [table["key"], table["source"], table["label"], table["bytes"]]
+            container = pa.array([len(shards)] * len(table), pa.int32())
+            tables.append(pa.table([*columns, container, table["offset"]], schema=SCHEMA))
+            shards.append(name)
+        splits[split] = pa.concat_tables(tables)
+    return Source(url, images.classes, splits, _TicketSetReader(images, shards), base=images)
+
+
+class _TicketSetReader:
+    """Image and views of a sample of the set that holds the images."""
+
+    def __init__(self, images: TicketSet, shards: list[str]) -> None:
+        self._images, self._shards = images, shards
+        self._open = functools.lru_cache(2 if storage.is_remote(images.url) else 64)(storage.open_ranges)
+
+    def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
+        url = storage.join(self._images.url, self._shards[row["container"]] + ".tar")
+        members = split_members(self._open(url).read(row["offset"], row["size"]), row["key"], url)
+        image = next((members[name] for name in fmt.IMAGE_MEMBERS if name in members), None)
+        if image is None:
+            raise TicketSetError(f"{url}: {row['key']}: expected an image, got {sorted(members)}")
+        return image, fmt.decode_npy(members[fmt.VIEWS])

@@ -1,0 +1,120 @@
+"""Format 1.0 of a ticket set: names, versions, dtypes, and the bytes of its members.
+
+A sample of `train-000000.tar` is four tar members, in this order (docs/FORMAT.md draws the bytes):
+
+    KEY.cls           ASCII digits, the label; absent where the image has none
+    KEY.jpg|png|webp  the image; absent in a linked set
+    KEY.ranking.npy   [V, N] uint8 (uint16 where N > 256), most informative patch first
+    KEY.views.npy     [V, 5] int32, columns VIEW_COLUMNS
+
+Every JSON file is written by `canonical_json`, so that equal contents are equal bytes.
+"""
+
+import functools
+import hashlib
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from shards.errors import TicketSetError
+
+KIND = "datalth-ticket-set"
+FORMAT = (1, 0)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
+
+PLAN = "plan.json"
+MANIFEST = "manifest.json"
+TIMM_INFO = "_info.json"  # timm's wds/ reader
+OPEN_CLIP_SIZES = "sizes.json"
+INDEX = "index"
+
+IMAGE_MEMBERS = ("jpg", "png", "webp")
+RANKING, VIEWS, LABEL = "ranking.npy", "views.npy", "cls"
+VIEW_COLUMNS = ("top", "left", "height", "width", "flip")
+
+
+def shard_name(split: str, number: int) -> str:
+    """`train-000000`, the stem shared by a shard's tar, parquet and JSON."""
+    return f"{split}-{number:06d}"
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, indented, UTF-8, newline at the end."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def check_format(found: Any, where: str) -> None:
+    """Refuse a format this code cannot read.
+
+    Raises:
+        TicketSetError: `found` is no [major, minor], or its major version is higher than ours.
+    """
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(v, int) for v in found)):
+        raise TicketSetError(f"{where}: expected a format version [major, minor], got {found!r}")
+    if found[0] > FORMAT[0]:
+        raise TicketSetError(
+            f"{where}: format {found[0]}.{found[1]}, but this datalth reads up to {FORMAT[0]}.x; upgrade datalth"
+        )
+
+
+def ranking_dtype(num_patches: int) -> np.dtype:
+    """uint8 where every patch index fits, else uint16 (little-endian)."""
+    if num_patches > 65536:
+        raise TicketSetError(f"patch grid: expected at most 65536 patches, got {num_patches}")
+    return np.dtype("u1" if num_patches <= 256 else "<u2")
+
+
+def encode_npy(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file, version 1.0."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def decode_npy(data: bytes) -> np.ndarray:
+    """A read-only array over .npy bytes: np.load without its 50 us, and without pickle.
+
+    Raises:
+        TicketSetError: not a .npy 1.0 file in C order, or its length is not what its header says.
+    """
+    length = int.from_bytes(data[8:10], "little")
+    dtype, shape = _npy_header(bytes(data[: 10 + length]))
+    count = int(np.prod(shape, dtype=np.int64))
+    if len(data) - 10 - length != count * dtype.itemsize:
+        raise TicketSetError(
+            f".npy member: expected {count * dtype.itemsize} bytes of data, got {len(data) - 10 - length}"
+        )
+    return np.frombuffer(data, dtype, count, 10 + length).reshape(shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """dtype and shape; cached, since a ticket set has a handful of different headers."""
+    stream = io.BytesIO(header)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("expected version 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise TicketSetError(f".npy member: {error}") from None
+    if fortran or dtype.hasobject:
+        raise TicketSetError(f".npy member: expected plain numbers in C order, got {dtype}")
+    return dtype, shape
+
+
+def pack_ticket(ticket: np.ndarray, num_patches: int) -> bytes:
+    """Bitmap of a ticket: bit i (most significant first) is 1 where patch i is kept. ceil(N/8) bytes."""
+    mask = np.zeros(num_patches, bool)
+    mask[ticket] = True
+    return np.packbits(mask).tobytes()
+
+
+def unpack_ticket(bitmap: bytes, num_patches: int) -> np.ndarray:
+    """The bool [N] mask that `pack_ticket` packed."""
+    return np.unpackbits(np.frombuffer(bitmap, np.uint8), count=num_patches).astype(bool)

@@ -1,0 +1,185 @@
+"""Images: what of a file is stored, how it is decoded, and the pixels of a view.
+
+`render_view(s)` is the ONE place where pixels of a view are made; the miner and the trainer both use
+it, so a ticket belongs to exactly the pixels the student sees.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from shards.errors import ImageError
+
+# Checked against the header before any pixel is decoded; Pillow's own default warning limit.
+MAX_PIXELS = 89_478_485
+STORE_QUALITY = 95  # of images re-encoded by store_side
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An input image as a ticket set stores it; sizes are in the frame that boxes refer to."""
+
+    data: bytes
+    member: str  # jpg, png or webp
+    width: int
+    height: int
+    source_width: int
+    source_height: int
+    orientation: int  # EXIF, 1 where absent
+    transcoded: bool
+
+
+def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None) -> tuple[StoredImage, np.ndarray]:
+    """Decide what to store of a file, and decode that.
+
+    JPEG, PNG and WebP (by their magic bytes) keep their bytes; anything else Pillow reads becomes a
+    lossless PNG. With `store_side`, an image whose short side is longer is resized and becomes a JPEG.
+
+    Returns:
+        The stored image, and its pixels, uint8 [height, width, 3].
+    Raises:
+        ImageError: not an image, truncated, too large, or of a kind whose pixels have no fixed range.
+    """
+    image = _open(data)
+    orientation = _orientation(image)
+    source_size = image.size
+    if exif == "apply" and orientation >= 5:  # these four turn the frame on its side
+        source_size = source_size[::-1]
+    pixels = _pixels(image, exif)
+    member, stored = _sniff(data), data
+    if store_side and min(source_size) > store_side:
+        member, stored = "jpg", _resized_jpeg(pixels, store_side)
+        pixels = decode(stored)
+    elif member is None:
+        member, stored = "png", _png(pixels)
+    height, width = pixels.shape[:2]
+    return StoredImage(stored, member, width, height, *source_size, orientation, stored is not data), pixels
+
+
+def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
+    """uint8 [H, W, 3] RGB; alpha is dropped as timm and torchvision do, 16-bit grey keeps its high byte.
+
+    Raises:
+        ImageError: as `store_image`.
+    """
+    return _pixels(_open(data), exif)
+
+
+def render_view(image: bytes, view: np.ndarray, size: int, exif: str = "ignore") -> np.ndarray:
+    """The pixels of one view of a stored image.
+
+    Args:
+        image: encoded, as stored.
+        view: (top, left, height, width, flip).
+        size: S; the box is resized to S x S (bicubic, antialiased), then flipped.
+        exif: "apply" where the set was mined with --exif apply (`TicketSet.exif`).
+    Returns:
+        uint8 [S, S, 3]
+    Raises:
+        ImageError: the image cannot be decoded.
+        ValueError: the box is not inside the image.
+    """
+    return render_views(image, np.asarray(view)[None], size, exif)[0]
+
+
+def render_views(image: bytes, views: np.ndarray, size: int, exif: str = "ignore") -> np.ndarray:
+    """Several views of one decode: views [V, 5] -> uint8 [V, S, S, 3]. See `render_view`."""
+    return render_pixels(decode(image, exif), views, size)
+
+
+def render_pixels(pixels: np.ndarray, views: np.ndarray, size: int) -> np.ndarray:
+    """`render_views` of an image that is decoded already, uint8 [H, W, 3]."""
+    import torch
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as tv
+
+    out = np.empty((len(views), size, size, 3), np.uint8)
+    for slot, (top, left, height, width, flip) in zip(out, np.asarray(views).tolist(), strict=True):
+        box = pixels[top : top + height, left : left + width]
+        if min(top, left) < 0 or min(height, width) < 1 or box.shape[:2] != (height, width):
+            raise ValueError(
+                f"view: expected a box inside {pixels.shape[1]}x{pixels.shape[0]} pixels, got top {top}, left {left},"
+                f" height {height}, width {width}"
+            )
+        # Channels-last memory: torchvision's uint8 kernel is twice as fast on it as on planes.
+        planes = torch.from_numpy(box.copy()).permute(2, 0, 1)
+        resized = tv.resize(planes, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        slot[:] = resized.permute(1, 2, 0).numpy()[:, :: -1 if flip else 1]
+    return out
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) from the header alone."""
+    return _open(data).size
+
+
+def _sniff(data: bytes) -> str | None:
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def _open(data: bytes) -> Image.Image:
+    """Header only; the size is checked before anything is decoded."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise ImageError(f"too large: more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # Pillow's plugins raise whatever their parser met
+        raise ImageError(f"not an image: {_reason(error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"too large: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1-8; 1 where there is none or it cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block: Pillow's own exif_transpose would find no orientation either
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _pixels(image: Image.Image, exif: str) -> np.ndarray:
+    try:
+        if exif == "apply":
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
+            grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        if image.mode == "F":
+            raise ImageError("floating-point pixels have no fixed range")
+        return np.asarray(image.convert("RGB"))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"cannot be decoded: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the addresses that would differ from run to run."""
+    text = str(error).split("\n")[0].split(" <_io")[0].strip()
+    return text or type(error).__name__
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _resized_jpeg(pixels: np.ndarray, short_side: int) -> bytes:
+    height, width = pixels.shape[:2]
+    factor = short_side / min(width, height)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=STORE_QUALITY)
+    return out.getvalue()

@@ -1,0 +1,157 @@
+"""Where bytes are: a local path or any fsspec URL (s3://, gs://, https://, memory://).
+
+Local files are read with pread, so that one open file serves many threads; remote ones in large
+ranges. fsspec is imported only for URLs.
+"""
+
+import contextlib
+import os
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+REMOTE_BLOCK = 16 << 20  # bytes fetched at once from a remote file
+REMOTE_BLOCKS_KEPT = 12  # a shard of ImageNet, so that its samples may be read in any order
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url
+
+
+def local(url: str) -> str:
+    """`file://` URLs as plain paths."""
+    return url.removeprefix("file://")
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join((url.rstrip("/"), *names))
+
+
+def read_bytes(url: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    url = local(url)
+    if is_remote(url):
+        import fsspec
+
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    return Path(url).read_bytes()
+
+
+def exists(url: str) -> bool:
+    url = local(url)
+    if is_remote(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return bool(fs.exists(path))
+    return os.path.exists(url)
+
+
+def size_of(url: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    url = local(url)
+    if is_remote(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return int(fs.size(path))
+    return os.stat(url).st_size
+
+
+class Ranges(Protocol):
+    """Random access to one file; safe to share between threads; closes with its last reference."""
+
+    def read(self, offset: int, size: int) -> bytes: ...
+
+
+def open_ranges(url: str) -> Ranges:
+    """Open a file for reading at offsets.
+
+    Raises:
+        FileNotFoundError: a local file that is not there.
+    """
+    url = local(url)
+    return _RemoteRanges(url) if is_remote(url) else _LocalRanges(url)
+
+
+class _LocalRanges:
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # it never opened
+            os.close(self._descriptor)
+
+
+class _RemoteRanges:
+    """Keeps the last blocks, so that reading roughly in order costs one request a block."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self._fs, self._path = fsspec.core.url_to_fs(url)
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        first = offset // REMOTE_BLOCK
+        numbers = range(first, -(-(offset + size) // REMOTE_BLOCK))
+        with self._lock:
+            data = b"".join(self._block(number) for number in numbers)
+        start = offset - first * REMOTE_BLOCK
+        return data[start : start + size]
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._blocks:
+            start = number * REMOTE_BLOCK
+            self._blocks[number] = self._fs.cat_file(self._path, start=start, end=start + REMOTE_BLOCK)
+            if len(self._blocks) > REMOTE_BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name whole or not at all: .tmp, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in a folder durable; not every platform can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(data)

@@ -1,0 +1,210 @@
+"""Writing a ticket set: one shard at a time, each committed by its JSON, the set by its manifest.
+
+Every file is written beside its name and renamed when whole, in the order tar, parquet, JSON: a
+shard whose JSON is there is done, whatever was killed. `finalize` writes the manifest last.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards import format as fmt
+from shards.errors import TicketSetError
+from shards.storage import atomic_file, write_atomic
+from shards.tar import SampleTarWriter
+
+
+def index_schema(num_patches: int) -> pa.Schema:
+    """Columns of index/*.parquet: one row per INPUT sample, failures too (docs/FORMAT.md explains each)."""
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("source", pa.string()),
+            ("label", pa.int32()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("source_width", pa.int32()),
+            ("source_height", pa.int32()),
+            ("source_bytes", pa.int64()),
+            ("orientation", pa.int8()),
+            ("status", pa.string()),
+            ("error", pa.string()),
+            ("transcoded", pa.bool_()),
+            ("offset", pa.int64()),
+            ("bytes", pa.int64()),
+            ("ticket", pa.binary(-(-num_patches // 8))),
+            ("k", pa.int32()),
+            ("mean_score", pa.float32()),
+            ("entropy", pa.float32()),
+        ]
+    )
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes writes on and takes their sha256 and number."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+
+class ShardWriter:
+    """Writes one shard; a context that leaves nothing behind unless `commit` was reached.
+
+    Args:
+        folder: of the ticket set.
+        split: its name.
+        number: of the shard within the split.
+        num_patches: N.
+        plan_id: of the split; goes into the parquet and the JSON, so that another plan's shard is noticed.
+    """
+
+    def __init__(self, folder: Path, split: str, number: int, num_patches: int, plan_id: str) -> None:
+        self.folder, self.split, self.number = folder, split, number
+        self.name = fmt.shard_name(split, number)
+        self._plan_id = plan_id
+        self._schema = index_schema(num_patches)
+        self._rows: list[dict[str, Any]] = []
+        self._image_bytes = 0
+        self._committed = False
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        (self.folder / fmt.INDEX).mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / fmt.INDEX):  # left by a killed run
+            for stale in folder.glob(f"{self.name}.*.tmp"):
+                stale.unlink(missing_ok=True)
+        self._file = _HashingFile(self._stack.enter_context(atomic_file(self.folder / f"{self.name}.tar")))
+        self._tar = SampleTarWriter(self._file)
+        return self
+
+    def add(self, row: dict[str, Any], members: dict[str, bytes]) -> None:
+        """Append a sample that succeeded."""
+        offset, size = self._tar.write(row["key"], members)
+        self._rows.append({**row, "status": "ok", "offset": offset, "bytes": size})
+        self._image_bytes += sum(len(members[m]) for m in fmt.IMAGE_MEMBERS if m in members)
+
+    def add_failure(self, row: dict[str, Any], error: str) -> None:
+        """Note a sample that failed: a row, and nothing in the tar."""
+        self._rows.append({**row, "status": "failed", "error": error})
+
+    def commit(self, timing: dict[str, float]) -> dict[str, Any]:
+        """Finish tar, parquet and JSON, in this order; returns what the JSON says."""
+        self._tar.close()
+        self._stack.close()  # renames the tar
+        schema = self._schema.with_metadata({"datalth.shard": self.name, "datalth.plan_id": self._plan_id})
+        parquet = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self._rows, schema), parquet, compression="zstd")
+        write_atomic(self.folder / fmt.INDEX / f"{self.name}.parquet", parquet.getvalue())
+        failed = [row for row in self._rows if row["status"] == "failed"]
+        stats = {
+            "format": list(fmt.FORMAT),
+            "plan_id": self._plan_id,
+            "split": self.split,
+            "shard": self.number,
+            "samples": len(self._rows) - len(failed),
+            "failed": len(failed),
+            "image_bytes": self._image_bytes,
+            "tar": {"bytes": self._file.bytes, "sha256": self._file.sha256.hexdigest()},
+            "parquet": {
+                "bytes": len(parquet.getvalue()),
+                "sha256": hashlib.sha256(parquet.getvalue()).hexdigest(),
+            },
+            "timing": timing,
+        }
+        write_atomic(self.folder / f"{self.name}.json", fmt.canonical_json(stats))
+        self._committed = True
+        return stats
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        assert kind or self._committed, "a shard left its context without commit()"
+        self._stack.__exit__(kind, error, traceback)
+
+
+def set_id(shards: list[dict[str, Any]]) -> str:
+    """Identity of a set's contents: a hash of its shards' sha256s, in (split, number) order."""
+    ordered = sorted(shards, key=lambda s: (s["split"], s["shard"]))
+    return fmt.digest([[s["split"], s["shard"], s["tar"]["sha256"], s["parquet"]["sha256"]] for s in ordered])
+
+
+def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write manifest.json, after the files by which timm and open_clip know a plain image set.
+
+    Args:
+        folder: of the ticket set.
+        head: what the plan decides (`miner.plan.manifest_head`).
+        shards: every shard's JSON.
+    Returns:
+        The manifest.
+    """
+    splits: dict[str, dict[str, Any]] = {}
+    for shard in sorted(shards, key=lambda s: (s["split"], s["shard"])):
+        split = splits.setdefault(
+            shard["split"], {"shards": 0, "samples": 0, "failed": 0, "bytes": 0, "image_bytes": 0}
+        )
+        split["shards"] += 1
+        split["bytes"] += shard["tar"]["bytes"]
+        for field in ("samples", "failed", "image_bytes"):
+            split[field] += shard[field]
+    totals = {field: sum(s[field] for s in splits.values()) for field in next(iter(splits.values()))}
+    for name, split in splits.items():
+        split.update(head["splits"][name])
+    manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
+    if head["base"] is None:
+        _write_interop(folder, manifest, shards)
+    write_atomic(folder / fmt.MANIFEST, fmt.canonical_json(manifest))
+    return manifest
+
+
+def _write_interop(folder: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """`_info.json` for timm's wds/ reader, `sizes.json` for open_clip's."""
+    by_split: dict[str, list[dict[str, Any]]] = {}
+    for shard in sorted(shards, key=lambda s: (s["split"], s["shard"])):
+        by_split.setdefault(shard["split"], []).append(shard)
+    tar = lambda s: fmt.shard_name(s["split"], s["shard"]) + ".tar"  # noqa: E731
+    info = {
+        "name": "datalth",
+        "splits": {
+            split: {
+                "name": split,
+                "num_samples": sum(s["samples"] for s in members),
+                "filenames": [tar(s) for s in members],
+                "shard_lengths": [s["samples"] for s in members],
+            }
+            for split, members in by_split.items()
+        },
+    }
+    write_atomic(folder / fmt.TIMM_INFO, fmt.canonical_json(info))
+    write_atomic(folder / fmt.OPEN_CLIP_SIZES, fmt.canonical_json({tar(s): s["samples"] for s in shards}))
+
+
+def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | None:
+    """A committed shard's JSON, or None where the shard is not done.
+
+    Raises:
+        TicketSetError: the file is there but is no shard's JSON.
+    """
+    path = folder / f"{fmt.shard_name(split, number)}.json"
+    try:
+        stats = json.loads(path.read_bytes())
+        fmt.check_format(stats["format"], str(path))
+        return stats
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, TicketSetError):
+            raise
+        raise TicketSetError(f"{path}: expected a shard's JSON, got something else; remove it to mine it again") from None
