@@ -1,0 +1,92 @@
+"""Small labelled image sets and a small selector with saved weights, for every test."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+SELECTOR = "test_vit"  # timm's own small ViT: width 64, depth 6
+
+
+def write_image(path: Path, number: int, size: tuple[int, int] = (80, 60)) -> None:
+    """A picture of its own for every number: smooth colours and a bright square."""
+    rng = np.random.default_rng(number)
+    small = Image.fromarray(rng.integers(0, 255, (4, 5, 3), np.uint8))
+    image = small.resize(size, Image.Resampling.BICUBIC)
+    x, y = int(rng.integers(0, size[0] - 12)), int(rng.integers(0, size[1] - 12))
+    image.paste((255, 240, 20), (x, y, x + 12, y + 12))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageFolder with train/ (3 classes of 7) and val/ (3 of 2); read-only, copy it to change it."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    number = 0
+    for split, count in (("train", 7), ("val", 2)):
+        for name in ("ant", "bee", "cat"):
+            for i in range(count):
+                write_image(root / split / name / f"{name}_{i}.{'png' if i % 3 == 2 else 'jpg'}", number)
+                number += 1
+    return root
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved random weights of SELECTOR, sharpened so that its attention differs from patch to patch."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model(SELECTOR, num_classes=5)
+    state = {k: v * 4 if "qkv.weight" in k else v for k, v in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("weights") / "selector.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    return path
+
+
+def mine(*arguments: object, code: int = 0) -> Result:
+    """Run datalth-mine in this process on a 4x4 grid; assert its exit code."""
+    from miner.cli import main
+
+    result = CliRunner().invoke(main, ["--img-size", "64", "-j", "2", "--device", "cpu", *map(str, arguments)])
+    assert result.exit_code == code, result.output + "".join(map(str, result.exc_info or ()))
+    return result
+
+
+def inspect(*arguments: object, code: int = 0) -> Result:
+    """Run datalth-shards in this process; assert its exit code."""
+    from shards.cli import main
+
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == code, result.output + "".join(map(str, result.exc_info or ()))
+    return result
+
+
+@pytest.fixture(scope="session")
+def center_set(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished set of `photos` by center, 3 views, shards of 10; read-only."""
+    out = tmp_path_factory.mktemp("sets") / "center"
+    mine("--data", photos, "--out", out, "--method", "center", "--views", "3", "--shard-size", "10")
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder; in JSON files `timing` is emptied, since it is not part of the promise."""
+    import json
+
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            if path.suffix == ".json":
+                value = json.loads(data)
+                if "timing" in value:
+                    value["timing"] = None
+                data = json.dumps(value, sort_keys=True).encode()
+            out[str(path.relative_to(folder))] = data
+    return out
