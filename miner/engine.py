@@ -13,7 +13,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +21,27 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from miner.plan import Plan, shard_rows
+from miner.selectors import Selector
+from miner.sources import Source
 from shards import format as fmt
 from shards.errors import ImageError, TicketSetError
 from shards.images import StoredImage, render_pixels, store_image
 from shards.views import image_views, view_seed
 from shards.writer import ShardWriter
 
-from miner.plan import Plan, shard_rows
-from miner.selectors import Selector
-from miner.sources import Source
-
 
 @dataclass(slots=True)
 class Image:
-    """One input on its way: read, then ranked, then written. `error` says why it goes no further."""
+    """One input on its way: read, then ranked, then written. With an `error` it goes no further."""
 
     row: dict[str, Any]
     error: str | None = None
-    stored: StoredImage | None = None
-    views: np.ndarray | None = None  # int32 [V, 5]
+    stored: StoredImage = field(init=False)
+    views: np.ndarray = field(init=False)  # int32 [V, 5]
     pixels: np.ndarray | None = None  # uint8 [V, S, S, 3]; None for model-free methods and once ranked
-    rankings: np.ndarray | None = None  # [V, N]
+    rankings: np.ndarray = field(init=False)  # [V, N]
     mean_score: float | None = None
     entropy: float | None = None
 
@@ -204,7 +204,7 @@ class Miner:
         seeds = [view_seed(self._seed, image.row["key"], view) for image, view in batch]
         pixels = None
         if self.selector.model is not None:
-            host = torch.from_numpy(np.stack([image.pixels[view] for image, view in batch]))
+            host = torch.from_numpy(np.stack([image.pixels[view] for image, view in batch if image.pixels is not None]))
             if self.selector.device.type == "cuda":
                 host = host.pin_memory()
             pixels = host.to(self.selector.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -222,7 +222,7 @@ class Miner:
                 image.entropy = _entropy_bits(score)
         self.progress.views += len(flight.batch)
 
-    def _read_ahead(self, todo: list[tuple[str, int]]) -> Iterator[Image | None]:
+    def _read_ahead(self, todo: list[tuple[str, int]]) -> Generator[Image | None, None, None]:
         """Images of all shards in order, read in threads a bounded number ahead; None after each shard."""
         views = max((self.plan.splits[split]["views"] for split, _ in todo), default=1)
         window = self.workers + -(-2 * self.plan.common["batch_size"] // views)
@@ -238,11 +238,11 @@ class Miner:
                     while running > window:
                         future = futures.popleft()
                         running -= future is not None
-                        yield future and future.result()
+                        yield None if future is None else future.result()
                 futures.append(None)
             while futures:
                 future = futures.popleft()
-                yield future and future.result()
+                yield None if future is None else future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -251,14 +251,15 @@ class Miner:
         common, split_plan = self.plan.common, self.plan.splits[split]
         image = Image(row)
         try:
-            data, image.views = self.source.read(row)
+            data, views = self.source.read(row)
             if row["size"] < 0 or self.source.base:
                 row["size"] = len(data)
             image.stored, pixels = store_image(data, common["exif"], common["store_side"])
-            if image.views is None:
-                geometry = (tuple(split_plan["scale"]), tuple(split_plan["ratio"]), split_plan["hflip"])
+            if views is None:
+                boxes = {name: split_plan[name] for name in ("scale", "ratio", "hflip")}
                 size = (image.stored.width, image.stored.height)
-                image.views = image_views(self._seed, row["key"], split_plan["views"], *size, *geometry)
+                views = image_views(self._seed, row["key"], split_plan["views"], *size, **boxes)
+            image.views = views
             if self.selector.model is not None:
                 image.pixels = render_pixels(pixels, image.views, self._size)
         except (ImageError, OSError) as error:

@@ -3,10 +3,13 @@
 import argparse
 import hashlib
 import os
+from typing import Any
 
 import torch
+
 from shards.errors import TicketSetError
 
+Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
 ALIASES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
@@ -30,7 +33,7 @@ def patch_size_of(name: str) -> int:
     return square_patch(model)
 
 
-def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> torch.nn.Module:
+def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> Model:
     """A timm ViT without head whose patch grid is `grid`, with trained weights, in eval mode.
 
     Position embeddings are resampled by timm where the weights come from another grid.
@@ -52,7 +55,7 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> t
     return model.eval().requires_grad_(False)
 
 
-def load_weights(model: torch.nn.Module, path: str) -> None:
+def load_weights(model: Model, path: str) -> None:
     """Load a checkpoint file into a timm ViT; a classifier that the model lacks is left out.
 
     Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
@@ -88,16 +91,16 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)
 
 
-def state_hash(model: torch.nn.Module) -> str:
+def state_hash(model: Model) -> str:
     """sha256 over the sorted (name, dtype, shape, bytes) of a state dict: what the selector really computes with."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def _create(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+def _create(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
@@ -123,7 +126,7 @@ def _create(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.M
     return model
 
 
-def square_patch(model: torch.nn.Module) -> int:
+def square_patch(model: Model) -> int:
     """Side of a ViT's patch in pixels.
 
     Raises:

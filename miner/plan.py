@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from shards import format as fmt
-from shards.errors import TicketSetError
-from shards.storage import write_atomic
-from shards.views import CROP_PCT
 
 from miner.sources import Source
+from shards import format as fmt
+from shards.errors import TicketSetError
+from shards.reader import read_parquet
+from shards.storage import write_atomic
+from shards.views import CROP_PCT
 
 # Raise when the same inputs and options would give other bytes than before.
 ALGORITHM = 1
@@ -39,7 +40,7 @@ class Plan:
 
     @property
     def plan_id(self) -> str:
-        return fmt.digest({name: split["plan_id"] for name, split in self.splits.items()})
+        return fmt.plan_id(self.splits)
 
     @property
     def k(self) -> int:
@@ -118,7 +119,7 @@ def make_plan(
             "shard_size": shard_size,
             "shards": len(source.base.shard_names(name)) if source.base else -(-planned // shard_size),
         }
-        split["plan_id"] = fmt.digest({"common": common, "name": name, "split": split})
+        split["plan_id"] = fmt.split_plan_id(common, name, split)
         splits[name] = split
     return Plan(common, splits)
 
@@ -187,10 +188,11 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     ours = {name: plan.splits[name] for name in shared}
     for name, split in ours.items():
         retried = shared[name].pop("retried_inputs", None)
-        if split["inputs"] != shared[name]["inputs"]:
-            if split["inputs"] == retried or (retry and _only_failed_changed(folder, shared[name], source, name)):
-                retried = split["inputs"]
-                ours[name] = shared[name]
+        changed = split["inputs"] not in (shared[name]["inputs"], retried)
+        if changed and retry and _only_failed_changed(folder, shared[name], source, name):
+            retried, changed = split["inputs"], False
+        if not changed:
+            ours[name] = {**split, "inputs": shared[name]["inputs"], "plan_id": shared[name]["plan_id"]}
         if retried:
             shared[name]["retried_inputs"] = retried
             ours[name] = {**ours[name], "retried_inputs": retried}
@@ -209,7 +211,9 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
 
 def _store(path: Path, plan: Plan, device: str) -> None:
     recorded = {
-        "versions": {p: version(p) for p in ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow", "webdataset")},
+        "versions": {
+            p: version(p) for p in ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow", "webdataset")
+        },
         "python": platform.python_version(),
         "platform": platform.machine(),
         "device": device,
@@ -226,14 +230,12 @@ def _store(path: Path, plan: Plan, device: str) -> None:
 
 def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, name: str) -> bool:
     """Whether every input that differs from what was mined had failed then."""
-    import pyarrow.parquet as pq
-
     columns = ["key", "source_bytes", "label", "status"]
     known = {}
     for number in range(split["shards"]):
         index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
         if index.exists():
-            rows = pq.read_table(index, columns=columns).to_pylist()
+            rows = read_parquet(index.read_bytes(), columns).to_pylist()
             known.update({row["key"]: row for row in rows})
     table = source.splits[name]
     for key, size, label in zip(*(table[c].to_pylist() for c in ("key", "size", "label")), strict=True):
@@ -271,7 +273,7 @@ def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
     if not linked:
         members["|".join(fmt.IMAGE_MEMBERS)] = {"dtype": "image file", "shape": ["height", "width", 3]}
     base = None
-    if linked:
+    if linked and source.base:
         base = {"set_id": source.base.manifest["set_id"], "path": _relative(source.base.url, folder)}
     fields = ("selector", "img_size", "patch_size", "grid", "k", "exif", "store_side", "seed")
     return {

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from shards.console import duration, size, table
-from shards.reader import TicketSet
 
 from miner.engine import Progress
 from miner.plan import Plan
 from miner.sources import Source
+from shards.console import duration, size, table
+from shards.reader import TicketSet
 
 LOG_SECONDS = 15  # between plain log lines
 MEGAPIXELS_TO_RECOMMEND = 2.0
@@ -26,7 +26,7 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
     if selector["model"]:
         blocks = ", ".join(map(str, selector["blocks"]))
         how += f" of {selector['model']} at block{'s' if ',' in blocks else ''} {blocks}, {selector['input_size']} px"
-    rows = [["source", source.spec]]
+    rows: list[list[object]] = [["source", source.spec]]
     for name in mined:
         split = plan.splits[name]
         rows.append(["", f"{name}: {split['images']} images, {split['views']} views each, {split['shards']} shards"])
@@ -44,7 +44,11 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
 
 
 def _rate(selector: dict[str, Any]) -> str:
-    return "" if selector["keep_rate"] is None else f", keep rate {selector['keep_rate']:g} at each of {len(selector['counts'])} stages"
+    return (
+        ""
+        if selector["keep_rate"] is None
+        else f", keep rate {selector['keep_rate']:g} at each of {len(selector['counts'])} stages"
+    )
 
 
 def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
@@ -128,17 +132,21 @@ def show_summary(folder: Path, seconds: float, progress: Progress) -> None:
 def _advice(opened: TicketSet) -> list[str]:
     lines = []
     columns = ["status", "source", "error", "orientation", "width", "height"]
-    rows = {name: [] for name in columns}
+    rows: dict[str, list[Any]] = {name: [] for name in columns}
     for split in opened.splits:
         table_ = opened.table(split)
         for name in columns:
             rows[name] += table_[name].to_pylist()
     failed = [(s, e) for st, s, e in zip(rows["status"], rows["source"], rows["error"], strict=True) if st != "ok"]
     if failed:
-        lines.append(f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); --retry-failed mines them again")
+        lines.append(
+            f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); --retry-failed mines them again"
+        )
     turned = sum(o not in (None, 1) for o in rows["orientation"])
     if turned and opened.exif == "ignore" and not opened.base:
-        lines.append(f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with --exif apply")
+        lines.append(
+            f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with --exif apply"
+        )
     pixels = [w * h for w, h in zip(rows["width"], rows["height"], strict=True) if w]
     megapixels = statistics.median(pixels) / 1e6 if pixels else 0
     if megapixels > MEGAPIXELS_TO_RECOMMEND and not opened.base:

@@ -13,15 +13,17 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from shards.errors import TicketSetError
 from torch import Tensor, nn
 
 from miner.drop import default_blocks
+from shards.errors import TicketSetError
 
-Method = Callable[["Selector", Tensor | None, list[int] | None], tuple[Tensor, Tensor]]
+Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
+Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
 MODEL_FREE = {"random", "center"}
 
@@ -51,7 +53,7 @@ class Selector:
     """
 
     method: str
-    model: nn.Module | None
+    model: Model
     grid: tuple[int, int]
     blocks: tuple[int, ...]
     counts: tuple[int, ...]
@@ -89,7 +91,7 @@ class Selector:
 
 def create_selector(
     method: str,
-    model: nn.Module | None,
+    model: Model | None,
     grid: tuple[int, int],
     counts: tuple[int, ...],
     blocks: tuple[int, ...] | None = None,
@@ -149,12 +151,12 @@ def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[T
     x = _embed(model, images)
     patches = torch.arange(selector.num_patches, device=x.device).expand(len(x), -1)  # [B, n] survivors
     dropped: list[Tensor] = []
-    scores = None
+    scores: list[Tensor] = []
     start = 0
     for block, count in zip(selector.blocks, selector.counts, strict=True):
         x = _run_blocks(model, x, start, block)
         attention = _cls_attention(model.blocks[block], x)[:, prefix:]
-        scores = attention if scores is None else scores
+        scores.append(attention)
         order = _descending(attention)
         if block == selector.blocks[-1]:
             dropped.append(patches.gather(1, order))  # the kept and the last dropped, by the same attention
@@ -166,7 +168,7 @@ def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[T
         rows = kept[:, :, None].expand(-1, -1, x.shape[2])
         x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, rows)], dim=1)
         start = block + 1
-    return torch.cat(dropped[::-1], dim=1), scores
+    return torch.cat(dropped[::-1], dim=1), scores[0]
 
 
 @register_method("cls-attention")
@@ -183,12 +185,12 @@ def rollout(selector: Selector, images: Tensor, seeds: list[int] | None) -> tupl
     """Attention rollout from block 0 to one block: the product of (A + I) / 2, head means, class token's row."""
     model, (last,) = selector.model, selector.blocks
     x = _embed(model, images)
-    flow = None
+    identity = torch.eye(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    flow = identity
     for i in range(last + 1):
         attention = _attention(model.blocks[i], x)  # [B, T, T]
-        mixed = (attention + torch.eye(attention.shape[-1], dtype=attention.dtype, device=x.device)) / 2
         with torch.autocast(x.device.type, enabled=False):
-            flow = mixed if flow is None else mixed @ flow
+            flow = (attention + identity) / 2 @ flow
         if i < last:
             x = _run_blocks(model, x, i, i + 1)
     scores = flow[:, 0, model.num_prefix_tokens :]
@@ -206,28 +208,28 @@ def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -
 
 
 @register_method("center")
-def center(selector: Selector, images: Tensor | None, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """Nearest to the centre of the view first: what a photographer's framing alone is worth."""
     height, width = selector.grid
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     # Squared distance in units of half a patch stays an integer, so ties are exact.
     distance = (2 * rows - height + 1) ** 2 + (2 * columns - width + 1) ** 2
-    scores = -distance.flatten().double().expand(len(seeds if images is None else images), -1)
+    scores = -distance.flatten().double().expand(len(images if seeds is None else seeds), -1)
     return _descending(scores), scores
 
 
-def _embed(model: nn.Module, images: Tensor) -> Tensor:
+def _embed(model: Model, images: Tensor) -> Tensor:
     """[B, 3, S, S] -> [B, T, D], as timm's forward_features before its blocks."""
     return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
 
-def _run_blocks(model: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+def _run_blocks(model: Model, x: Tensor, start: int, stop: int) -> Tensor:
     for block in model.blocks[start:stop]:
         x = block(x)
     return x
 
 
-def _cls_attention(block: nn.Module, x: Tensor) -> Tensor:
+def _cls_attention(block: Model, x: Tensor) -> Tensor:
     """[B, T, D] at a block's input -> head-mean attention of the class token after softmax, [B, T].
 
     Only this row is computed: one query a head and the keys.
@@ -237,13 +239,13 @@ def _cls_attention(block: nn.Module, x: Tensor) -> Tensor:
     return _softmax(block.attn, query, key)[:, :, 0].mean(1)
 
 
-def _attention(block: nn.Module, x: Tensor) -> Tensor:
+def _attention(block: Model, x: Tensor) -> Tensor:
     """Head-mean attention after softmax, [B, T, T]."""
     x = block.norm1(x)
     return _softmax(block.attn, _queries(block.attn, x), _keys(block.attn, x)).mean(1)
 
 
-def _softmax(attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+def _softmax(attn: Model, query: Tensor, key: Tensor) -> Tensor:
     """[B, h, Q, d], [B, h, T, d] -> [B, h, Q, T], never in less than float32.
 
     bf16 leaves about 33 different scores among 196 patches: the order would be arbitrary.
@@ -254,15 +256,15 @@ def _softmax(attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
         return logits.softmax(-1)
 
 
-def _queries(attn: nn.Module, x: Tensor) -> Tensor:
+def _queries(attn: Model, x: Tensor) -> Tensor:
     return attn.q_norm(_project(attn, x, 0))
 
 
-def _keys(attn: nn.Module, x: Tensor) -> Tensor:
+def _keys(attn: Model, x: Tensor) -> Tensor:
     return attn.k_norm(_project(attn, x, 1))
 
 
-def _project(attn: nn.Module, x: Tensor, which: int) -> Tensor:
+def _project(attn: Model, x: Tensor, which: int) -> Tensor:
     """One third of the fused qkv projection: [B, T, D] -> [B, h, T, d]; 0 queries, 1 keys."""
     weight = attn.qkv.weight.chunk(3)[which]
     bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[which]
@@ -275,7 +277,7 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
-def _check_model(model: nn.Module, grid: tuple[int, int]) -> None:
+def _check_model(model: Model, grid: tuple[int, int]) -> None:
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     name = type(model).__name__
@@ -283,10 +285,8 @@ def _check_model(model: nn.Module, grid: tuple[int, int]) -> None:
         raise TicketSetError(f"selector {name}: expected a timm VisionTransformer with a class token")
     odd = next((b for b in model.blocks if type(b) is not Block or type(b.attn) is not Attention), None)
     if odd is not None:
-        raise TicketSetError(
-            f"selector {name}: expected blocks of timm's Block and Attention, got {type(odd).__name__}"
-            f" and {type(odd.attn).__name__}"
-        )
+        got = type(odd.attn if type(odd) is Block else odd).__name__  # other blocks may have no attn
+        raise TicketSetError(f"selector {name}: expected blocks of timm's Block and Attention, got {got}")
     if tuple(model.patch_embed.grid_size) != tuple(grid):
         raise TicketSetError(f"selector {name}: expected a patch grid of {grid}, got {model.patch_embed.grid_size}")
 

@@ -44,11 +44,10 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
         ImageError: not an image, truncated, too large, or of a kind whose pixels have no fixed range.
     """
     image = _open(data)
-    orientation = _orientation(image)
-    source_size = image.size
-    if exif == "apply" and orientation >= 5:  # these four turn the frame on its side
-        source_size = source_size[::-1]
     pixels = _pixels(image, exif)
+    # Read after decoding, which itself turns a TIFF upright and takes the tag away.
+    orientation = _orientation(image)
+    source_size = pixels.shape[1::-1]
     member, stored = _sniff(data), data
     if store_side and min(source_size) > store_side:
         member, stored = "jpg", _resized_jpeg(pixels, store_side)
@@ -56,7 +55,10 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
     elif member is None:
         member, stored = "png", _png(pixels)
     height, width = pixels.shape[:2]
-    return StoredImage(stored, member, width, height, *source_size, orientation, stored is not data), pixels
+    kept = StoredImage(
+        stored, member, width, height, source_size[0], source_size[1], orientation, transcoded=stored is not data
+    )
+    return kept, pixels
 
 
 def decode(data: bytes, exif: str = "ignore") -> np.ndarray:

@@ -115,7 +115,7 @@ class TicketSet:
 
     @property
     def exif(self) -> str:
-        """"ignore" or "apply": the frame that boxes refer to; pass it to `render_view`."""
+        """ "ignore" or "apply": the frame that boxes refer to; pass it to `render_view`."""
         return self.manifest["exif"]
 
     def shard_names(self, split: str) -> list[str]:
@@ -132,7 +132,7 @@ class TicketSet:
         """The index of one shard, one row per input sample."""
         url = storage.join(self.url, fmt.INDEX, f"{name}.parquet")
         try:
-            return pq.read_table(io.BytesIO(storage.read_bytes(url)))
+            return read_parquet(storage.read_bytes(url))
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; expected the index of shard {name}") from None
         except pa.ArrowException as error:
@@ -188,6 +188,10 @@ class TicketSet:
             raise TicketSetError(f"{self.url}: {key!r} is in {[h[0] for h in hits]}; say which with --split")
         return hits[0]
 
+    def ok_keys(self, name: str) -> list[str]:
+        """Keys of one shard's samples that succeeded, in stored order."""
+        return list(self._extents(name))
+
     def _extents(self, name: str) -> dict[str, tuple[int, int]]:
         table = self.shard_table(name).select(["key", "status", "offset", "bytes"])
         columns = (table[c].to_pylist() for c in table.column_names)
@@ -205,6 +209,11 @@ class TicketSet:
             )
         label = int(members[fmt.LABEL]) if fmt.LABEL in members else None
         return Sample(key, image, label, views, rankings, self.k)
+
+
+def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """A small parquet file in this thread: Arrow's pools cost more than they give, and may abort at exit."""
+    return pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(columns, use_threads=False)
 
 
 def resolve_base(url: str, path: str) -> str:

@@ -155,3 +155,14 @@ def sync_folder(folder: Path) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     with atomic_file(path) as file:
         file.write(data)
+
+
+def list_names(url: str) -> list[str]:
+    """Names directly inside a folder; empty where there is none."""
+    url = local(url)
+    if is_remote(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return sorted(p.rstrip("/").rpartition("/")[2] for p in fs.ls(path, detail=False)) if fs.exists(path) else []
+    return sorted(os.listdir(url)) if os.path.isdir(url) else []

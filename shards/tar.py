@@ -4,7 +4,7 @@ A sample's members lie next to each other, so one read of (offset, bytes) from t
 them: about ten times cheaper than going through tarfile, and every sample is within reach.
 """
 
-from typing import BinaryIO
+from typing import Any
 
 from shards.errors import TicketSetError
 
@@ -12,9 +12,9 @@ BLOCK = 512
 
 
 class SampleTarWriter:
-    """Appends samples to an open file; equal samples give equal bytes (mtime 0, members sorted)."""
+    """Appends samples to anything with `write(bytes)`; equal samples give equal bytes (mtime 0, members sorted)."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Any) -> None:
         from webdataset import TarWriter  # imports torch
 
         # encoder=False: members are bytes already, images must not be encoded again. An integer mtime

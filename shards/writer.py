@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -46,14 +47,11 @@ def index_schema(num_patches: int) -> pa.Schema:
     )
 
 
-class _HashingFile(io.RawIOBase):
+class _HashingFile:
     """Passes writes on and takes their sha256 and number."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
@@ -82,7 +80,7 @@ class ShardWriter:
         self._committed = False
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> "ShardWriter":  # noqa: PYI034 - typing.Self is newer than Python 3.10
         (self.folder / fmt.INDEX).mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / fmt.INDEX):  # left by a killed run
             for stale in folder.glob(f"{self.name}.*.tmp"):
@@ -129,7 +127,9 @@ class ShardWriter:
         self._committed = True
         return stats
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         assert kind or self._committed, "a shard left its context without commit()"
         self._stack.__exit__(kind, error, traceback)
 
@@ -164,31 +164,32 @@ def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -
         split.update(head["splits"][name])
     manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
     if head["base"] is None:
-        _write_interop(folder, manifest, shards)
+        _write_interop(folder, shards)
     write_atomic(folder / fmt.MANIFEST, fmt.canonical_json(manifest))
     return manifest
 
 
-def _write_interop(folder: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-    """`_info.json` for timm's wds/ reader, `sizes.json` for open_clip's."""
-    by_split: dict[str, list[dict[str, Any]]] = {}
-    for shard in sorted(shards, key=lambda s: (s["split"], s["shard"])):
-        by_split.setdefault(shard["split"], []).append(shard)
-    tar = lambda s: fmt.shard_name(s["split"], s["shard"]) + ".tar"  # noqa: E731
-    info = {
-        "name": "datalth",
-        "splits": {
-            split: {
-                "name": split,
-                "num_samples": sum(s["samples"] for s in members),
-                "filenames": [tar(s) for s in members],
-                "shard_lengths": [s["samples"] for s in members],
-            }
-            for split, members in by_split.items()
-        },
+def _write_interop(folder: Path, shards: list[dict[str, Any]]) -> None:
+    for name, content in interop_files(shards).items():
+        write_atomic(folder / name, fmt.canonical_json(content))
+
+
+def interop_files(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """`_info.json` for timm's wds/ reader and `sizes.json` for open_clip's, from the shards' JSON."""
+    ordered = sorted(shards, key=lambda s: (s["split"], s["shard"]))
+    tars = {fmt.shard_name(s["split"], s["shard"]) + ".tar": s for s in ordered}
+    splits: dict[str, dict[str, Any]] = {}
+    for tar, shard in tars.items():
+        split = splits.setdefault(
+            shard["split"], {"name": shard["split"], "num_samples": 0, "filenames": [], "shard_lengths": []}
+        )
+        split["num_samples"] += shard["samples"]
+        split["filenames"].append(tar)
+        split["shard_lengths"].append(shard["samples"])
+    return {
+        fmt.TIMM_INFO: {"name": "datalth", "splits": splits},
+        fmt.OPEN_CLIP_SIZES: {tar: shard["samples"] for tar, shard in tars.items()},
     }
-    write_atomic(folder / fmt.TIMM_INFO, fmt.canonical_json(info))
-    write_atomic(folder / fmt.OPEN_CLIP_SIZES, fmt.canonical_json({tar(s): s["samples"] for s in shards}))
 
 
 def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | None:
@@ -207,4 +208,6 @@ def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | N
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, TicketSetError):
             raise
-        raise TicketSetError(f"{path}: expected a shard's JSON, got something else; remove it to mine it again") from None
+        raise TicketSetError(
+            f"{path}: expected a shard's JSON, got something else; remove it to mine it again"
+        ) from None

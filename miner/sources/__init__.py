@@ -5,16 +5,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards import format as fmt
-from shards import storage
-from shards.errors import TicketSetError
-
 from miner.sources.folder import folder_source
 from miner.sources.imagenet import imagenet_source, is_imagenet
 from miner.sources.source import Source, split_off_val
 from miner.sources.tars import tar_source
 from miner.sources.ticket_set import ticket_set_source
 from miner.sources.timm_reader import timm_source
+from shards import format as fmt
+from shards import storage
+from shards.errors import TicketSetError
 
 __all__ = ["Source", "open_source"]
 

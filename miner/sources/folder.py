@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.errors import TicketSetError
-
 from miner.sources.source import (
     Entry,
     Source,
@@ -22,6 +20,7 @@ from miner.sources.source import (
     listing,
     read_labels,
 )
+from shards.errors import TicketSetError
 
 VAL_NAMES = ("val", "validation")
 
@@ -86,7 +85,8 @@ def _images(root: str, split_folder: str, notes: list[str]) -> Iterator[Entry]:
     top = os.path.join(root, split_folder)
     classes = _subfolders(top)
     others: Counter[str] = Counter()
-    for name in classes or [None]:
+    tops: list[str | None] = [*classes] or [None]
+    for name in tops:
         for folder, subfolders, files in os.walk(os.path.join(top, name or ""), followlinks=True):
             subfolders[:] = [s for s in subfolders if not s.startswith(".")]
             for file in files:

@@ -9,11 +9,11 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-
-from shards.errors import TicketSetError
+from typing import Any, BinaryIO
 
 from miner.sources.source import Entry, Source, class_names, is_image, label_entries, listing, read_labels
-from miner.sources.tars import TarReader, members, open_tar
+from miner.sources.tars import TarReader, members, open_tar, read_member
+from shards.errors import TicketSetError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -61,7 +61,8 @@ def _train(archive: str, container: int) -> Iterator[Entry]:
         for class_tar in members(outer, archive):
             wnid = os.path.basename(class_tar.name).removesuffix(".tar")
             # A view of the class tar's bytes inside the archive: nothing is unpacked.
-            inside = tarfile.open(fileobj=_Section(file, class_tar.offset_data, class_tar.size), mode="r:")
+            section: Any = _Section(file, class_tar.offset_data, class_tar.size)
+            inside = tarfile.open(fileobj=section, mode="r:")  # noqa: SIM115 - closes with the archive
             for member in members(inside, f"{archive}: {class_tar.name}"):
                 if is_image(member.name):
                     offset = class_tar.offset_data + member.offset_data
@@ -78,7 +79,7 @@ def _val(archive: str, container: int) -> Iterator[Entry]:
 class _Section(io.RawIOBase):
     """Bytes start..start+size of another file, as a file."""
 
-    def __init__(self, file: io.IOBase, start: int, size: int) -> None:
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size, self._position = file, start, size, 0
 
     def readable(self) -> bool:
@@ -121,7 +122,7 @@ def _devkit_labels(spec: str, folder: str) -> dict[str, str]:
         for member in members(tar, devkit):
             for wanted in (_TRUTH, _META):
                 if member.name.endswith(wanted):
-                    found[wanted] = tar.extractfile(member).read()
+                    found[wanted] = read_member(tar, member)
     if len(found) != 2:
         raise TicketSetError(f"{devkit}: expected {_TRUTH} and {_META} in it")
     synsets = loadmat(io.BytesIO(found[_META]), squeeze_me=True)["synsets"]

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
 from shards.errors import TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .ppm .pgm .pbm .tif .tiff .avif .jp2 .tga".split()
+    [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm"]
+    + [".tif", ".tiff", ".avif", ".jp2", ".tga"]
 )
 SCHEMA = pa.schema(
     [
@@ -119,7 +121,9 @@ def empty_classes(classes: list[str], table: pa.Table, notes: list[str]) -> None
     used = Counter(table["label"].to_pylist())
     empty = [name for i, name in enumerate(classes) if i not in used]
     if empty:
-        notes.append(f"{len(empty)} of {len(classes)} classes hold no images (first: {empty[0]}); they keep their label")
+        notes.append(
+            f"{len(empty)} of {len(classes)} classes hold no images (first: {empty[0]}); they keep their label"
+        )
 
 
 def read_labels(path: str) -> dict[str, str]:

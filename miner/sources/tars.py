@@ -10,9 +10,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from shards import storage
-from shards.errors import TicketSetError
-from shards.format import IMAGE_MEMBERS
+import numpy as np
+import pyarrow as pa
 
 from miner.sources.source import (
     Entry,
@@ -24,6 +23,9 @@ from miner.sources.source import (
     listing,
     read_labels,
 )
+from shards import storage
+from shards.errors import TicketSetError
+from shards.format import IMAGE_MEMBERS
 
 _SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset: the key ends at the basename's first dot
 _SPLIT_WORDS = (("train", "train"), ("val", "val"), ("test", "test"))
@@ -53,7 +55,7 @@ def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None)
     remote = any(storage.is_remote(url) for url in urls)
     tables = {split: listing(entries, classes, f"--data {spec}", notes) for split, entries in by_split.items()}
     if remote:  # read each tar once, from its beginning to its end
-        tables = {s: t.sort_by([("container", "ascending"), ("offset", "ascending")]) for s, t in tables.items()}
+        tables = {split: table.take(_far_order(table)) for split, table in tables.items()}
     if "train" in tables:
         empty_classes(classes, tables["train"], notes)
     return Source(spec, classes, tables, TarReader(urls), notes, in_order=remote)
@@ -101,11 +103,17 @@ def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
     """
     try:
         for member in tar:
-            tar.members = []  # tarfile would keep every header it saw
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it saw
             if member.isfile():
                 yield member
     except tarfile.TarError as error:
         raise TicketSetError(f"{where}: not a readable tar: {error}") from None
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "members() gives regular files only"
+    return file.read()
 
 
 def split_of(url: str) -> str:
@@ -113,9 +121,11 @@ def split_of(url: str) -> str:
     return next((split for word, split in _SPLIT_WORDS if word in name), "train")
 
 
-def _samples(
-    tar: tarfile.TarFile, url: str, container: int, label_field: str, notes: list[str]
-) -> Iterator[Entry]:
+def _far_order(table: pa.Table) -> np.ndarray:
+    return np.lexsort((table["offset"].to_numpy(), table["container"].to_numpy()))
+
+
+def _samples(tar: tarfile.TarFile, url: str, container: int, label_field: str, notes: list[str]) -> Iterator[Entry]:
     grouped: dict[str, dict[str, Any]] = {}
     for member in members(tar, url):
         match = _SAMPLE_NAME.match(member.name)
@@ -124,7 +134,7 @@ def _samples(
         name, extension = match[1], match[2].lower()
         sample = grouped.setdefault(name, {})
         if extension in ("cls", "json"):
-            sample[extension] = tar.extractfile(member).read()
+            sample[extension] = read_member(tar, member)
         elif is_image("." + extension):
             sample.setdefault("image", (member.name, member.size, member.offset_data))
         else:

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from miner.sources.source import SCHEMA, Source
 from shards import format as fmt
 from shards import storage
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.tar import split_members
-
-from miner.sources.source import SCHEMA, Source
 
 
 def ticket_set_source(url: str, base: str | None) -> Source:

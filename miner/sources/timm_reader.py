@@ -5,9 +5,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from shards.errors import TicketSetError
-
 from miner.sources.source import Entry, Source, class_names, empty_classes, listing
+from shards.errors import TicketSetError
 
 _ITERABLE = ("wds", "tfds", "hfids")
 _ADVICE = {
@@ -57,7 +56,9 @@ def _create(spec: str, name: str, split: str) -> Any:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TicketSetError(f"--data {spec}: timm cannot open split {split}: {reason}") from None
     if not hasattr(reader, "__getitem__") or not hasattr(reader, "__len__"):
-        raise TicketSetError(f"--data {spec}: {type(reader).__name__} can only be read in order; use a map-style reader")
+        raise TicketSetError(
+            f"--data {spec}: {type(reader).__name__} can only be read in order; use a map-style reader"
+        )
     return reader
 
 

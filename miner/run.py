@@ -1,0 +1,265 @@
+"""One datalth-mine command: list the source, settle the plan, mine what is not done, finalize when all is."""
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+
+from miner import models
+from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_for
+from miner.engine import Miner, Progress
+from miner.plan import Plan, make_plan, manifest_head, shard_rows, write_plan
+from miner.screen import Screen, show_plan, show_summary
+from miner.selectors import METHODS, MODEL_FREE, Selector, create_selector
+from miner.sources import Source, open_source
+from shards import format as fmt
+from shards.errors import TicketSetError
+from shards.writer import finalize, read_shard_json
+
+DEFAULT_KEEP_RATE = 0.9
+# A ticket set that is the source brings these along.
+INHERITED = frozenset(
+    ["views", "scale", "ratio", "hflip", "seed", "exif", "store_side", "val_share", "shard_size", "limit", "labels"]
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """datalth-mine's flags, checked one by one; `given` names those that were typed."""
+
+    data: str
+    out: str
+    splits: tuple[str, ...]
+    selector: str
+    weights: str | None
+    method: str
+    keep_rate: float | None
+    drop_blocks: str | None
+    tokens: int | None
+    img_size: int
+    patch_size: int
+    views: int | None
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: float
+    images: str
+    base: str | None
+    exif: str
+    store_side: int | None
+    val_share: float
+    labels: str | None
+    label_field: str
+    seed: int
+    batch_size: int
+    workers: int | None
+    device: str | None
+    amp: bool
+    torchcompile: bool
+    shard_size: int
+    limit: int | None
+    max_failures: float
+    overwrite: bool
+    retry_failed: bool
+    given: frozenset[str]
+
+
+def run(options: Options) -> None:
+    """Mine; under torchrun each rank mines its own shards and speaks to no other.
+
+    Raises:
+        TicketSetError: whatever a person can mend.
+    """
+    quiet_libraries()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    folder = Path(options.out)
+    source = open_source(
+        options.data,
+        options.splits,
+        options.labels,
+        options.label_field,
+        options.val_share,
+        options.seed,
+        options.base,
+    )
+    options = inherit(options, source)
+    selector, identity = build_selector(options)
+    mined = plan_of(options, source, selector, identity)
+    if options.overwrite:
+        remove_set(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = write_plan(folder, mined, source, str(selector.device), options.retry_failed)
+    if rank == 0:
+        show_plan(plan, source, folder, str(selector.device), list(mined.splits))
+
+    own = [shard for i, shard in enumerate(mined.shards()) if i % world == rank]
+    done = committed(folder, plan, own, options.retry_failed)
+    todo = [shard for shard in own if shard not in done]
+    if done and rank == 0:
+        print(f"resuming: {len(done)} of {len(own)} shards are done")
+    seconds, progress = 0.0, Progress()
+    if todo:
+        screen = Screen(shard_images(plan, source, todo)) if rank == 0 else None
+        workers = options.workers or min(os.cpu_count() or 1, 16)
+        on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
+        miner = Miner(plan, source, selector, folder, workers, on_batch)
+        allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
+        try:
+            miner.run(todo, allowed)
+        finally:
+            seconds, progress = screen.close() if screen else 0.0, miner.progress
+    if finish(folder, plan, source):
+        if rank == 0 or todo:
+            show_summary(folder, seconds, progress)
+    elif rank == 0:
+        print("rank 0 is done; the rank that is last finalizes the set")
+
+
+def inherit(options: Options, source: Source) -> Options:
+    """A ticket set as source brings its views, seed and frame.
+
+    Raises:
+        TicketSetError: one of these was given, or --images link has nothing to link to.
+    """
+    if source.base is None:
+        if options.images == "link":
+            raise TicketSetError(f"--images link: --data {options.data} is no ticket set; there is nothing to link to")
+        return options
+    for name in sorted(INHERITED & options.given):
+        raise TicketSetError(f"--{name.replace('_', '-')}: inherited from the ticket set {options.data}; leave it out")
+    manifest = source.base.manifest
+    return replace(options, seed=manifest["seed"], exif=manifest["exif"])
+
+
+def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
+    """The selector, and what identifies it in the plan."""
+    grid = (options.img_size // options.patch_size,) * 2
+    n, method = grid[0] * grid[1], options.method
+    model = None if method in MODEL_FREE else models.build_vit(options.selector, grid, options.weights)
+    state = models.state_hash(model) if model else None
+    blocks = parse_blocks(options.drop_blocks)
+    if method == "evit" and model and blocks is None:
+        blocks = default_blocks(len(model.blocks))
+    stages = len(blocks) if method == "evit" and blocks else PAPER_STAGES
+    rate = DEFAULT_KEEP_RATE if options.keep_rate is None else options.keep_rate
+    try:
+        counts = keep_counts_for(n, options.tokens, stages) if options.tokens else keep_counts(n, rate, stages)
+    except ValueError as error:
+        raise TicketSetError(f"--{'tokens' if options.tokens else 'keep-rate'}: {error}") from None
+    device = options.device or default_device()
+    try:
+        selector = create_selector(method, model, grid, counts, blocks, device, options.amp, options.torchcompile)
+    except RuntimeError as error:  # torch's word on a device that is not there
+        raise TicketSetError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    config = resolve_model_data_config(model) if model else {"mean": (), "std": ()}
+    return selector, {
+        "method": method,
+        "model": models.timm_name(options.selector) if model else None,
+        "state": state,
+        "keep_rate": None if options.tokens else rate,
+        "counts": list(counts),
+        "blocks": list(selector.blocks),
+        "input_size": grid[0] * models.square_patch(model) if model else None,
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "dtype": "bfloat16" if options.amp and model else "float32",
+        "compiled": options.torchcompile,
+        # Another version of a user's own method is another plan.
+        "code": fmt.digest(inspect.getsource(METHODS[method])) if ":" in method else None,
+    }
+
+
+def parse_blocks(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise TicketSetError(f"--drop-blocks: expected block numbers like 3,6,9, got {text!r}") from None
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def plan_of(options: Options, source: Source, selector: Selector, identity: dict[str, Any]) -> Plan:
+    return make_plan(
+        source,
+        identity,
+        img_size=options.img_size,
+        patch_size=options.patch_size,
+        k=selector.k,
+        views=options.views,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
+        exif=options.exif,
+        store_side=options.store_side,
+        images=options.images,
+        val_share=options.val_share,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        shard_size=options.shard_size,
+        limit=options.limit,
+    )
+
+
+def remove_set(folder: Path) -> None:
+    """Remove a ticket set's own files, the manifest first; anything else in the folder stays."""
+    shards = ["*-[0-9]*.json", "*-[0-9]*.tar", f"{fmt.INDEX}/*.parquet", "*.tmp", f"{fmt.INDEX}/*.tmp"]
+    for pattern in [fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES, *shards, fmt.PLAN]:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def committed(
+    folder: Path, plan: Plan, own: list[tuple[str, int]], retry: bool
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """The JSON of those shards that are done; with `retry`, shards with failures lose theirs.
+
+    Raises:
+        TicketSetError: a shard of another plan.
+    """
+    done = {}
+    for split, number in own:
+        stats = read_shard_json(folder, split, number)
+        if stats is None:
+            continue
+        path = folder / f"{fmt.shard_name(split, number)}.json"
+        if stats["plan_id"] != plan.splits[split]["plan_id"]:
+            raise TicketSetError(f"{path}: a shard of another plan; remove it to mine it again")
+        if retry and stats["failed"]:
+            (folder / fmt.MANIFEST).unlink(missing_ok=True)  # first: the set is incomplete from here on
+            path.unlink()
+            continue
+        done[split, number] = stats
+    return done
+
+
+def shard_images(plan: Plan, source: Source, shards: list[tuple[str, int]]) -> int:
+    """Inputs in some shards."""
+    return sum(len(shard_rows(plan, source, split, number)) for split, number in shards)
+
+
+def finish(folder: Path, plan: Plan, source: Source) -> bool:
+    """Write the manifest if every shard of the folder's plan is done; says whether it is."""
+    stats = [read_shard_json(folder, split, number) for split, number in plan.shards()]
+    committed_stats = [s for s in stats if s is not None]
+    if len(committed_stats) < len(stats):
+        return False
+    finalize(folder, manifest_head(plan, source, folder), committed_stats)
+    return True
+
+
+def quiet_libraries() -> None:
+    """Odd EXIF makes Pillow warn once an image, though the pixels are right; timm logs what the plan says anyway."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("timm").setLevel(logging.ERROR)

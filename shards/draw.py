@@ -1,0 +1,90 @@
+"""Pictures of tickets, by Pillow alone: views with their tickets lit, heat maps, contact sheets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 160  # pixels of a view's side
+GAP = 8
+PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
+SHADE = (38, 44, 78)  # dropped patches sink into this: told from black and from white alike
+_COLORS = np.array([(14, 8, 48), (88, 20, 110), (186, 50, 90), (245, 130, 50), (252, 240, 160)], float)
+
+
+def view_tile(pixels: np.ndarray, view: Sequence[int], side: int = TILE) -> Image.Image:
+    """A view of decoded pixels [H, W, 3] at a size to look at."""
+    top, left, height, width, flip = (int(v) for v in view)
+    box = (left, top, left + width, top + height)
+    tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box)
+    return tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else tile
+
+
+def ticket_tile(tile: Image.Image, ticket: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The kept patches of a view as they are, dropped ones dimmed."""
+    mask = np.zeros(grid[0] * grid[1], np.uint8)
+    mask[ticket] = 255
+    lit = Image.fromarray(mask.reshape(grid)).resize(tile.size, Image.Resampling.NEAREST)
+    dimmed = Image.blend(tile.convert("L").convert("RGB"), Image.new("RGB", tile.size, SHADE), 0.8)
+    return Image.composite(tile, dimmed, lit)
+
+
+def rank_tile(tile: Image.Image, ranking: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The ranking as a heat map over the grey view: bright = most informative."""
+    value = np.empty(len(ranking))
+    value[ranking] = np.linspace(1, 0, len(ranking))
+    return Image.blend(tile.convert("L").convert("RGB"), heat_map(value.reshape(grid), tile.size[0]), 0.65)
+
+
+def heat_map(values: np.ndarray, side: int) -> Image.Image:
+    """Values in [0, 1] as coloured cells; the longer side has `side` pixels."""
+    position = np.clip(values, 0, 1) * (len(_COLORS) - 1)
+    low = np.minimum(position.astype(int), len(_COLORS) - 2)
+    rest = (position - low)[..., None]
+    colors = (_COLORS[low] * (1 - rest) + _COLORS[low + 1] * rest).astype(np.uint8)
+    height, width = values.shape
+    scale = side / max(height, width)
+    return Image.fromarray(colors).resize((round(width * scale), round(height * scale)), Image.Resampling.NEAREST)
+
+
+def page(rows: Sequence[tuple[str, Sequence[Image.Image]]], head: Sequence[str], title: str) -> Image.Image:
+    """Rows of tiles with a label at the left and a word over each column."""
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    label_width = max([round(small.getlength(line)) for label, _ in rows for line in label.split("\n")] + [0]) + 2 * GAP
+    columns = max(len(tiles) for _, tiles in rows)
+    side = rows[0][1][0].size
+    width = max(label_width + columns * (side[0] + GAP), round(font.getlength(title)) + 2 * GAP)
+    top = 30 + (20 if head else 0)
+    sheet = Image.new("RGB", (width, top + len(rows) * (side[1] + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 7), title, INK, font)
+    for column, word in enumerate(head):
+        draw.text((label_width + column * (side[0] + GAP), 31), word, FAINT, small)
+    for number, (label, tiles) in enumerate(rows):
+        y = top + number * (side[1] + GAP)
+        for i, line in enumerate(label.split("\n")):
+            draw.text((GAP, y + 4 + 16 * i), line, INK if i == 0 else FAINT, small)
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (label_width + column * (side[0] + GAP), y))
+    return sheet
+
+
+def maps(named: Sequence[tuple[str, np.ndarray]], title: str, columns: int = 6, side: int = TILE) -> Image.Image:
+    """Heat maps with a caption each and one colour scale, 0 to the highest value, drawn at the end."""
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    highest = max(float(values.max()) for _, values in named) or 1.0
+    columns = min(columns, len(named))
+    cell = side + 26
+    width = max(GAP + columns * (side + GAP), round(font.getlength(title)) + 2 * GAP, 360)
+    height = 34 + -(-len(named) // columns) * cell + 40
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 8), title, INK, font)
+    for number, (caption, values) in enumerate(named):
+        x, y = GAP + number % columns * (side + GAP), 34 + number // columns * cell
+        sheet.paste(heat_map(values / highest, side), (x, y + 18))
+        draw.text((x, y), caption, INK, small)
+    bar = heat_map(np.linspace(0, 1, 200)[None], 200).resize((200, 12))
+    sheet.paste(bar, (GAP, height - 26))
+    draw.text((GAP + 208, height - 28), f"0 to {highest:.2f} of the tickets hold the patch", FAINT, small)
+    return sheet

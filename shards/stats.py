@@ -1,0 +1,54 @@
+"""Figures over a ticket set's index: where tickets lie, how sure the selector was, what failed."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from shards.reader import TicketSet
+
+
+def statistics(opened: TicketSet, split: str) -> dict[str, Any]:
+    """Figures of one split, from view 0's tickets.
+
+    Returns:
+        samples, failed, k, n, errors {reason: count}, entropy {mean, p5, p50, p95} in bits or None,
+        frequency [gh][gw] (share of tickets that hold a patch), per_class {name: {samples, frequency}}.
+    """
+    table = opened.table(split)
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    n = opened.num_patches
+    packed = np.frombuffer(b"".join(ok["ticket"].to_pylist()), np.uint8).reshape(len(ok), -1)
+    masks = np.unpackbits(packed, axis=1, count=n)  # [images, N]
+    labels = np.array([-1 if v is None else v for v in ok["label"].to_pylist()])
+    per_class = {}
+    for label, name in enumerate(opened.classes):
+        of_class = masks[labels == label]
+        if len(of_class):
+            per_class[name] = {"samples": len(of_class), "frequency": _map(of_class, opened)}
+    errors = Counter(e.split(":")[0] for e in table["error"].to_pylist() if e)
+    entropy = np.array([e for e in ok["entropy"].to_pylist() if e is not None])
+    return {
+        "split": split,
+        "samples": len(ok),
+        "failed": len(table) - len(ok),
+        "k": opened.k,
+        "n": n,
+        "errors": dict(errors),
+        "entropy": _quantiles(entropy),
+        "frequency": _map(masks, opened),
+        "per_class": per_class,
+    }
+
+
+def _map(masks: np.ndarray, opened: TicketSet) -> list[list[float]]:
+    share = masks.mean(axis=0) if len(masks) else np.zeros(opened.num_patches)
+    return share.reshape(opened.grid).round(4).tolist()
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    p5, p50, p95 = np.percentile(values, [5, 50, 95])
+    return {"mean": float(values.mean()), "p5": float(p5), "p50": float(p50), "p95": float(p95)}
