@@ -94,7 +94,7 @@ def run(options: Options) -> None:
     if options.overwrite:
         remove_set(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = write_plan(folder, mined, source, str(selector.device), options.retry_failed)
+    plan = write_plan(folder, mined, source, selector.device.type, options.retry_failed)
     if rank == 0:
         show_plan(plan, source, folder, str(selector.device), list(mined.splits))
 

@@ -33,8 +33,8 @@ def verify(opened: TicketSet, deep: bool = False, on_shard: Callable[[str], None
         deep: hash the tars, decode every image, and check every sample.
         on_shard: called after each shard, for the screen.
     """
-    problems: list[str] = []
-    plan = _read_json(opened, fmt.PLAN, problems)
+    problems = list(_check_file(opened, fmt.PLAN, opened.manifest["plan"], hashed=True))
+    plan = None if problems else _read_json(opened, fmt.PLAN, problems)
     if plan:
         problems += _check_plan(opened, plan)
     shards = []
@@ -75,6 +75,12 @@ def _check_plan(opened: TicketSet, plan: dict[str, Any]) -> Iterator[str]:
                 yield f"{fmt.PLAN}: split {name} is not what its plan_id {split['plan_id'][:12]} was made of"
         if not fmt.plan_id(plan["splits"]) == plan["plan_id"] == opened.manifest["plan_id"]:
             yield f"{fmt.PLAN}: expected plan_id {opened.manifest['plan_id'][:12]} (manifest), got {plan['plan_id'][:12]}"
+        if fmt.digest(opened.classes) != plan["common"]["classes"]:
+            yield f"{fmt.MANIFEST}: its class names are not those of {fmt.PLAN}"
+        for name, split in opened.manifest["splits"].items():
+            for field in ("views", "scale", "ratio", "hflip", "shards"):
+                if split[field] != plan["splits"][name][field]:
+                    yield f"{fmt.MANIFEST}: split {name}: {field} is {split[field]}, but {fmt.PLAN} says otherwise"
         for name in ("k", "grid", "exif", "seed", "img_size", "patch_size", "selector"):
             if plan["common"][name] != opened.manifest[name]:
                 yield f"{fmt.MANIFEST}: {name} is {opened.manifest[name]}, but {fmt.PLAN} says {plan['common'][name]}"

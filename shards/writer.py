@@ -162,6 +162,8 @@ def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -
     totals = {field: sum(s[field] for s in splits.values()) for field in next(iter(splits.values()))}
     for name, split in splits.items():
         split.update(head["splits"][name])
+    plan = (folder / fmt.PLAN).read_bytes()
+    head = {**head, "plan": {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}}
     manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
     if head["base"] is None:
         _write_interop(folder, shards)

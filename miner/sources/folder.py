@@ -5,6 +5,7 @@ Labels are the indices of train's class folders in plain sorted() order, as torc
 
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from miner.sources.source import (
 from shards.errors import TicketSetError
 
 VAL_NAMES = ("val", "validation")
+_ESCAPED_BYTE = re.compile(r"\\(udc[89a-f][0-9a-f])")  # a byte that is no UTF-8, as `source` spells it
 
 
 def folder_source(spec: str, root: str, splits: Sequence[str], labels: str | None) -> Source:
@@ -42,16 +44,17 @@ def folder_source(spec: str, root: str, splits: Sequence[str], labels: str | Non
         if splits and split not in splits and classes and any(s in roots for s in splits):
             continue  # train is only wanted for its class names
         entries = list(_images(root, roots[split], notes))
-        label_entries(entries, label_map)
+        label_entries(entries, label_map, f"--labels {labels}")
         if not entries:
-            raise TicketSetError(f"--data {spec}: no images in {os.path.join(root, roots[split])}")
+            why = f" ({notes[-1]})" if notes else ""
+            raise TicketSetError(f"--data {spec}: no images in {os.path.join(root, roots[split])}{why}")
         if not classes:
             classes = class_names(entries, f"--data {spec}")
         tables[split] = listing(entries, classes, f"--data {spec}, split {split}", notes)
         if split == "train":
             empty_classes(classes, tables[split], notes)
     read = functools.partial(_read, root)
-    return Source(spec, classes or [], tables, read, notes)
+    return Source(spec, classes or [], tables, read, notes, own_val="val" in roots)
 
 
 def split_folders(root: str) -> dict[str, str]:
@@ -84,6 +87,13 @@ def _images(root: str, split_folder: str, notes: list[str]) -> Iterator[Entry]:
     """Images under the class folders, however deep; where there are no folders, those lying directly inside."""
     top = os.path.join(root, split_folder)
     classes = _subfolders(top)
+    if classes:
+        loose = sorted(file for file in os.listdir(top) if is_image(file) and not file.startswith("."))
+        if loose:
+            notes.append(
+                f"{split_folder or root}: {len(loose)} images lie beside the class folders and are left out"
+                f" (first: {loose[0]})"
+            )
     others: Counter[str] = Counter()
     tops: list[str | None] = [*classes] or [None]
     for name in tops:
@@ -110,5 +120,8 @@ def _size(path: str) -> int:
 
 
 def _read(root: str, row: dict[str, Any]) -> tuple[bytes, None]:
-    with open(os.path.join(root, row["source"]), "rb") as file:
+    path = row["source"]
+    if "%5Cudc" not in row["key"]:  # the key tells such a byte from a name that holds this very text
+        path = _ESCAPED_BYTE.sub(lambda m: chr(int(m[1], 16)), path)
+    with open(os.path.join(root, path), "rb") as file:
         return file.read(), None

@@ -18,6 +18,7 @@ IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm"]
     + [".tif", ".tiff", ".avif", ".jp2", ".tga"]
 )
+MAX_CLASSES = 1_000_000  # a number above is an id that somebody took for a label
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -43,6 +44,7 @@ class Source:
         notes: what a person should know of the listing.
         base: the ticket set behind it; its shards, views and seed are then inherited.
         in_order: the images lie far away: keep their order across shards.
+        own_val: it has a val split of its own, listed or not.
     """
 
     spec: str
@@ -52,6 +54,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     base: TicketSet | None = None
     in_order: bool = False
+    own_val: bool = False
 
     def only(self, splits: Sequence[str]) -> "Source":
         return replace(self, splits={name: self.splits[name] for name in splits})
@@ -88,8 +91,9 @@ def listing(entries: Iterable[Entry], classes: list[str], where: str, notes: lis
         notes.append(f"{len(renamed)} inputs share a key with another and got -1, -2, ... (first: {renamed[0]})")
     label_of = {name: i for i, name in enumerate(classes)}
     for entry in ordered:
-        if isinstance(entry.name, str) and entry.name not in label_of:
-            raise TicketSetError(f"{where}: class {entry.name!r} ({entry.source}) is not among train's {len(classes)}")
+        name = entry.name
+        if name is not None and (name not in label_of if isinstance(name, str) else name >= len(classes)):
+            raise TicketSetError(f"{where}: class {name!r} ({entry.source}) is not among train's {len(classes)}")
     columns = [
         keys,
         [e.source.encode("utf-8", "backslashreplace").decode() for e in ordered],
@@ -105,14 +109,19 @@ def class_names(entries: Iterable[Entry], where: str) -> list[str]:
     """Classes of inputs that name them, sorted as torchvision does; of ints, their digits up to the highest.
 
     Raises:
-        TicketSetError: some inputs have names and some numbers, or a number is negative.
+        TicketSetError: some inputs have names and some numbers, or a number is negative or no label.
     """
     names = {entry.name for entry in entries} - {None}
     numbers = {name for name in names if isinstance(name, int)}
     if not numbers:
         return sorted(str(name) for name in names)
-    if numbers != names or min(numbers) < 0:
-        raise TicketSetError(f"{where}: expected labels that are all names or all numbers from 0, got both or less")
+    odd = next(iter(names - numbers), None) if numbers != names else min(numbers) if min(numbers) < 0 else None
+    if odd is not None:
+        raise TicketSetError(
+            f"{where}: expected labels that are all names or all numbers from 0, got {odd!r} and {max(numbers)}"
+        )
+    if max(numbers) >= MAX_CLASSES:
+        raise TicketSetError(f"{where}: expected labels below {MAX_CLASSES}, got {max(numbers)}")
     return [str(i) for i in range(max(numbers) + 1)]
 
 
@@ -143,11 +152,11 @@ def read_labels(path: str) -> dict[str, str]:
     return {name.strip(): label.strip() for name, label in rows if name != "filename"}
 
 
-def label_entries(entries: list[Entry], labels: dict[str, str] | None) -> None:
-    """Give inputs without a class the one that --labels names for their file name.
+def label_entries(entries: list[Entry], labels: dict[str, str] | None, where: str) -> None:
+    """Give inputs without a class the one that `labels`, read from `where`, name for their file name.
 
     Raises:
-        TicketSetError: --labels lacks a file.
+        TicketSetError: a file is not among them.
     """
     if labels is None:
         return
@@ -155,7 +164,7 @@ def label_entries(entries: list[Entry], labels: dict[str, str] | None) -> None:
         if entry.name is None:
             base = entry.source.rpartition("/")[2]
             if base not in labels:
-                raise TicketSetError(f"--labels: no class for {base}")
+                raise TicketSetError(f"{where}: expected a class for every image, got none for {base}")
             entry.name = labels[base]
 
 
@@ -164,7 +173,7 @@ def split_off_val(source: Source, share: float, seed: int) -> Source:
 
     Every class with two images or more gives at least one and keeps at least one.
     """
-    if "val" in source.splits or "train" not in source.splits or share == 0:
+    if source.own_val or "val" in source.splits or "train" not in source.splits or share == 0:
         return source
     table = source.splits["train"]
     hashes = [hashlib.blake2b(f"val/{seed}/{k}".encode(), digest_size=8).hexdigest() for k in table["key"].to_pylist()]
@@ -175,6 +184,9 @@ def split_off_val(source: Source, share: float, seed: int) -> Source:
     for rows in by_class.values():
         count = min(max(1, round(share * len(rows))), len(rows) - 1)
         chosen[sorted(rows, key=lambda r: hashes[r])[:count]] = True
+    if not chosen.any():
+        note = "no val split: no class has an image to spare for one"
+        return replace(source, notes=[*source.notes, note])
     splits = {**source.splits, "train": table.filter(pa.array(~chosen)), "val": table.filter(pa.array(chosen))}
     note = (
         f"no val split: {int(chosen.sum())} of {len(table)} images became one (--val-share {share:g},"

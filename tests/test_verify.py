@@ -1,0 +1,216 @@
+"""`datalth-shards verify` finds every kind of damage, and nothing in a sound set."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import inspect, mine
+from shards import format as fmt
+from shards.tar import BLOCK
+
+
+def lines(folder: Path, *flags: str, code: int = 1) -> str:
+    return inspect("verify", folder, *flags, code=code).output
+
+
+def edit_json(path: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_bytes(fmt.canonical_json(content))
+
+
+@pytest.fixture
+def damaged(center_set: Path, tmp_path: Path) -> Path:
+    """A copy of a sound set, to be damaged; its train split has two shards, of 10 and 9... and val one of 6."""
+    return Path(shutil.copytree(center_set, tmp_path / "set"))
+
+
+def test_a_sound_set_passes_fast_and_deep(center_set):
+    assert "sound (fast: 4 shards, 27 samples" in lines(center_set, code=0)
+    assert "sound (deep" in lines(center_set, "--deep", code=0)
+
+
+def test_json_output_lists_the_problems(damaged):
+    (damaged / "val-000000.tar").unlink()
+    found = json.loads(lines(damaged, "--json"))
+    assert found["problems"] == ["val-000000.tar: missing"] and found["deep"] is False
+
+
+def cut_inside(tar: Path) -> None:
+    tar.write_bytes(tar.read_bytes()[:-3000])
+
+
+def cut_between_members(tar: Path) -> None:
+    """After the first member's padding: every reader of tars takes this for a whole tar."""
+    data = tar.read_bytes()
+    size = int(data[124:135], 8)
+    tar.write_bytes(data[: BLOCK + -(-size // BLOCK) * BLOCK])
+
+
+@pytest.mark.parametrize("cut", [cut_inside, cut_between_members])
+def test_a_truncated_tar(damaged, cut):
+    cut(damaged / "train-000000.tar")
+    assert "train-000000.tar: expected" in lines(damaged)
+
+
+def test_a_flipped_bit_in_a_tar_is_found_by_deep_alone(damaged):
+    tar = damaged / "train-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 4
+    tar.write_bytes(data)
+    lines(damaged, code=0)
+    assert "train-000001.tar: expected sha256" in lines(damaged, "--deep")
+
+
+@pytest.mark.parametrize("name", ["index/train-000000.parquet", "train-000000.json", "plan.json", "_info.json"])
+def test_a_flipped_bit_elsewhere_is_found_by_fast(damaged, name):
+    path = damaged / name
+    data = bytearray(path.read_bytes())
+    at = data.index(b'"samples"') + 12 if name == "train-000000.json" else len(data) // 2
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert name in lines(damaged) or "manifest.json" in lines(damaged)
+
+
+def test_a_missing_sample(damaged, monkeypatch):
+    """Another tar in which one sample is gone, and the JSON agrees with it: the index still knows."""
+    tar = damaged / "val-000000.tar"
+    index = fmt.INDEX
+    from shards.reader import TicketSet
+
+    row = TicketSet.open(str(damaged)).table("val").to_pylist()[1]
+    data = tar.read_bytes()
+    tar.write_bytes(data[: row["offset"]] + data[row["offset"] + row["bytes"] :])
+    refresh_tar(damaged, "val-000000")
+    assert f"{index}/val-000000.parquet: its samples end" in lines(damaged) or "set_id" in lines(damaged)
+    assert "expected a member of" in lines(damaged, "--deep")
+
+
+def test_an_extra_sample(damaged):
+    """Samples of another shard appended before the end blocks, the JSON made to agree."""
+    first, other = damaged / "val-000000.tar", damaged / "train-000002.tar"
+    first.write_bytes(first.read_bytes()[:-10240] + other.read_bytes())
+    refresh_tar(damaged, "val-000000")
+    assert "set_id" in lines(damaged)
+
+
+def refresh_tar(folder: Path, name: str) -> None:
+    """Make a shard's JSON agree with its tar, as a careless tool would."""
+    data = (folder / f"{name}.tar").read_bytes()
+    edit_json(
+        folder / f"{name}.json",
+        lambda s: s.update(tar={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}),
+    )
+
+
+@pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.json", "index/train-000001.parquet"])
+def test_a_missing_file_of_a_shard(damaged, name):
+    (damaged / name).unlink()
+    assert f"{name}: missing" in lines(damaged)
+
+
+def test_a_missing_last_shard_is_counted(damaged):
+    for name in ("train-000002.tar", "train-000002.json", "index/train-000002.parquet"):
+        (damaged / name).unlink()
+    assert "train-000002" in lines(damaged)
+
+
+def test_an_extra_shard(damaged):
+    shutil.copy(damaged / "train-000000.tar", damaged / "train-000009.tar")
+    assert "train-000009.tar: not one of this set's shards" in lines(damaged)
+
+
+def test_swapped_indexes(damaged):
+    a, b = (damaged / "index" / f"train-00000{i}.parquet" for i in (0, 1))
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    assert "index/train-000000.parquet: expected" in lines(damaged)
+
+
+def test_swapped_indexes_with_json_that_agrees(damaged):
+    a, b = (damaged / "index" / f"train-00000{i}.parquet" for i in (0, 1))
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    said = [json.loads((damaged / f"train-00000{i}.json").read_bytes())["parquet"] for i in (0, 1)]
+    for i in (0, 1):
+        edit_json(damaged / f"train-00000{i}.json", lambda s, i=i: s.update(parquet=said[1 - i]))
+    assert "of another shard or plan: train-000001" in lines(damaged)
+
+
+@pytest.fixture(scope="module")
+def other_plan(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("other") / "set"
+    mine("--data", photos, "--out", out, "--method", "center", "--views", "3", "--shard-size", "10", "--seed", "7")
+    return out
+
+
+def test_a_stale_parquet(damaged, other_plan):
+    shutil.copy(other_plan / "index/train-000000.parquet", damaged / "index/train-000000.parquet")
+    assert "index/train-000000.parquet: expected" in lines(damaged)
+
+
+def test_a_whole_shard_of_another_plan(damaged, other_plan):
+    for name in ("train-000000.tar", "train-000000.json", "index/train-000000.parquet"):
+        shutil.copy(other_plan / name, damaged / name)
+    assert "train-000000.json: of another plan" in lines(damaged)
+
+
+def test_a_plan_that_was_edited(damaged):
+    edit_json(damaged / "plan.json", lambda plan: plan["common"].update(k=3))
+    assert "plan.json: expected" in lines(damaged)
+
+
+def test_a_plan_that_was_edited_and_a_manifest_that_agrees(damaged):
+    edit_json(damaged / "plan.json", lambda plan: plan["common"].update(k=3, seed=1))
+    plan = (damaged / "plan.json").read_bytes()
+    said = {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}
+    edit_json(damaged / "manifest.json", lambda manifest: manifest.update(plan=said))
+    output = lines(damaged)
+    assert "is not what its plan_id" in output and "k is 13" in output
+
+
+def test_class_names_that_were_edited(damaged):
+    edit_json(damaged / "manifest.json", lambda manifest: manifest["classes"].reverse())
+    assert "class names" in lines(damaged)
+
+
+def test_deep_checks_what_the_bytes_mean(damaged):
+    """A tar whose hash agrees everywhere, but whose content breaks the format."""
+    from shards.reader import TicketSet
+
+    opened = TicketSet.open(str(damaged))
+    sample = next(opened.stream_shard("train-000000"))
+    ranking = fmt.encode_npy(sample.rankings)
+    broken = sample.rankings.copy()
+    broken[0, 0] = broken[0, 1]
+    moved = sample.views.copy()
+    moved[1, 0] = 10_000
+    tar = damaged / "train-000000.tar"
+    data = tar.read_bytes()
+    assert data.count(ranking) >= 1
+    data = data.replace(ranking, fmt.encode_npy(broken), 1)
+    tar.write_bytes(data.replace(fmt.encode_npy(sample.views), fmt.encode_npy(moved), 1))
+    refresh_tar(damaged, "train-000000")
+    output = lines(damaged, "--deep")
+    assert "permutations" in output and "view 1 is not inside" in output
+
+
+def test_a_linked_set_is_checked_against_its_base(damaged, tmp_path):
+    link = tmp_path / "link"
+    mine("--data", damaged, "--out", link, "--method", "random", "--images", "link")
+    lines(link, "--deep", code=0)
+    edit_json(damaged / "manifest.json", lambda m: m.update(set_id="0" * 64))
+    assert "has changed" in lines(link)
+    shutil.move(damaged, tmp_path / "elsewhere")
+    assert "--base" in lines(link)
+    edit_json(
+        tmp_path / "elsewhere/manifest.json",
+        lambda m: m.update(set_id=json.loads((link / "manifest.json").read_bytes())["base"]["set_id"]),
+    )
+    lines(link, "--deep", "--base", str(tmp_path / "elsewhere"), code=0)
