@@ -1,5 +1,6 @@
 """datalth-mine: a labelled image set -> a ticket set."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -127,7 +128,10 @@ Examples:
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of views, order and random tickets."
 )
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Views per selector batch."
+    "-b",
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Views per selector batch.  [default: 128, on a CPU 16; a resumed run keeps its own]",
 )
 @click.option(
     "-j", "--workers", type=click.IntRange(min=1), help="Threads that read and decode.  [default: cores, 16 at most]"
@@ -159,7 +163,11 @@ def main(context: click.Context, **options: Any) -> None:
     from miner.run import Options, run  # imports torch
 
     given = {n for n in options if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-    run(Options(**options, given=frozenset(given)))
+    try:
+        run(Options(**options, given=frozenset(given)))
+    except OSError as error:
+        error.filename = error.filename or options["out"]  # a full disk says no more than that
+        raise
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -195,7 +203,8 @@ def check_folder(out: str, data: str) -> None:
     folder = Path(out)
     if folder.is_file():
         raise TicketSetError(f"--out {out}: expected a folder, got a file")
-    if os.path.isdir(data) and folder.resolve().is_relative_to(Path(data).resolve()):
+    roots = [data, os.path.join(os.environ.get("DATALTH_DATA", data), data)]
+    if any(os.path.isdir(root) and folder.resolve().is_relative_to(Path(root).resolve()) for root in roots):
         raise TicketSetError(f"--out {out}: lies inside --data {data}; its shards would be taken for images")
     names = sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp") if folder.is_dir() else []
     if "__init__.py" in names:
@@ -204,6 +213,18 @@ def check_folder(out: str, data: str) -> None:
         )
     if names and fmt.PLAN not in names:
         raise TicketSetError(f"--out {out}: holds other files (first: {names[0]}); give an empty or new folder")
+    if names and not is_plan(folder / fmt.PLAN):
+        raise TicketSetError(
+            f"{folder / fmt.PLAN}: not readable as a plan; empty the folder yourself, or give another --out"
+        )
+
+
+def is_plan(path: Path) -> bool:
+    try:
+        plan = json.loads(path.read_bytes())
+        return {"format", "plan_id", "common", "splits"} <= plan.keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -304,13 +304,10 @@ class _Writer:
         self._raise()
 
     def abort(self) -> None:
-        """Drop a shard that is under way; nothing happens after `finish`."""
+        """Write the shards that are whole, drop the one under way; nothing happens after `finish`."""
         if self._thread.is_alive():
-            self._error = self._error or RuntimeError("aborted")
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._queue.get_nowait()
-            self._queue.put(("stop", None))
+            with contextlib.suppress(BaseException):  # the thread's own error ends it as well
+                self._put("stop", None)
             self._thread.join()
 
     def _put(self, what: str, value: Any) -> None:

@@ -114,6 +114,7 @@ def make_plan(
         split = {
             **geometry,
             "inputs": inputs_hash(table),
+            "keys": fmt.digest(sorted(table["key"].to_pylist())),
             "images": planned,
             "limit": limit,
             "shard_size": shard_size,
@@ -189,7 +190,12 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     for name, split in ours.items():
         retried = shared[name].pop("retried_inputs", None)
         changed = split["inputs"] not in (shared[name]["inputs"], retried)
-        if changed and retry and _only_failed_changed(folder, shared[name], source, name):
+        if (
+            changed
+            and retry
+            and split["keys"] == shared[name]["keys"]
+            and _only_failed_changed(folder, shared[name], source, name)
+        ):
             retried, changed = split["inputs"], False
         if not changed:
             ours[name] = {**split, "inputs": shared[name]["inputs"], "plan_id": shared[name]["plan_id"]}
@@ -198,9 +204,10 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
             ours[name] = {**ours[name], "retried_inputs": retried}
     differing = _differences({"common": old["common"], "splits": shared}, {"common": plan.common, "splits": ours})
     if differing:
+        mended = all(d.split(": ")[0].endswith(".inputs") for d in differing)
         raise TicketSetError(
             f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
-            f" give another --out, or --overwrite"
+            f" give another --out, or --overwrite{', or --retry-failed where failed files were mended' if mended else ''}"
         )
     whole = Plan(plan.common, {**old["splits"], **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
     if whole.splits != old["splits"] or retry:

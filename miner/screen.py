@@ -94,11 +94,9 @@ class Screen:
                 err=True,
             )
 
-    def close(self) -> float:
-        """Seconds since the start."""
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        return time.monotonic() - self._start
 
 
 def waiting_shares(progress: Progress) -> dict[str, float]:

@@ -11,6 +11,8 @@ Shapes: B images, N patches, P prefix tokens, T = P + N tokens at most, D width,
 
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -280,7 +282,7 @@ def _descending(scores: Tensor) -> Tensor:
 def _check_model(model: Model, grid: tuple[int, int]) -> None:
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
-    name = type(model).__name__
+    name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
     if not isinstance(model, VisionTransformer) or model.cls_token is None:
         raise TicketSetError(f"selector {name}: expected a timm VisionTransformer with a class token")
     odd = next((b for b in model.blocks if type(b) is not Block or type(b.attn) is not Attention), None)
@@ -294,6 +296,8 @@ def _check_model(model: Model, grid: tuple[int, int]) -> None:
 @functools.cache
 def _import_method(spec: str) -> Method:
     module_name, _, function_name = spec.partition(":")
+    if os.getcwd() not in sys.path:  # a console script looks beside itself only, not where the user works
+        sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

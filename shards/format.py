@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import tokenize
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("expected version 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise TicketSetError(f".npy member: {error}") from None
     if fortran or dtype.hasobject:
         raise TicketSetError(f".npy member: expected plain numbers in C order, got {dtype}")

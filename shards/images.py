@@ -4,6 +4,7 @@
 it, so a ticket belongs to exactly the pixels the student sees.
 """
 
+import functools
 import io
 from dataclasses import dataclass
 
@@ -118,6 +119,14 @@ def image_size(data: bytes) -> tuple[int, int]:
     return _open(data).size
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """Of Pillow's formats those that hold photos. EPS and its like would start other programs."""
+    Image.init()
+    wanted = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000", "TGA"]
+    return [name for name in wanted if name in Image.OPEN]
+
+
 def _sniff(data: bytes) -> str | None:
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
@@ -131,9 +140,11 @@ def _sniff(data: bytes) -> str | None:
 def _open(data: bytes) -> Image.Image:
     """Header only; the size is checked before anything is decoded."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
         raise ImageError(f"too large: more than {MAX_PIXELS} pixels") from None
+    except MemoryError:  # says nothing of the image
+        raise
     except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise ImageError(f"not an image: {_reason(error)}") from None
     if image.width * image.height > MAX_PIXELS:
@@ -160,7 +171,7 @@ def _pixels(image: Image.Image, exif: str) -> np.ndarray:
         if image.mode == "F":
             raise ImageError("floating-point pixels have no fixed range")
         return np.asarray(image.convert("RGB"))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
         raise ImageError(f"cannot be decoded: {_reason(error)}") from None

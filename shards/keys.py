@@ -19,7 +19,7 @@ _DIGITS = re.compile(r"(\d+)")
 
 def key_of(path: str) -> str:
     """The key of one relative path, before equal keys are told apart by `unique_keys`."""
-    folder, _, name = path.strip("/").rpartition("/")
+    folder, _, name = path.removeprefix("./").strip("/").rpartition("/")
     stem = name.rsplit(".", 1)[0] or name
     return _shorten(_quote(f"{folder}/{stem}" if folder else stem))
 

@@ -144,7 +144,7 @@ class TicketSet:
         for name in self.shard_names(split):
             table = self.shard_table(name).replace_schema_metadata(None)
             tables.append(table.append_column("shard", pa.array([name] * len(table), pa.string())))
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables, promote_options="default")
 
     def stream(self, split: str) -> Iterator[Sample]:
         """Every sample of a split that succeeded, in stored order."""

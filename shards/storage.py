@@ -105,6 +105,7 @@ class _RemoteRanges:
         import fsspec
 
         self._fs, self._path = fsspec.core.url_to_fs(url)
+        self._fs.info(self._path)
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -131,6 +131,9 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert kind or self._committed, "a shard left its context without commit()"
+        if kind:  # a tar that was never closed would still write when it is collected
+            with contextlib.suppress(OSError, ValueError):
+                self._tar.close()
         self._stack.__exit__(kind, error, traceback)
 
 

@@ -53,7 +53,8 @@ def open_source(
         source = split_off_val(source, val_share, seed)
     missing = [s for s in splits if s not in source.splits]
     if missing:
-        raise TicketSetError(f"--data {spec}: expected a split of {list(source.splits)}, got --split {missing[0]}")
+        there = list(dict.fromkeys([*source.splits, *(["val"] if source.own_val else [])]))
+        raise TicketSetError(f"--data {spec}: expected a split of {there}, got --split {missing[0]}")
     if splits:
         source = source.only(splits)
     empty = [name for name, table in source.splits.items() if len(table) == 0]
@@ -87,19 +88,29 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str
     if os.path.exists(os.path.join(path, fmt.MANIFEST)) or os.path.exists(os.path.join(path, fmt.PLAN)):
         return ticket_set_source(path, base)
     tars = sorted(str(p) for p in Path(path).glob("*.tar"))
-    if tars and not any(p.is_dir() for p in Path(path).iterdir()):
+    if tars and not any(p.is_dir() and not p.name.startswith(".") for p in Path(path).iterdir()):
         return tar_source(spec, tars, label_field, labels)
     return folder_source(spec, path, splits, labels)
 
 
+def _remote_glob(url: str) -> list[str]:
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url)
+    found = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path))]
+    if not found:
+        raise TicketSetError(f"--data {url}: no such files")
+    return found
+
+
 def _expand(pattern: str) -> list[str]:
-    """Braces and local globs; a brace without a file behind it is an error, not a gap."""
+    """Braces and globs; a brace without a file behind it is an error, not a gap."""
     from webdataset.shardlists import expand_urls
 
     urls: list[str] = []
     for url in expand_urls(pattern):
         if storage.is_remote(url):
-            urls.append(url)
+            urls += _remote_glob(url) if "*" in url or "[" in url else [url]  # a ? begins a query
         elif glob.has_magic(url):
             urls += sorted(glob.glob(url))
         elif os.path.exists(url):

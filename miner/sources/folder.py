@@ -24,7 +24,7 @@ from miner.sources.source import (
 from shards.errors import TicketSetError
 
 VAL_NAMES = ("val", "validation")
-_ESCAPED_BYTE = re.compile(r"\\(udc[89a-f][0-9a-f])")  # a byte that is no UTF-8, as `source` spells it
+_ESCAPED_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")  # a byte that is no UTF-8, as `source` spells it
 
 
 def folder_source(spec: str, root: str, splits: Sequence[str], labels: str | None) -> Source:

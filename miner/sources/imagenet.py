@@ -47,13 +47,18 @@ def imagenet_source(spec: str, path: str, splits: Sequence[str], labels: str | N
             continue
         entries[split] = list(_train(archive, container) if split == "train" else _val(archive, container))
         if split == "val":
-            label_entries(entries[split], read_labels(labels) if labels else _devkit_labels(spec, folder))
+            if labels:
+                label_entries(entries[split], read_labels(labels), f"--labels {labels}")
+            else:
+                label_entries(entries[split], _devkit_labels(spec, folder), DEVKIT)
             for entry in entries[split]:
                 entry.source = f"val/{entry.name}/{entry.source.rpartition('/')[2]}"
-    classes = class_names(entries.get("train") or entries["val"], f"--data {spec}")
+    if not entries:
+        raise TicketSetError(f"--data {spec}: expected a split of {list(archives)}, got --split {splits[0]}")
+    classes = class_names(entries["train" if "train" in entries else "val"], f"--data {spec}")
     notes: list[str] = []
     tables = {split: listing(e, classes, f"--data {spec}, split {split}", notes) for split, e in entries.items()}
-    return Source(spec, classes, tables, TarReader(list(archives.values())), notes)
+    return Source(spec, classes, tables, TarReader(list(archives.values())), notes, own_val="val" in archives)
 
 
 def _train(archive: str, container: int) -> Iterator[Entry]:
@@ -62,8 +67,12 @@ def _train(archive: str, container: int) -> Iterator[Entry]:
             wnid = os.path.basename(class_tar.name).removesuffix(".tar")
             # A view of the class tar's bytes inside the archive: nothing is unpacked.
             section: Any = _Section(file, class_tar.offset_data, class_tar.size)
-            inside = tarfile.open(fileobj=section, mode="r:")  # noqa: SIM115 - closes with the archive
-            for member in members(inside, f"{archive}: {class_tar.name}"):
+            where = f"{archive}: {class_tar.name}"
+            try:
+                inside = tarfile.open(fileobj=section, mode="r:")  # noqa: SIM115 - closes with the archive
+            except tarfile.TarError as error:
+                raise TicketSetError(f"{where}: not a readable tar: {error}") from None
+            for member in members(inside, where):
                 if is_image(member.name):
                     offset = class_tar.offset_data + member.offset_data
                     yield Entry(f"train/{wnid}/{os.path.basename(member.name)}", wnid, member.size, container, offset)
@@ -118,13 +127,16 @@ def _devkit_labels(spec: str, folder: str) -> dict[str, str]:
             f"--data {spec}: reading {DEVKIT} needs scipy: pip install scipy, or give --labels FILE.csv (filename,class)"
         ) from None
     found = {}
-    with tarfile.open(devkit, "r:gz") as tar:
-        for member in members(tar, devkit):
-            for wanted in (_TRUTH, _META):
-                if member.name.endswith(wanted):
-                    found[wanted] = read_member(tar, member)
+    try:
+        with tarfile.open(devkit, "r:gz") as tar:
+            for member in members(tar, devkit):
+                for wanted in (_TRUTH, _META):
+                    if member.name.endswith(wanted):
+                        found[wanted] = read_member(tar, member)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise TicketSetError(f"{devkit}: not a readable tar: {error}") from None
     if len(found) != 2:
-        raise TicketSetError(f"{devkit}: expected {_TRUTH} and {_META} in it")
+        raise TicketSetError(f"{devkit}: expected {_TRUTH} and {_META} in it, got {sorted(found) or 'neither'}")
     synsets = loadmat(io.BytesIO(found[_META]), squeeze_me=True)["synsets"]
     wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
     truth = found[_TRUTH].decode("ascii").split()

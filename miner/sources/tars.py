@@ -45,7 +45,7 @@ def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None)
         with open_tar(url) as (tar, _):
             entries.extend(_samples(tar, url, container, label_field, notes))
     for entries in by_split.values():
-        label_entries(entries, label_map)
+        label_entries(entries, label_map, f"--labels {labels}")
     every = [e for entries in by_split.values() for e in entries]
     if not every:
         raise TicketSetError(f"--data {spec}: no images in {len(urls)} tars")
@@ -53,7 +53,7 @@ def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None)
     if classes and all(isinstance(e.name, int) for e in every if e.name is not None):
         classes = class_names(every, f"--data {spec}")
     remote = any(storage.is_remote(url) for url in urls)
-    tables = {split: listing(entries, classes, f"--data {spec}", notes) for split, entries in by_split.items()}
+    tables = {s: listing(entries, classes, f"--data {spec}, split {s}", notes) for s, entries in by_split.items()}
     if remote:  # read each tar once, from its beginning to its end
         tables = {split: table.take(_far_order(table)) for split, table in tables.items()}
     if "train" in tables:
@@ -98,8 +98,10 @@ class open_tar:
 def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
     """The files of a tar, one at a time and without keeping them.
 
+    tarfile takes a broken header, and a file that is cut between two members, for the end of the tar.
+
     Raises:
-        TicketSetError: the tar ends early.
+        TicketSetError: the tar ends early, or without its end mark.
     """
     try:
         for member in tar:
@@ -108,6 +110,14 @@ def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
                 yield member
     except tarfile.TarError as error:
         raise TicketSetError(f"{where}: not a readable tar: {error}") from None
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        got = "something else" if len(block) == tarfile.BLOCKSIZE else "the end of the file"
+        raise TicketSetError(
+            f"{where}: not a readable tar: expected a member or the end mark at {tar.offset}, got {got}"
+        )
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -126,6 +136,7 @@ def _far_order(table: pa.Table) -> np.ndarray:
 
 
 def _samples(tar: tarfile.TarFile, url: str, container: int, label_field: str, notes: list[str]) -> Iterator[Entry]:
+    """The image of a sample is its member with the plainest name: x.jpg before x.seg.png, whichever comes first."""
     grouped: dict[str, dict[str, Any]] = {}
     for member in members(tar, url):
         match = _SAMPLE_NAME.match(member.name)
@@ -136,19 +147,24 @@ def _samples(tar: tarfile.TarFile, url: str, container: int, label_field: str, n
         if extension in ("cls", "json"):
             sample[extension] = read_member(tar, member)
         elif is_image("." + extension):
-            sample.setdefault("image", (member.name, member.size, member.offset_data))
-        else:
-            sample.setdefault("other", extension)
-    pictured = {name: sample for name, sample in grouped.items() if "image" in sample}
+            sample.setdefault("images", []).append((member.name, member.size, member.offset_data))
+    pictured = {name: sample for name, sample in grouped.items() if "images" in sample}
     if len(pictured) < len(grouped):
         odd = next(name for name in grouped if name not in pictured)
         notes.append(
             f"{url}: {len(grouped) - len(pictured)} samples have no image member (.{', .'.join(IMAGE_MEMBERS)}, ...;"
             f" first: {odd})"
         )
+    several = []
     for name, sample in pictured.items():
-        path, size, offset = sample["image"]
+        plainest = min(path.count(".") for path, _, _ in sample["images"])
+        images = [image for image in sample["images"] if image[0].count(".") == plainest]
+        if len(images) > 1:
+            several.append(f"{name}: {images[0][0]}")
+        path, size, offset = images[0]
         yield Entry(path, _label(sample, name, url, label_field), size, container, offset)
+    if several:
+        notes.append(f"{url}: {len(several)} samples have several images, one of each is taken (first: {several[0]})")
 
 
 def _label(sample: dict[str, Any], name: str, url: str, label_field: str) -> int | str | None:
@@ -157,7 +173,10 @@ def _label(sample: dict[str, Any], name: str, url: str, label_field: str) -> int
             return int(sample["cls"])
         if "json" in sample:
             value = json.loads(sample["json"]).get(label_field)
-            return value if isinstance(value, int) or value is None else str(value)
+        else:
+            return None
     except (ValueError, AttributeError):
         raise TicketSetError(f"{url}: {name}: expected digits in .cls or an object in .json") from None
-    return None
+    if value is None or isinstance(value, str) or type(value) is int:
+        return value
+    raise TicketSetError(f"{url}: {name}: expected a name or a number in its json's {label_field}, got {value!r}")

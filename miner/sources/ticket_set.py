@@ -23,7 +23,7 @@ def ticket_set_source(url: str, base: str | None) -> Source:
     """
     opened = TicketSet.open(url, base)
     images = opened.base or opened
-    shards: list[str] = []
+    shards = [name for split in images.splits for name in images.shard_names(split)]
     splits = {}
     for split in opened.splits:
         tables = []
@@ -35,9 +35,8 @@ def ticket_set_source(url: str, base: str | None) -> Source:
                 keep = pc.and_(keep, pc.is_in(table["key"], own.filter(pc.equal(own["status"], "ok"))["key"]))
             table = table.filter(keep)
             columns = [table["key"], table["source"], table["label"], table["bytes"]]
-            container = pa.array([len(shards)] * len(table), pa.int32())
+            container = pa.array([shards.index(name)] * len(table), pa.int32())
             tables.append(pa.table([*columns, container, table["offset"]], schema=SCHEMA))
-            shards.append(name)
         splits[split] = pa.concat_tables(tables)
     return Source(url, images.classes, splits, _TicketSetReader(images, shards), base=images)
 

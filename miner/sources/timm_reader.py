@@ -1,6 +1,6 @@
 """timm's map-style dataset readers as a source: `timm:hfds/NAME` and what else timm can index."""
 
-import re
+import numbers
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -27,16 +27,22 @@ def timm_source(spec: str, splits: Sequence[str]) -> Source:
     prefix = name.partition("/")[0]
     if prefix in _ITERABLE:
         raise TicketSetError(f"--data {spec}: {prefix} can only be read in order; {_ADVICE[prefix]}")
+    if prefix == name:
+        raise TicketSetError(f"--data {spec}: expected timm:READER/NAME, such as timm:hfds/uoft-cs/cifar10")
     readers = {}
     if not splits or "train" in splits or "val" in splits:
         readers["train"] = _create(spec, name, "train")
-    for split in splits or ("val",):
+    own_val = False
+    for split in dict.fromkeys((*splits, "val")):  # val also where it is not wanted: is there one?
         if split != "train":
             reader = next(filter(None, (_try(name, s) for s in (_VAL_NAMES if split == "val" else (split,)))), None)
-            if reader is not None:
+            own_val = own_val or (split == "val" and reader is not None)
+            if reader is not None and (not splits or split in splits):
                 readers[split] = reader
+    if not readers:
+        raise TicketSetError(f"--data {spec}: timm finds no split {' or '.join(splits)}")
     notes: list[str] = []
-    entries = {split: _entries(reader, i, split) for i, (split, reader) in enumerate(readers.items())}
+    entries = {split: _entries(spec, reader, i, split) for i, (split, reader) in enumerate(readers.items())}
     classes = class_names([e for split in entries.values() for e in split], f"--data {spec}")
     names = getattr(next(iter(readers.values())), "class_to_idx", None) or {}
     if len(names) >= len(classes):
@@ -44,7 +50,7 @@ def timm_source(spec: str, splits: Sequence[str]) -> Source:
     tables = {split: listing(e, classes, f"--data {spec}", notes) for split, e in entries.items()}
     if "train" in tables:
         empty_classes(classes, tables["train"], notes)
-    return Source(spec, classes, tables, _TimmRead(list(readers.values())), notes)
+    return Source(spec, classes, tables, _TimmRead(list(readers.values())), notes, own_val=own_val)
 
 
 def _create(spec: str, name: str, split: str) -> Any:
@@ -54,7 +60,9 @@ def _create(spec: str, name: str, split: str) -> Any:
         reader = create_reader(name, root=None, split=split)
     except Exception as error:  # timm, datasets and the network each have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TicketSetError(f"--data {spec}: timm cannot open split {split}: {reason}") from None
+        raise TicketSetError(
+            f"--data {spec}: timm cannot open split {split}: {reason}; expected such as timm:hfds/uoft-cs/cifar10"
+        ) from None
     if not hasattr(reader, "__getitem__") or not hasattr(reader, "__len__"):
         raise TicketSetError(
             f"--data {spec}: {type(reader).__name__} can only be read in order; use a map-style reader"
@@ -69,17 +77,17 @@ def _try(name: str, split: str) -> Any | None:
         return None
 
 
-def _entries(reader: Any, container: int, split: str) -> list[Entry]:
-    """Targets without images where the reader can; the key of input 7 is `train/00000007-its-file-name`."""
+def _entries(spec: str, reader: Any, container: int, split: str) -> list[Entry]:
+    """Targets without images where the reader can; the key of input 7 is `train/00000007`.
+
+    A reader's own file names are left alone: hfds would decode every image for them.
+    """
     targets = reader.iter_targets() if hasattr(reader, "iter_targets") else (reader[i][1] for i in range(len(reader)))
     out = []
     for i, target in enumerate(targets):
-        try:
-            path = str(reader.filename(i, basename=True) or "")
-        except Exception:  # a reader without file names
-            path = ""
-        path = re.sub(r".*[/\\]", "", path)
-        name = f"{split}/{i:08d}" + (f"-{path}" if path else "")
+        name = f"{split}/{i:08d}"
+        if target is not None and not isinstance(target, numbers.Integral):
+            raise TicketSetError(f"--data {spec}: {name}: expected a class number, got {target!r}")
         out.append(Entry(name, None if target is None or target < 0 else int(target), -1, container, i))
     return out
 
@@ -92,6 +100,8 @@ class _TimmRead:
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, None]:
         with self._lock:
-            image = self._readers[row["container"]][row["offset"]][0]
-            with image:
-                return image.read(), None
+            try:
+                with self._readers[row["container"]][row["offset"]][0] as image:
+                    return image.read(), None
+            except Exception as error:  # whatever the reader's backend raises: this image failed, not the run
+                raise OSError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
