@@ -202,6 +202,7 @@ def default_device() -> str:
 
 
 def plan_of(options: Options, source: Source, selector: Selector, identity: dict[str, Any]) -> Plan:
+    planned = None if options.overwrite else planned_batch_size(options.out)
     on_cpu = selector.device.type == "cpu"  # where small batches stay in the caches: measured 1.25 times 128's rate
     return make_plan(
         source,
@@ -218,7 +219,7 @@ def plan_of(options: Options, source: Source, selector: Selector, identity: dict
         images=options.images,
         val_share=options.val_share,
         seed=options.seed,
-        batch_size=options.batch_size or planned_batch_size(options.out) or (16 if on_cpu else 128),
+        batch_size=options.batch_size or planned or (16 if on_cpu else 128),
         shard_size=options.shard_size,
         limit=options.limit,
     )

@@ -317,7 +317,7 @@ def small(photos, tmp_path):
         (("--store-side", 32), "store_side: None there, 32 here"),
         (("--shard-size", 4), "splits.train.shard_size: 5 there, 4 here"),
         (("--limit", 3), "splits.train.images: 21 there, 3 here"),
-        (("-b", 7), "batch_size: 128 there, 7 here"),
+        (("-b", 7), "batch_size: 16 there, 7 here"),
         (("--hflip", 0.25), "splits.train.hflip: 0.5 there, 0.25 here"),
     ],
 )

@@ -96,7 +96,7 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if not (isinstance(model, VisionTransformer) or _is_eva(model)):
         raise TicketSetError(f"model {name}: cannot take tickets; expected a timm VisionTransformer or Eva")
-    stem = getattr(model.patch_embed, "proj", None)
+    stem: Any = getattr(model.patch_embed, "proj", None)
     size = tuple(model.patch_embed.patch_size)
     linear = (
         isinstance(model.patch_embed, PatchEmbed)
