@@ -168,7 +168,7 @@ class TicketSet:
                 if key not in images:
                     raise TicketSetError(f"{image_url}: expected an image of {key}, which {self.url} links to")
                 pictured = split_members(image_ranges.read(*images[key]), key, image_url)
-            yield self._sample(key, members, pictured, image_url)
+            yield self.sample(key, members, pictured, image_url)
 
     def find(self, key: str, split: str | None = None) -> tuple[str, dict[str, Any]]:
         """(split, row of the index) of one key.
@@ -197,7 +197,12 @@ class TicketSet:
         columns = (table[c].to_pylist() for c in table.column_names)
         return {key: (offset, size) for key, status, offset, size in zip(*columns, strict=True) if status == "ok"}
 
-    def _sample(self, key: str, members: dict[str, bytes], pictured: dict[str, bytes], where: str) -> Sample:
+    def sample(self, key: str, members: dict[str, bytes], pictured: dict[str, bytes], where: str) -> Sample:
+        """A sample from the members of its own tar and of the tar that holds its image.
+
+        Raises:
+            TicketSetError: a member is missing, or an array has another shape than the manifest says.
+        """
         image = next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
         if image is None or fmt.RANKING not in members or fmt.VIEWS not in members:
             raise TicketSetError(f"{where}: {key}: expected an image, a ranking and views, got {sorted(pictured)}")

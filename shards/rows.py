@@ -1,0 +1,126 @@
+"""Random access to the samples of a split by (shard, row): what a trainer reads in its own order.
+
+Offsets come from the index, so nothing is scanned; a remote tar is fetched whole, once, into a cache folder.
+"""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards import storage
+from shards.errors import TicketSetError
+from shards.reader import Sample, TicketSet
+from shards.tar import split_members
+
+OPEN_FILES = 64
+CACHED_TARS = 40  # more than two windows of an epoch's order
+
+
+class Rows:
+    """The samples of one split that succeeded; rows count within their shard, in stored order.
+
+    Attributes:
+        sizes: samples of each shard.
+        skipped: samples of the base that a linked set lacks.
+    """
+
+    def __init__(self, opened: TicketSet, split: str, cache: str | None = None) -> None:
+        self._set = opened
+        self._names = opened.shard_names(split)
+        self._cache = cache or os.path.join(tempfile.gettempdir(), f"datalth-{opened.manifest['set_id'][:16]}")
+        tables = [_joined(opened, name) for name in self._names]
+        self.sizes = tuple(len(table) for table in tables)
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        table = pa.concat_tables(tables).combine_chunks()
+        self._keys = table["key"].combine_chunks()
+        self._extents = np.stack([table[c].to_numpy() for c in ("offset", "bytes", "base_offset", "base_bytes")], 1)
+        labels = table["label"]
+        self.labelled = labels.null_count == 0
+        self.labels = pc.fill_null(labels, -1).to_numpy()
+        in_base = opened.manifest if opened.base is None else opened.base.manifest
+        self.skipped = in_base["splits"][split]["samples"] - len(table)
+        self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict:
+        """Open files stay behind when a worker process is spawned."""
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard, row) of a position in stored order."""
+        shard = int(np.searchsorted(self._starts, position, "right")) - 1
+        return shard, position - int(self._starts[shard])
+
+    def label(self, shard: int, row: int) -> int:
+        """-1 where there is none."""
+        return int(self.labels[self._starts[shard] + row])
+
+    def read(self, shard: int, row: int) -> Sample:
+        """One sample.
+
+        Raises:
+            TicketSetError: the tar is not what the index says.
+        """
+        position = int(self._starts[shard]) + row
+        offset, size, base_offset, base_size = (int(v) for v in self._extents[position])
+        key, name = self._keys[position].as_py(), self._names[shard]
+        url = storage.join(self._set.url, f"{name}.tar")
+        members = split_members(self._open(url).read(offset, size), key, url)
+        pictured = members
+        if self._set.base is not None:
+            url = storage.join(self._set.base.url, f"{name}.tar")
+            pictured = split_members(self._open(url).read(base_offset, base_size), key, url)
+        return self._set.sample(key, members, pictured, url)
+
+    def _open_tar(self, url: str) -> storage.Ranges:
+        if storage.is_remote(url):
+            url = fetch(url, Path(self._cache))
+        try:
+            return storage.open_ranges(url)
+        except FileNotFoundError:
+            raise TicketSetError(f"{url}: missing; the index lists its samples") from None
+
+
+def _joined(opened: TicketSet, name: str) -> pa.Table:
+    """key, label, offset, bytes, base_offset, base_bytes of one shard's samples."""
+    own = _extents(opened, name)
+    if opened.base is None:
+        return own.append_column("base_offset", own["offset"]).append_column("base_bytes", own["bytes"])
+    base = _extents(opened.base, name)
+    places = pc.index_in(own["key"], base["key"])
+    if places.null_count:
+        missing = own.filter(pc.is_null(places))["key"][0].as_py()
+        raise TicketSetError(f"{opened.base.url}: expected an image of {missing}, which {opened.url} links to")
+    found = base.take(places)
+    return own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
+
+
+def _extents(opened: TicketSet, name: str) -> pa.Table:
+    table = opened.shard_table(name)
+    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "offset", "bytes"])
+
+
+def fetch(url: str, cache: Path) -> str:
+    """A local copy of a remote tar; processes share it, the oldest copies are removed."""
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / url.rpartition("/")[2]
+    if not path.exists():
+        size, ranges = storage.size_of(url), storage.open_ranges(url)
+        with storage.atomic_file(path) as file:
+            for offset in range(0, size, storage.REMOTE_BLOCK):
+                file.write(ranges.read(offset, min(storage.REMOTE_BLOCK, size - offset)))
+        copies = sorted(cache.glob("*.tar"), key=lambda p: p.stat().st_mtime)
+        for old in copies[:-CACHED_TARS]:
+            old.unlink(missing_ok=True)  # a process that reads it keeps its open file
+    return str(path)
