@@ -30,7 +30,7 @@ def arm_ranking(
     if arm == "center":
         return center_ranking(grid)
     if arm == "full":
-        return np.arange(len(mined))
+        return np.arange(grid[0] * grid[1])  # also where the student looks at a coarser grid
     name = fixed_name if arm == "random-fixed" else fresh_name
     key = int.from_bytes(hashlib.blake2b(f"{arm}/{name}".encode(), digest_size=16).digest(), "little")
     return np.argsort(np.random.Philox(key=key).random_raw(len(mined)), kind="stable")

@@ -54,7 +54,7 @@ class TrainFeed(Dataset):
     """Batches by (epoch, step, micro-batch of the global batch).
 
     A batch holds patches uint8 [B, K, C*p*p], keep_indices int64 [B, K], labels and partners int64 [B], lam
-    float32 [B] (share of the own label), and erase int64 [B, 4].
+    float32 [B] (share of the own label), and with random erasing erase int64 [B, 4].
     """
 
     def __init__(self, rows: Rows, options: FeedOptions) -> None:
@@ -70,9 +70,10 @@ class TrainFeed(Dataset):
     def samples(self, epoch: int) -> np.ndarray:
         return epoch_samples(self.options.seed, epoch, self.rows.sizes, self.options.repeats)
 
-    def steps(self, epoch: int) -> int:
-        """Optimizer steps of an epoch; the last batch begins the epoch anew where images run out."""
-        return -(-len(self.samples(epoch)) // self.options.global_batch)
+    def steps(self) -> int:
+        """Optimizer steps of an epoch, the same for all; a last batch begins the epoch anew where samples run out."""
+        samples = -(-len(self.rows) // self.options.repeats) * self.options.repeats
+        return -(-samples // self.options.global_batch)
 
     def __getitem__(self, place: tuple[int, int, int]) -> Batch:
         epoch, step, micro = place
@@ -90,18 +91,20 @@ class TrainFeed(Dataset):
             pixels, rankings = self._mix(pixels, rankings, swap, share, box)
         unmasked = options.unmask_from is not None and epoch >= options.unmask_from
         keep = np.tile(np.arange(len(rankings[0])), (len(rankings), 1)) if unmasked else rankings[:, : options.tokens]
-        boxes = []
-        for position in positions:
-            with seeded("erase", options.seed, epoch, position):
-                boxes.append(erasing_box(options.reprob, options.img_size))
-        return {
+        batch = {
             "patches": torch.from_numpy(gather(pixels, keep, options.patch_size)),
             "keep_indices": torch.from_numpy(np.ascontiguousarray(keep, np.int64)),
             "labels": torch.from_numpy(labels.astype(np.int64)),
             "partners": torch.from_numpy(partners.astype(np.int64)),
             "lam": torch.from_numpy(lam),
-            "erase": torch.tensor(boxes, dtype=torch.int64),
         }
+        if options.reprob:
+            boxes = []
+            for position in positions:
+                with seeded("erase", options.seed, epoch, position):
+                    boxes.append(erasing_box(options.reprob, options.img_size))
+            batch["erase"] = torch.tensor(boxes, dtype=torch.int64)
+        return batch
 
     def _views(self, chosen: np.ndarray, positions: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Augmented pixels uint8 [B, S, S, 3] and the arm's rankings [B, N]; each image is decoded once."""

@@ -49,6 +49,8 @@ def epoch_samples(seed: int, epoch: int, shard_sizes: tuple[int, ...], repeats: 
     rounds = [(i, repeats + (i + j) % repeats, j) for j in range(repeats) for i in range(repeats)]
     pattern = np.array([(image, j) for a, b, j in rounds for image in (a, b)])  # [2 R**2, 2]
     whole = len(mine) // group * group
+    if repeats > 1 and len(mine) - whole == 1 and whole:
+        whole -= group  # one image alone would be its own neighbour
     body = mine[:whole].reshape(-1, group, 2)[:, pattern[:, 0]]  # [groups, 2 R**2, 2]
     visits = np.broadcast_to(pattern[:, 1], body.shape[:2])
     rest = np.tile(mine[whole:], (repeats, 1))
@@ -56,11 +58,6 @@ def epoch_samples(seed: int, epoch: int, shard_sizes: tuple[int, ...], repeats: 
     samples = np.concatenate([body.reshape(-1, 2), rest])
     replicate = np.concatenate([visits.reshape(-1), rest_visits])
     return np.column_stack([samples, cycle * repeats + replicate])
-
-
-def num_steps(seed: int, epoch: int, shard_sizes: tuple[int, ...], repeats: int, global_batch: int) -> int:
-    """Optimizer steps of an epoch."""
-    return -(-len(epoch_samples(seed, epoch, shard_sizes, repeats)) // global_batch)
 
 
 def batch_positions(step: int, micro: int, batch_size: int, global_batch: int, samples: int) -> np.ndarray:

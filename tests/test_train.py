@@ -1,0 +1,246 @@
+"""datalth-train: exact resume, ranks, checkpoints that timm loads, arms, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+
+from conftest import SELECTOR, mine
+from shards.reader import TicketSet
+from shards.rows import Rows
+from trainer.cli import main
+from trainer.evaluate import evaluate
+from trainer.feed import EvalFeed, FeedOptions, loader
+from trainer.ticket_vit import TicketViT
+
+SMALL = ["--model-kwargs", "embed_dim=32", "--model-kwargs", "depth=2", "--model-kwargs", "num_heads=2"]
+QUICK = [*SMALL, "--epochs", "2", "-b", "4", "--warmup-epochs", "1", "-j", "0", "--repeats", "2", "--log-interval", "1"]
+
+
+@pytest.fixture(scope="module")
+def tickets(photos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real tickets: 8 of 16 patches, 4 views, shards of 10; 21 train and 6 val images."""
+    out = tmp_path_factory.mktemp("tickets") / "set"
+    mine("--data", photos, "--out", out, "--selector", SELECTOR, "--weights", weights, "--tokens", 8, "--views", 4,
+         "--shard-size", 10)  # fmt: skip
+    return out
+
+
+def arguments(tickets: Path, output: Path, name: str, *more: object) -> list[str]:
+    return ["--shards", str(tickets), *QUICK, "--output", str(output), "--experiment", name, *map(str, more)]
+
+
+def train(tickets: Path, output: Path, name: str, *more: object, code: int = 0) -> Result:
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(main, arguments(tickets, output, name, *more))
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.pth.tar", weights_only=True)["state_dict"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped, with everything on."""
+    output = tmp_path_factory.mktemp("whole")
+    train(tickets, output, "run")
+    return output / "run"
+
+
+def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM before the given update."""
+    from trainer import engine
+
+    calls = []
+    apply = engine.apply_update
+
+    def counted(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == update:
+            os.kill(os.getpid(), signal.SIGTERM)
+        apply(*args)
+
+    monkeypatch.setattr(engine, "apply_update", counted)
+
+
+@pytest.mark.parametrize("update", [2, 8])
+def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_weights_and_losses(
+    tickets, whole, tmp_path, monkeypatch, update
+):
+    with monkeypatch.context() as patch:
+        stopped_at(update, patch)
+        train(tickets, tmp_path, "run", code=143)
+    assert (tmp_path / "run" / "recovery.pth.tar").exists()
+    assert not same(
+        torch.load(tmp_path / "run" / "recovery.pth.tar", weights_only=True)["state_dict"], weights_of(whole)
+    )
+    train(tickets, tmp_path, "run", "--resume", "latest")
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
+    assert (tmp_path / "run/summary.csv").read_text() == (whole / "summary.csv").read_text()
+
+
+def test_another_seed_gives_other_weights(tickets, whole, tmp_path):
+    train(tickets, tmp_path, "run", "--seed", 7)
+    assert not same(weights_of(tmp_path / "run"), weights_of(whole))
+
+
+def test_workers_and_recovery_checkpoints_change_nothing(tickets, whole, tmp_path):
+    train(tickets, tmp_path, "run", "-j", 2, "--recovery-interval", 1)
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
+
+
+def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
+    """Two ranks under torchrun (gloo): SIGKILL after the first recovery checkpoint, then resume."""
+
+    def ranks(name: str, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        flags = arguments(tickets, tmp_path, name, "-b", "2", "--recovery-interval", "1", *more)
+        return subprocess.Popen([*command, "trainer.cli", *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+
+    never = ranks("never")
+    assert never.wait() == 0
+    stopped = ranks("stopped")
+    while not (tmp_path / "stopped" / "recovery.pth.tar").exists():
+        assert stopped.poll() is None
+    os.killpg(stopped.pid, signal.SIGKILL)
+    stopped.wait()
+    assert not (tmp_path / "stopped" / "final.json").exists()
+    assert ranks("stopped", "--resume", "latest").wait() == 0
+    assert same(weights_of(tmp_path / "stopped"), weights_of(tmp_path / "never"))
+
+
+def test_timm_loads_the_checkpoints_and_gives_the_same_logits(tickets, whole):
+    kwargs = {"num_classes": 3, "img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    images = torch.randn(2, 3, 64, 64)
+    logits = []
+    for name in ("model_best.pth.tar", "model_best.safetensors"):
+        model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(whole / name), **kwargs).eval()
+        logits.append(model(images))
+    plain = timm.create_model("deit_tiny_patch16_224", **kwargs).eval()
+    before = plain(images)
+    plain.load_state_dict(torch.load(whole / "model_best.pth.tar", weights_only=True)["state_dict"])
+    assert torch.equal(logits[0], plain(images)) and not torch.equal(before, plain(images))
+    assert torch.equal(logits[1], plain(images))
+    from safetensors import safe_open
+
+    with safe_open(whole / "model_best.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["ant", "bee", "cat"]
+    assert (whole / "classes.txt").read_text() == "ant\nbee\ncat\n"
+
+
+@pytest.mark.parametrize("arm", ["random", "random-fixed", "center", "inverse", "full"])
+def test_every_arm_trains(tickets, tmp_path, arm):
+    output = train(tickets, tmp_path, arm, "--tickets", arm, "--epochs", 1).output
+    tokens = 16 if arm == "full" else 8
+    assert f"{arm}: {tokens} of 16 tokens" in output and "random       top-1" in output
+
+
+def test_unmasked_epochs_and_the_resized_control_train(tickets, tmp_path):
+    assert "*** Best metric" in train(tickets, tmp_path, "unmask", "--unmask-epochs", 1).output
+    output = train(tickets, tmp_path, "resize", "--resize-to-tokens", "--tokens", 9, "--epochs", 1).output
+    assert "9 of 9 tokens" in output
+    refused = train(tickets, tmp_path, "odd", "--resize-to-tokens", code=1).output
+    assert "8 tokens are no square; the nearest --tokens are 9 and 16" in refused
+
+
+def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):
+    """One batch of 4 and two micro-batches of 2 give the same first loss but for rounding, drop path off."""
+    first = []
+    for name, flags in (("one", ["-b", 4]), ("two", ["-b", 2, "--grad-accum-steps", 2])):
+        output = train(tickets, tmp_path, name, *flags, "--drop-path", 0, "--reprob", 0, "--epochs", 1).output
+        line = next(x for x in output.splitlines() if x.startswith("Train: 0"))
+        first.append(float(line.split("Loss: ")[1].split(" ")[0]))
+    assert first[0] == pytest.approx(first[1], abs=2e-3)
+
+
+def test_evaluation_equals_timms_own_on_all_patches(tickets, whole):
+    opened = TicketSet.open(str(tickets))
+    rows = Rows(opened, "val")
+    options = FeedOptions("winning", 8, 64, 16, "ignore", 0, 4, 4)
+    kwargs = {"num_classes": 3, "img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(whole / "last.pth.tar"), **kwargs).eval()
+    from timm.data import resolve_model_data_config
+
+    from shards import render_view
+    from trainer.engine import StepOptions
+
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name])[:, None, None] * 255 for name in ("mean", "std"))
+    hits = 0
+    for sample in opened.stream("val"):
+        view = torch.from_numpy(render_view(sample.image, sample.views[0], 64)).permute(2, 0, 1).float()
+        hits += int(model(((view - mean) / std)[None]).argmax()) == sample.label
+    step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 4, 3, 0.1, None, 1, None, 0)
+    feed = EvalFeed(rows, options)
+    found = evaluate(TicketViT(model), loader(feed, range(len(feed)), 0, step.device), ("all",), 8, step)
+    assert found["all"]["top1"] == pytest.approx(100 * hits / 6)
+
+
+def test_eval_reports_three_protocols(tickets, whole, tmp_path):
+    flags = ["--resume", whole / "last.pth.tar", "--eval"]
+    output = train(tickets, tmp_path, "eval", *flags).output
+    assert [line.split()[0] for line in output.splitlines() if "top-1" in line] == ["tickets", "all", "random"]
+
+
+def test_what_cannot_be_meant_is_refused_in_one_line(tickets, whole, tmp_path, center_set):
+    def refused(*flags: object) -> str:
+        output = train(tickets, tmp_path, "bad", *flags, code=1).output
+        assert output.startswith("Error: ") and output.count("\n") == 1, output
+        return output
+
+    assert "expected at most 16" in refused("--tokens", 17)
+    assert "has 3 training views" in refused("--repeats", 4)
+    assert "8x8 grid of 8 px patches" in refused("--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8")
+    assert "timm cannot build it" in refused("--model", "vit_tyni")
+    assert "cannot take tickets" in refused("--model", "beit_base_patch16_224", "--model-kwargs", "depth=1")
+    assert "expected a split of" in refused("--val-split", "dev")
+    assert "nothing to evaluate" in refused("--eval")
+    assert "no such file" in refused("--resume", tmp_path / "none.pth.tar")
+    again = train(tickets, whole.parent, "run", code=1).output
+    assert "a run is there already" in again
+    other = train(tickets, whole.parent, "run", "--resume", "latest", "--lr-base", 1, code=1).output
+    assert "lr_base: 0.0005 there, 1.0 here" in other
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tickets, tmp_path):
+    output = train(tickets, tmp_path, "nan", "--lr", 1e30, "--warmup-epochs", 0, "--opt", "sgd", code=1).output
+    assert "loss is not finite at epoch" in output
+    assert not (tmp_path / "nan" / "last.pth.tar").exists()
+
+
+def test_a_damaged_or_unfinished_set_is_refused(tickets, tmp_path):
+    import shutil
+
+    copy = Path(shutil.copytree(tickets, tmp_path / "set"))
+    tar = copy / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert "train-000001.tar: expected" in train(copy, tmp_path, "damaged", code=1).output
+    (copy / "manifest.json").unlink()
+    assert "not finished" in train(copy, tmp_path, "unfinished", code=1).output
+
+
+def test_a_config_file_sets_defaults_and_typed_flags_win(tickets, tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 1\nlr-base: 0.5\n")
+    small = ["--shards", str(tickets), *SMALL, "-b", "4", "-j", "0", "--repeats", "1", "--output", str(tmp_path)]
+    result = CliRunner().invoke(
+        main, ["-c", str(tmp_path / "c.yaml"), *small, "--lr-base", "0.001", "--experiment", "x"]
+    )
+    assert result.exit_code == 0, result.output
+    saved = (tmp_path / "x" / "args.yaml").read_text()
+    assert "epochs: 1\n" in saved and "lr_base: 0.001\n" in saved
+    (tmp_path / "c.yaml").write_text("epocs: 1\n")
+    assert "no such flag: epocs" in CliRunner().invoke(main, ["-c", str(tmp_path / "c.yaml"), *small]).output

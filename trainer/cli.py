@@ -1,0 +1,133 @@
+"""datalth-train: a ticket set -> a trained ViT. Flags have timm's names, defaults are DeiT's recipe."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shards.console import reports_errors
+
+EXAMPLES = """
+\b
+Examples:
+  datalth-train --shards shards --model deit_tiny --experiment winning
+  datalth-train --shards shards --model deit_tiny --tickets random --experiment random
+  datalth-train --shards shards -c recipes/quick.yaml --experiment try
+  torchrun --no-python --nproc-per-node 8 datalth-train --shards shards --model deit_small --amp
+"""
+
+
+def read_config(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """-c FILE.yaml sets defaults; what is typed wins, as with timm."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise click.BadParameter(f"{path}: expected lines of flag: value")
+    known = {p.name for p in context.command.params} - {"config"}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise click.BadParameter(f"{path}: no such flag: {unknown[0]}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -> dict[str, Any]:
+    """--model-kwargs a=1 b=x, values as Python literals where they are some."""
+    import ast
+
+    if isinstance(texts, dict):
+        return texts
+    out: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
+        try:
+            out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[name] = value
+    return out
+
+
+POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
+SHARE = click.FloatRange(0, 1)
+OPTIONS: list[Any] = [
+    click.option("-c", "--config", metavar="FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help="Defaults for these flags."),
+    click.option("--shards", required=True, metavar="DIR", help="Ticket set, plain or linked."),
+    click.option("--base", metavar="DIR", help="Where the base of a linked set is now."),
+    click.option("--model", default="deit_tiny", show_default=True, help="timm ViT, or deit_tiny|deit_small|deit_base."),
+    click.option("--tickets", type=click.Choice(["winning", "random", "random-fixed", "center", "inverse", "full"]), default="winning", show_default=True, help="Which patches to train on."),
+    click.option("--tokens", type=POSITIVE, metavar="K", help="Another K of the same rankings.  [default: the set's]"),
+    click.option("--resize-to-tokens", is_flag=True, help="The control of the same cost: the whole view at K coarser patches."),
+    click.option("--unmask-epochs", type=COUNT, default=0, show_default=True, help="Train the last E epochs on all patches."),
+    click.option("--repeats", type=POSITIVE, default=3, show_default=True, help="Views replayed per decode (repeated augmentation)."),
+    click.option("--train-split", default="train", show_default=True),
+    click.option("--val-split", default="val", show_default=True),
+    click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights."),
+    click.option("--initial-checkpoint", metavar="FILE", help="Start from these weights."),
+    click.option("--model-kwargs", multiple=True, callback=key_values, metavar="NAME=VALUE", help="For timm.create_model (repeatable)."),
+    click.option("--drop-path", type=SHARE, default=0.1, show_default=True, help="Stochastic depth."),
+    click.option("--grad-checkpointing", is_flag=True, help="Less memory, more time."),
+    click.option("-b", "--batch-size", type=POSITIVE, default=128, show_default=True, help="Per device."),
+    click.option("--grad-accum-steps", type=POSITIVE, default=1, show_default=True),
+    click.option("--epochs", type=POSITIVE, default=300, show_default=True),
+    click.option("--opt", default="adamw", show_default=True, help="A timm optimizer."),
+    click.option("--lr", type=float, help="Absolute; overrides --lr-base."),
+    click.option("--lr-base", type=float, default=5e-4, show_default=True, help="Per 512 images of the global batch."),
+    click.option("--weight-decay", type=float, default=0.05, show_default=True),
+    click.option("--clip-grad", type=float, metavar="NORM"),
+    click.option("--sched", default="cosine", show_default=True, help="A timm scheduler."),
+    click.option("--warmup-epochs", type=COUNT, default=5, show_default=True),
+    click.option("--warmup-lr", type=float, default=1e-6, show_default=True),
+    click.option("--min-lr", type=float, default=1e-5, show_default=True),
+    click.option("--smoothing", type=SHARE, default=0.1, show_default=True, help="Label smoothing."),
+    click.option("--mixup", type=float, default=0.8, show_default=True, help="Alpha; 0: off."),
+    click.option("--cutmix", type=float, default=1.0, show_default=True, help="Alpha; 0: off."),
+    click.option("--mixup-prob", type=SHARE, default=1.0, show_default=True),
+    click.option("--mixup-switch-prob", type=SHARE, default=0.5, show_default=True),
+    click.option("--aa", default="rand-m9-mstd0.5-inc1", show_default=True, help="timm's policy; geometric ops leave the view as it is."),
+    click.option("--color-jitter", type=float, default=0.4, show_default=True, help="Where there is no --aa."),
+    click.option("--reprob", type=SHARE, default=0.25, show_default=True, help="Random erasing."),
+    click.option("--model-ema/--no-model-ema", default=True, show_default=True),
+    click.option("--model-ema-decay", type=float, default=0.99996, show_default=True),
+    click.option("--amp", is_flag=True),
+    click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
+    click.option("--torchcompile", is_flag=True),
+    click.option("--device", help="cuda, cpu.  [default: cuda where there is one]"),
+    click.option("--seed", type=COUNT, default=42, show_default=True),
+    click.option("-j", "--workers", type=COUNT, default=4, show_default=True),
+    click.option("--log-interval", type=POSITIVE, default=50, show_default=True, metavar="STEPS"),
+    click.option("--recovery-interval", type=COUNT, default=0, show_default=True, metavar="STEPS", help="Save within an epoch."),
+    click.option("--output", default="output", show_default=True, metavar="DIR", help="Folder of the runs."),
+    click.option("--experiment", metavar="NAME", help="Folder of this run.  [default: time, model, tickets]"),
+    click.option("--resume", metavar="PATH|latest", help="Go on from a checkpoint."),
+    click.option("--eval", is_flag=True, help="Only validate, under all three protocols."),
+]  # fmt: skip
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@reports_errors
+def main(**options: Any) -> None:
+    """Train a ViT from scratch on the tickets of a set; feed only the kept patches, at their own positions.
+
+    Defaults are DeiT's recipe. Validation reports accuracy on the selector's tickets and on all patches.
+    """
+    from trainer.run import Options, run  # imports torch
+
+    sys.exit(run(Options(**options)))
+
+
+for _option in reversed(OPTIONS):
+    main = _option(main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""One epoch of training, as a function of explicit state. Steps are counted since epoch 0, in optimizer updates."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import TicketSetError
+from trainer.augment import erase
+from trainer.feed import Batch
+
+
+@dataclass
+class State:
+    """Everything that changes while training; a checkpoint holds it.
+
+    Attributes:
+        model: TicketViT, perhaps compiled and in DistributedDataParallel.
+        vit: the timm model inside.
+        epoch, step: of the next update; step counts within the epoch.
+        loss_sum, loss_count: of this epoch so far.
+        best: best metric so far, and its epoch.
+    """
+
+    model: Any
+    vit: nn.Module
+    optimizer: Any
+    scheduler: Any
+    scaler: Any
+    ema: Any
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best: float | None = None
+    best_epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What one update needs to know."""
+
+    device: torch.device
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patch_size: int
+    grid_width: int
+    num_classes: int
+    smoothing: float
+    clip_grad: float | None
+    accum: int
+    amp_dtype: torch.dtype | None
+    seed: int
+    rank: int = 0
+    log_interval: int = 50
+    recovery_interval: int = 0
+    stop_requested: Callable[[], bool] = field(default=lambda: False)
+
+
+class Stopped(Exception):
+    """A signal asked to stop; the state is at a step boundary."""
+
+
+def train_epoch(
+    state: State,
+    batches: Iterable[Batch],
+    steps: int,
+    options: StepOptions,
+    log: Callable[[State, int, dict[str, float]], None],
+    save_recovery: Callable[[State], None],
+) -> float:
+    """Train from `state.step` to the epoch's end.
+
+    Args:
+        batches: `accum` micro-batches a step, from state.step on.
+        steps: of the whole epoch.
+        log: called every log_interval steps with loss, mean loss, rate, images a step, seconds, data seconds.
+        save_recovery: called every recovery_interval steps, and before Stopped.
+    Returns:
+        The epoch's mean training loss.
+    Raises:
+        TicketSetError: the loss is not finite; says where.
+        Stopped: see there.
+    """
+    state.model.train()
+    iterator = iter(batches)
+    total = torch.zeros((), device=options.device)
+    bad = torch.full((), -1, device=options.device)  # the first step whose loss was not finite, without a sync
+    pending = seen = 0
+    last, waited = time.perf_counter(), 0.0
+    while state.step < steps:
+        update = state.epoch * steps + state.step
+        loss = torch.zeros((), device=options.device)
+        for micro in range(options.accum):
+            start = time.perf_counter()
+            batch = next(iterator)
+            waited += time.perf_counter() - start
+            seen += len(batch["labels"])
+            last_micro = micro == options.accum - 1
+            loss += train_micro_batch(state, batch, options, update, micro, last_micro)
+        apply_update(state, options, update)
+        bad = torch.where((bad < 0) & ~torch.isfinite(loss), state.step, bad)
+        total += loss
+        pending += 1
+        state.step += 1
+        stop = options.stop_requested()
+        due = options.recovery_interval and state.step % options.recovery_interval == 0
+        if stop or due or state.step == steps or state.step % options.log_interval == 0:
+            check_finite(int(bad), state)  # the one place where the host waits for the device
+            state.loss_sum, state.loss_count = state.loss_sum + float(total), state.loss_count + pending
+            total, pending = torch.zeros_like(total), 0
+            seconds = time.perf_counter() - last
+            log(state, steps, {"loss": float(loss), "images": seen, "seconds": seconds, "waited": waited})
+            last, waited, seen = time.perf_counter(), 0.0, 0
+            if stop or (due and state.step < steps):
+                save_recovery(state)
+            if stop:
+                raise Stopped
+    return state.loss_sum / max(1, state.loss_count)
+
+
+def train_micro_batch(
+    state: State, batch: Batch, options: StepOptions, update: int, micro: int, last_micro: bool
+) -> Tensor:
+    """Forward and backward of one micro-batch; returns its share of the step's loss, detached."""
+    batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
+    seed_step(options.seed, update, micro, options.rank)
+    patches = normalise(batch["patches"], options)
+    if "erase" in batch:
+        patches = erase(patches, batch["keep_indices"], batch["erase"], options.grid_width, options.patch_size, None)
+    targets = soft_targets(batch, options)
+    sync = nullcontext() if last_micro or not hasattr(state.model, "no_sync") else state.model.no_sync()
+    with sync:
+        with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
+            logits = state.model(patches, batch["keep_indices"])
+            loss = soft_cross_entropy(logits, targets) / options.accum
+        state.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def apply_update(state: State, options: StepOptions, update: int) -> None:
+    """Clip, step, schedule and average."""
+    if options.clip_grad:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.vit.parameters(), options.clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update(state.vit, step=update)
+    state.scheduler.step_update(update + 1)
+
+
+def normalise(patches: Tensor, options: StepOptions) -> Tensor:
+    """uint8 [B, K, 3*p*p] -> float32, by the model's mean and std."""
+    b, k, _ = patches.shape
+    mean, std = (torch.tensor(v, device=patches.device).mul(255)[:, None] for v in (options.mean, options.std))
+    return ((patches.view(b, k, 3, -1).float() - mean) / std).view(b, k, -1)
+
+
+def soft_targets(batch: Batch, options: StepOptions) -> Tensor:
+    """[B, classes]: smoothed labels, those of mixed views by their share, as timm's Mixup."""
+    off = options.smoothing / options.num_classes
+    on = 1 - options.smoothing + off
+    both = []
+    for name in ("labels", "partners"):
+        full = torch.full((len(batch[name]), options.num_classes), off, device=batch[name].device)
+        both.append(full.scatter_(1, batch[name][:, None], on))
+    lam = batch["lam"][:, None]
+    return both[0] * lam + both[1] * (1 - lam)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """As timm's SoftTargetCrossEntropy; with smoothed one-hot targets as its LabelSmoothingCrossEntropy."""
+    return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def seed_step(seed: int, update: int, micro: int, rank: int) -> None:
+    """Every random number of a step (drop path, erasing noise) comes from its place alone: resuming is exact."""
+    digest = hashlib.blake2b(f"step/{seed}/{update}/{micro}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def check_finite(bad: int, state: State) -> None:
+    if bad >= 0:
+        raise TicketSetError(
+            f"loss is not finite at epoch {state.epoch}, step {bad}; the last checkpoint before is kept."
+            f" Try a lower --lr-base, --clip-grad 1, or --amp-dtype bfloat16"
+        )
+
+
+def is_better(value: float, best: float | None) -> bool:
+    return best is None or (math.isfinite(value) and value > best)

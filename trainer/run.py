@@ -1,0 +1,505 @@
+"""One datalth-train command: check, build, train epoch by epoch, validate, save."""
+
+import json
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, update_summary
+from torch.utils.flop_counter import FlopCounterMode
+
+from miner.models import load_weights, timm_name
+from shards.errors import TicketSetError
+from shards.reader import TicketSet
+from shards.rows import Rows
+from shards.verify import verify
+from trainer import checkpoint
+from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
+from trainer.evaluate import evaluate
+from trainer.feed import EvalFeed, FeedOptions, TrainFeed, loader
+from trainer.ticket_vit import TicketViT
+
+log = logging.getLogger("datalth")
+
+
+@dataclass(frozen=True)
+class Options:
+    """datalth-train's flags; timm's names."""
+
+    shards: str
+    base: str | None
+    model: str
+    tickets: str
+    tokens: int | None
+    resize_to_tokens: bool
+    unmask_epochs: int
+    repeats: int
+    train_split: str
+    val_split: str
+    pretrained: bool
+    initial_checkpoint: str | None
+    model_kwargs: dict[str, Any]
+    drop_path: float
+    grad_checkpointing: bool
+    batch_size: int
+    grad_accum_steps: int
+    epochs: int
+    opt: str
+    lr: float | None
+    lr_base: float
+    weight_decay: float
+    clip_grad: float | None
+    sched: str
+    warmup_epochs: int
+    warmup_lr: float
+    min_lr: float
+    smoothing: float
+    mixup: float
+    cutmix: float
+    mixup_prob: float
+    mixup_switch_prob: float
+    aa: str
+    color_jitter: float
+    reprob: float
+    model_ema: bool
+    model_ema_decay: float
+    amp: bool
+    amp_dtype: str
+    torchcompile: bool
+    device: str | None
+    seed: int
+    workers: int
+    log_interval: int
+    recovery_interval: int
+    output: str
+    experiment: str | None
+    resume: str | None
+    eval: bool
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def run(options: Options) -> int:
+    """Train, or validate with --eval; returns the exit code.
+
+    Raises:
+        TicketSetError: whatever a person can mend.
+    """
+    opened = open_set(options)
+    world = start_world(options)
+    logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
+    try:
+        return Run(options, opened, world).execute()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def open_set(options: Options) -> TicketSet:
+    """The ticket set, if it is whole.
+
+    Raises:
+        TicketSetError: unfinished, damaged, without the wanted splits, or without labels.
+    """
+    opened = TicketSet.open(options.shards, options.base)
+    problems = verify(opened)
+    if problems:
+        raise TicketSetError(
+            f"{options.shards}: {problems[0]} ({len(problems)} problems; datalth-shards verify lists them)"
+        )
+    for split in (options.train_split, options.val_split):
+        opened.shard_names(split)
+    if not opened.classes:
+        raise TicketSetError(f"{options.shards}: its images have no labels; there is nothing to train on")
+    return opened
+
+
+def start_world(options: Options) -> World:
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise TicketSetError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if size > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def build_model(options: Options, opened: TicketSet) -> Any:
+    """The timm model at the student's size; with --resize-to-tokens at the smaller one."""
+    side = student_side(options, opened)
+    arguments = {"num_classes": len(opened.classes), "img_size": side, **options.model_kwargs}
+    try:
+        model: Any = timm.create_model(
+            timm_name(options.model), pretrained=options.pretrained, drop_path_rate=options.drop_path, **arguments
+        )
+    except Exception as error:  # timm's builders and hubs have no common class
+        raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
+    if options.initial_checkpoint:
+        load_weights(model, options.initial_checkpoint)
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def student_side(options: Options, opened: TicketSet) -> int:
+    """Pixels of the student's input.
+
+    Raises:
+        TicketSetError: --resize-to-tokens with a K that is no square.
+    """
+    if not options.resize_to_tokens:
+        return opened.manifest["img_size"]
+    tokens = options.tokens or opened.k
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise TicketSetError(
+            f"--resize-to-tokens: {tokens} tokens are no square; the nearest --tokens are {side**2} and {(side + 1) ** 2}"
+        )
+    return side * opened.manifest["patch_size"]
+
+
+class Run:
+    """What one command holds while it runs."""
+
+    def __init__(self, options: Options, opened: TicketSet, world: World) -> None:
+        self.options, self.opened, self.world = options, opened, world
+        torch.manual_seed(options.seed)
+        model = build_model(options, opened)
+        wrapped = TicketViT(model).to(world.device)
+        self.tokens = self._tokens(wrapped)
+        config = resolve_model_data_config(model)
+        global_batch = options.batch_size * world.size * options.grad_accum_steps
+        whole = options.tickets == "full" or options.resize_to_tokens
+        self.feed_options = FeedOptions(
+            arm="full" if whole else options.tickets,
+            tokens=self.tokens,
+            img_size=student_side(options, opened),
+            patch_size=opened.manifest["patch_size"],
+            exif=opened.exif,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            global_batch=global_batch,
+            repeats=options.repeats,
+            aa=options.aa,
+            color_jitter=options.color_jitter,
+            mean=config["mean"],
+            reprob=options.reprob,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            mixup_prob=options.mixup_prob,
+            mixup_switch_prob=options.mixup_switch_prob,
+            unmask_from=options.epochs - options.unmask_epochs if options.unmask_epochs else None,
+        )
+        self.feed = TrainFeed(self._rows(options.train_split), self.feed_options)
+        self.val = EvalFeed(self._rows(options.val_split), self.feed_options, world.rank, world.size)
+        self.steps = self.feed.steps()
+        self.state, self.lr = self._state(wrapped, model, global_batch)
+        self.step_options = self._step_options(config)
+        self.protocols = ("all",) if options.resize_to_tokens else ("tickets", "all")
+        self.own_protocol = "all" if whole or options.unmask_epochs else "tickets"
+        self.folder: Path | None = None
+        self._stop = False
+
+    def _rows(self, split: str) -> Rows:
+        rows = Rows(self.opened, split)
+        if not rows.labelled:
+            raise TicketSetError(f"{self.opened.url}: split {split} has images without label")
+        if rows.skipped:
+            log.info(f"{split}: {rows.skipped} images of the base have no ticket and are skipped")
+        views = self.opened.manifest["splits"][split]["views"]
+        if split == self.options.train_split and self.options.repeats > max(1, views - 1):
+            raise TicketSetError(
+                f"--repeats {self.options.repeats}: {self.opened.url} has {max(1, views - 1)} training views an image"
+            )
+        return rows
+
+    def _tokens(self, wrapped: TicketViT) -> int:
+        """K of this run; the model's grid must be the set's."""
+        options, grid = self.options, self.opened.grid
+        if options.resize_to_tokens:
+            return wrapped.grid[0] * wrapped.grid[1]
+        if wrapped.grid != grid or wrapped.patch_size != self.opened.manifest["patch_size"]:
+            raise TicketSetError(
+                f"--model {options.model}: has a {wrapped.grid[0]}x{wrapped.grid[1]} grid of {wrapped.patch_size} px patches,"
+                f" but the tickets of {self.opened.url} are for {grid[0]}x{grid[1]} of {self.opened.manifest['patch_size']} px;"
+                f" mine with --patch-size {wrapped.patch_size}"
+            )
+        n = self.opened.num_patches
+        tokens = n if options.tickets == "full" else options.tokens or self.opened.k
+        if tokens > n:
+            raise TicketSetError(f"--tokens {tokens}: expected at most {n}, the patches of a view")
+        return tokens
+
+    def _state(self, wrapped: TicketViT, model: Any, global_batch: int) -> tuple[State, float]:
+        options, device = self.options, self.world.device
+        lr = options.lr or options.lr_base * global_batch / 512
+        optimizer = create_optimizer_v2(model, options.opt, lr=lr, weight_decay=options.weight_decay)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            options.sched,
+            num_epochs=options.epochs,
+            min_lr=options.min_lr,
+            warmup_lr=options.warmup_lr,
+            warmup_epochs=options.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        scheduler.step_update(0)
+        scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
+        ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=True) if options.model_ema else None
+        trained: Any = wrapped
+        if options.torchcompile:
+            trained = torch.compile(trained)  # before DDP, as timm
+        if self.world.size > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
+        self.plain = wrapped
+        return State(trained, model, optimizer, scheduler, scaler, ema), lr
+
+    def _step_options(self, config: dict[str, Any]) -> StepOptions:
+        options = self.options
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[options.amp_dtype]
+        return StepOptions(
+            device=self.world.device,
+            mean=config["mean"],
+            std=config["std"],
+            patch_size=self.opened.manifest["patch_size"],
+            grid_width=self.plain.grid[1],
+            num_classes=len(self.opened.classes),
+            smoothing=options.smoothing,
+            clip_grad=options.clip_grad,
+            accum=options.grad_accum_steps,
+            amp_dtype=dtype if options.amp else None,
+            seed=options.seed,
+            rank=self.world.rank,
+            log_interval=options.log_interval,
+            recovery_interval=options.recovery_interval,
+            stop_requested=lambda: self._stop,
+        )
+
+    def execute(self) -> int:
+        """The command from here on."""
+        options = self.options
+        if options.eval:
+            if not options.resume and not options.initial_checkpoint and not options.pretrained:
+                raise TicketSetError("--eval: nothing to evaluate; give --resume, --initial-checkpoint or --pretrained")
+            if options.resume:
+                self.folder = self._open_folder()
+            self._report(self._evaluate(("all",) if options.resize_to_tokens else ("tickets", "all", "random")))
+            return 0
+        self.folder = self._open_folder()
+        self._show()
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
+        if self.feed_options.unmask_from is not None and self.state.epoch < self.feed_options.unmask_from:
+            self._try_full_step()
+        try:
+            while self.state.epoch < options.epochs:
+                self._epoch()
+        except Stopped:
+            log.info(f"stopped at epoch {self.state.epoch}, step {self.state.step}; --resume latest goes on from here")
+            return 143
+        self._report(self._evaluate(("all",) if options.resize_to_tokens else ("tickets", "all", "random")))
+        return 0
+
+    def _epoch(self) -> None:
+        state, options = self.state, self.options
+        accum, world = options.grad_accum_steps, self.world
+        places = [
+            (state.epoch, step, micro * world.size + world.rank)
+            for step in range(state.step, self.steps)
+            for micro in range(accum)
+        ]
+        batches = loader(self.feed, places, options.workers, world.device)
+        train_loss = train_epoch(state, batches, self.steps, self.step_options, self._log, self._save_recovery)
+        lr = state.optimizer.param_groups[0]["lr"]
+        results = self._evaluate(self.protocols)
+        metric = results[self.own_protocol]["top1"]
+        epoch = state.epoch
+        state.epoch, state.step, state.loss_sum, state.loss_count = epoch + 1, 0, 0.0, 0
+        better = is_better(metric, state.best)
+        if better:
+            state.best, state.best_epoch = metric, epoch
+        if self.world.rank == 0 and self.folder:
+            arguments = self._arguments()
+            if better:
+                checkpoint.save_best(self.folder, state, arguments, metric, self.opened.classes)
+            flat = {f"{p}_{name}": value for p, figures in results.items() for name, value in figures.items()}
+            summary = self.folder / "summary.csv"
+            update_summary(epoch, {"loss": train_loss}, flat, summary, lr=lr, write_header=not summary.exists())
+            checkpoint.save(self.folder / checkpoint.LAST, state, arguments, metric)
+            (self.folder / checkpoint.RECOVERY).unlink(missing_ok=True)
+        text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in results.items())
+        log.info(f"Test: {epoch}  top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})")
+
+    def _evaluate(self, protocols: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """Raw weights under each protocol, and EMA weights once they have seen enough steps."""
+        results: dict[str, dict[str, float]] = {}
+        state, options = self.state, self.options
+        models = {"": self.plain}
+        updates = state.epoch * self.steps + state.step
+        if state.ema is not None and updates > 1 / (1 - options.model_ema_decay):
+            models["ema_"] = TicketViT(state.ema.module)
+        for prefix, model in models.items():
+            batches = loader(self.val, range(len(self.val)), options.workers, self.world.device)
+            found = evaluate(model, batches, protocols, self.tokens, self.step_options)
+            results |= {prefix + name: figures for name, figures in found.items()}
+        return results
+
+    def _log(self, state: State, steps: int, figures: dict[str, float]) -> None:
+        images = figures["images"] * self.world.size
+        mean = state.loss_sum / state.loss_count
+        lr = state.optimizer.param_groups[0]["lr"]
+        log.info(
+            f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
+            f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / figures['seconds']:.1f}/s"
+            f"  LR: {lr:.3e}  Data: {figures['waited'] / figures['seconds']:.0%}"
+            f"  Tokens: {self.tokens}/{self.plain.grid[0] * self.plain.grid[1]}"
+        )
+
+    def _save_recovery(self, state: State) -> None:
+        if self.world.rank == 0 and self.folder:
+            checkpoint.save(self.folder / checkpoint.RECOVERY, state, self._arguments(), None)
+
+    def _arguments(self) -> dict[str, Any]:
+        """args.yaml: the flags, and what they were applied to."""
+        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.options).items()}
+        arguments |= {
+            "set_id": self.opened.manifest["set_id"],
+            "world_size": self.world.size,
+            "resolved_tokens": self.tokens,
+        }
+        return arguments
+
+    def _open_folder(self) -> Path:
+        """The run's folder: a new one, or the one that is resumed.
+
+        Raises:
+            TicketSetError: it exists and --resume was not given, or holds a run of other arguments.
+        """
+        options = self.options
+        if options.resume and options.resume != "latest":
+            folder, path = Path(options.resume).parent, Path(options.resume)
+            if Path(options.resume).is_dir():
+                folder, path = Path(options.resume), checkpoint.latest(Path(options.resume))
+        else:
+            name = options.experiment or "-".join([time.strftime("%Y%m%d-%H%M%S"), options.model, options.tickets])
+            folder = Path(options.output) / name
+            path = folder
+        if options.resume:
+            if options.resume == "latest":
+                if not options.experiment:
+                    raise TicketSetError("--resume latest: name the run with --experiment")
+                path = checkpoint.latest(folder)
+            self._resume(path)
+            return folder
+        if folder.exists() and any(folder.iterdir()):
+            raise TicketSetError(
+                f"{folder}: a run is there already; go on with --resume latest, or name another --experiment"
+            )
+        if self.world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.yaml").write_text(yaml.safe_dump(self._arguments(), sort_keys=False))
+            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in self.opened.classes))
+        return folder
+
+    def _resume(self, path: Path) -> None:
+        content = checkpoint.read(path)
+        then, now = content["args"], self._arguments()
+        free = {
+            "resume",
+            "workers",
+            "device",
+            "log_interval",
+            "recovery_interval",
+            "eval",
+            "output",
+            "experiment",
+            "shards",
+        }
+        free |= {
+            "base",
+            "torchcompile",
+            "world_size",
+            "grad_accum_steps",
+            "batch_size",
+            "initial_checkpoint",
+            "pretrained",
+        }
+        differing = [k for k in now if k not in free and then.get(k) != now[k]]
+        if differing and not self.options.eval:
+            raise TicketSetError(
+                f"--resume {path}: trained with other arguments: "
+                + "; ".join(f"{k}: {then.get(k)} there, {now[k]} here" for k in differing[:5])
+            )
+        checkpoint.restore(content, self.state)
+        self.state.scheduler.step_update(self.state.epoch * self.steps + self.state.step)
+        log.info(f"resuming {path}: epoch {self.state.epoch}, step {self.state.step}")
+
+    def _try_full_step(self) -> None:
+        """One update's worth of work on all patches, thrown away: memory fails now or never."""
+        full = TrainFeed(self.feed.rows, replace(self.feed_options, unmask_from=0))
+        micro = self.world.rank
+        train_micro_batch(self.state, full[0, 0, micro], self.step_options, 0, 0, True)
+        self.state.optimizer.zero_grad()
+
+    def _show(self) -> None:
+        """What is about to happen, before the first step."""
+        options, n = self.options, self.plain.grid[0] * self.plain.grid[1]
+        own, dense = gmacs(self.plain, self.tokens), gmacs(self.plain, n)
+        batch = self.feed_options.global_batch
+        log.info(f"{options.model}: {sum(p.numel() for p in self.plain.parameters()) / 1e6:.1f} M parameters")
+        log.info(
+            f"{options.tickets}: {self.tokens} of {n} tokens, {own:.3f} GMACs an image (dense {dense:.3f}, {own / dense:.0%})"
+        )
+        log.info(
+            f"global batch {batch} = {options.batch_size} x {self.world.size} ranks x {options.grad_accum_steps},"
+            f" lr {self.lr:.3e}, {options.epochs} epochs of {self.steps} steps"
+        )
+        if self.feed.augment.skipped:
+            log.info(
+                f"--aa: geometry is mined; {', '.join(sorted(set(self.feed.augment.skipped)))} leave the view as it is"
+            )
+        if self.folder:
+            log.info(f"output: {self.folder}")
+
+    def _report(self, results: dict[str, dict[str, float]]) -> None:
+        for name, figures in results.items():
+            log.info(f"{name:12s} top-1 {figures['top1']:.2f}  top-5 {figures['top5']:.2f}  loss {figures['loss']:.4f}")
+        if self.world.rank == 0 and self.folder and not self.options.eval:
+            final = {"epoch": self.state.epoch - 1, "results": results, "best": self.state.best}
+            (self.folder / "final.json").write_text(json.dumps(final, indent=1) + "\n")
+        if self.state.best is not None:
+            log.info(f"*** Best metric: {self.state.best:.2f} (epoch {self.state.best_epoch})")
+
+
+def gmacs(model: TicketViT, tokens: int) -> float:
+    """Multiply-accumulates of one image's forward, in units of 1e9, as torch counts them."""
+    weight = next(model.parameters())
+    patches = weight.new_zeros(1, tokens, 3 * model.patch_size**2)
+    training = model.training
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(patches, torch.arange(tokens, device=weight.device)[None])
+    model.train(training)
+    return counter.get_total_flops() / 2e9
