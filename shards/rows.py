@@ -4,7 +4,6 @@ Offsets come from the index, so nothing is scanned; a remote tar is fetched whol
 """
 
 import functools
-import os
 import tempfile
 from pathlib import Path
 
@@ -32,7 +31,7 @@ class Rows:
     def __init__(self, opened: TicketSet, split: str, cache: str | None = None) -> None:
         self._set = opened
         self._names = opened.shard_names(split)
-        self._cache = cache or os.path.join(tempfile.gettempdir(), f"datalth-{opened.manifest['set_id'][:16]}")
+        self._cache = cache or tempfile.gettempdir()
         tables = [_joined(opened, name) for name in self._names]
         self.sizes = tuple(len(table) for table in tables)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -75,19 +74,23 @@ class Rows:
         position = int(self._starts[shard]) + row
         offset, size, base_offset, base_size = (int(v) for v in self._extents[position])
         key, name = self._keys[position].as_py(), self._names[shard]
-        url = storage.join(self._set.url, f"{name}.tar")
-        members = split_members(self._open(url).read(offset, size), key, url)
+        tar, url = self._tar(self._set, name)
+        members = split_members(tar.read(offset, size), key, url)
         pictured = members
         if self._set.base is not None:
-            url = storage.join(self._set.base.url, f"{name}.tar")
-            pictured = split_members(self._open(url).read(base_offset, base_size), key, url)
+            tar, url = self._tar(self._set.base, name)
+            pictured = split_members(tar.read(base_offset, base_size), key, url)
         return self._set.sample(key, members, pictured, url)
 
-    def _open_tar(self, url: str) -> storage.Ranges:
-        if storage.is_remote(url):
-            url = fetch(url, Path(self._cache))
+    def _tar(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
+        url = storage.join(opened.url, f"{name}.tar")
+        return self._open(url, opened.manifest["set_id"]), url
+
+    def _open_tar(self, url: str, set_id: str) -> storage.Ranges:
         try:
-            return storage.open_ranges(url)
+            # A folder for each set: a link's tars have the names of its base's.
+            path = fetch(url, Path(self._cache, f"datalth-{set_id[:16]}")) if storage.is_remote(url) else url
+            return storage.open_ranges(path)
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None
 

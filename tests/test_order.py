@@ -43,6 +43,19 @@ def test_neighbours_that_mix_are_of_different_images(repeats):
     assert max(partners.values()) == 1  # and never twice the same two
 
 
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_neighbours_differ_whatever_number_of_images_is_left_over(repeats):
+    for images in range(2 * repeats, 10 * repeats):
+        for epoch in range(repeats):
+            samples = epoch_samples(0, epoch, (images,), repeats)
+            row = samples[:, 1]
+            assert (row[:-1] != row[1:]).all(), (images, epoch)  # also where a batch begins at an odd place
+            assert set(images_of(samples).values()) == {repeats}
+            for image in set(row.tolist()):
+                places = np.flatnonzero(row == image)
+                assert places[-1] - places[0] < 2 * repeats**2
+
+
 def test_every_view_is_shown_once_before_any_repeats():
     views = 5
     for row in range(10):

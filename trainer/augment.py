@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shards.errors import TicketSetError
+
 GEOMETRIC = frozenset(["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"])
 
 
@@ -35,16 +37,19 @@ def seeded(*name: object) -> Iterator[None]:
 
 
 class ColorAugment:
-    """timm's RandAugment or AutoAugment with drawn geometric operations as the identity; else colour jitter.
+    """timm's RandAugment, AutoAugment or AugMix with drawn geometric operations as the identity; else colour jitter.
 
     Args:
         auto_augment: timm's --aa string; empty for none.
-        color_jitter: timm's --color-jitter; used where there is no --aa, as timm does.
+        color_jitter: timm's --color-jitter; used where there is no --aa, or 3a, as timm does.
         mean: of the data, the fill colour of timm's ops.
+    Raises:
+        TicketSetError: timm knows no such policy.
     """
 
     def __init__(self, auto_augment: str, color_jitter: float, mean: tuple[float, ...]) -> None:
         self._transform: Any = None
+        self._jitter: Any = None
         self.skipped: list[str] = []
         if auto_augment:
             self._transform = _timm_policy(auto_augment, mean)
@@ -54,25 +59,33 @@ class ColorAugment:
                     self.skipped.append(operation.name)
                 elif operation.name.startswith("Posterize"):
                     operation.aug_fn = _posterize
-        elif color_jitter:
+        if color_jitter and (not auto_augment or "3a" in auto_augment):  # 3-Augment has jitter beside it
             from torchvision.transforms import ColorJitter
 
-            self._transform = ColorJitter(color_jitter, color_jitter, color_jitter)
+            self._jitter = ColorJitter(color_jitter, color_jitter, color_jitter)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [S, S, 3] -> uint8 [S, S, 3]; draws from the global generators, see `seeded`."""
-        if self._transform is None:
+        if self._transform is None and self._jitter is None:
             return pixels
-        return np.asarray(self._transform(Image.fromarray(pixels)))
+        image = Image.fromarray(pixels)
+        for transform in (self._transform, self._jitter):
+            image = transform(image) if transform else image
+        return np.asarray(image)
 
 
 def _timm_policy(text: str, mean: tuple[float, ...]) -> Any:
-    from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 
     parameters = {"img_mean": tuple(min(255, round(255 * m)) for m in mean)}
-    if text.startswith("rand"):
-        return rand_augment_transform(text, parameters)
-    return auto_augment_transform(text, parameters)
+    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    try:
+        return kinds.get(text.partition("-")[0], auto_augment_transform)(text, parameters)
+    except (AssertionError, ValueError) as error:  # timm asserts
+        raise TicketSetError(
+            f"--aa {text}: expected one of timm's policies, such as rand-m9-mstd0.5-inc1, v0, original, 3a or augmix-m3"
+            f"{f' ({error})' if str(error) else ''}"
+        ) from None
 
 
 def _operations(transform: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from torch.utils.data import DataLoader, Dataset
 
+from shards.errors import TicketSetError
 from shards.images import render_views
 from shards.rows import Rows
 from trainer.arms import arm_ranking, mixed_ranking
@@ -61,6 +62,8 @@ class TrainFeed(Dataset):
         self.rows, self.options = rows, options
         self.augment = ColorAugment(options.aa, options.color_jitter, options.mean)
         mixes = options.mixup > 0 or options.cutmix > 0
+        if mixes and options.batch_size % 2:
+            raise TicketSetError(f"mixup and cutmix mix pairs: expected an even --batch-size, got {options.batch_size}")
         self._mixup = (
             Mixup(options.mixup, options.cutmix, prob=options.mixup_prob, switch_prob=options.mixup_switch_prob)
             if mixes
