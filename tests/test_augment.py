@@ -177,6 +177,17 @@ def test_seeded_draws_depend_on_every_part_of_the_name():
         assert len({draws(*n)[generator] for n in (("a", 1, 2), ("b", 1, 2), ("a", 2, 1), ("a", 12))}) == 4
 
 
+def test_seeding_leaves_accelerators_alone(monkeypatch):
+    """Where there are no workers, the loop's own draws on its device are not the feed's to seed."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with seeded("a"):
+        torch.rand(())
+    assert not seeds
+    torch.manual_seed(0)  # negative control
+    assert seeds == [0]
+
+
 # Random erasing.
 
 

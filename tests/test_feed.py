@@ -420,6 +420,14 @@ def test_uneven_shards_and_one_shard_are_read_whole_by_more_workers_than_shards(
     assert seen == Counter(s.key for s in opened.stream("train"))
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 4, 7, 32])
+def test_every_epoch_has_the_same_steps_and_they_hold_all_its_samples(rows, repeats, batch):
+    feed = TrainFeed(rows, replace(PLAIN, repeats=repeats, batch_size=batch, global_batch=batch))
+    most = max(len(feed.samples(epoch)) for epoch in range(repeats))
+    assert (feed.steps() - 1) * batch < most <= feed.steps() * batch
+
+
 def test_a_batch_larger_than_the_set_begins_anew(rows, stored):
     feed = TrainFeed(rows, replace(PLAIN, batch_size=32, global_batch=32))
     assert feed.steps() == 1

@@ -24,16 +24,16 @@ GEOMETRIC = frozenset(["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY",
 def seeded(*name: object) -> Iterator[None]:
     """Python's, numpy's and torch's CPU generators, seeded by a name inside and as they were after."""
     digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=16).digest()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(digest)
-        np.random.seed(int.from_bytes(digest[:4], "little"))
-        torch.manual_seed(int.from_bytes(digest[4:12], "little"))
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(digest)
+    np.random.seed(int.from_bytes(digest[:4], "little"))
+    torch.default_generator.manual_seed(int.from_bytes(digest[4:12], "little"))  # torch.manual_seed would seed devices
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
 
 
 class ColorAugment:
