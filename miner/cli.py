@@ -188,6 +188,13 @@ def check_options(options: dict[str, Any]) -> None:
         raise click.UsageError(
             "--overwrite under torchrun: ranks would remove each other's work; remove the folder first"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options["retry_failed"]:
+        raise click.UsageError(
+            "--retry-failed under torchrun: a rank could finalize what another takes back; run it once without torchrun"
+            " and stop it, then run torchrun without the flag"
+        )
+    if not options["out"] or not options["data"]:
+        raise click.UsageError("--data and --out: expected names, got an empty one")
 
 
 def check_folder(out: str, data: str) -> None:

@@ -20,7 +20,7 @@ def keep_counts(num_patches: int, keep_rate: float, stages: int = PAPER_STAGES) 
         ValueError: keep_rate is not in (0, 1].
     """
     if not 0 < keep_rate <= 1:
-        raise ValueError(f"keep rate: expected a number in (0, 1], got {keep_rate}")
+        raise ValueError(f"expected a keep rate in (0, 1], got {keep_rate}")
     counts = []
     for _ in range(stages):
         num_patches = math.ceil(keep_rate * num_patches)
@@ -35,7 +35,7 @@ def keep_counts_for(num_patches: int, tokens: int, stages: int = PAPER_STAGES) -
         ValueError: tokens is not in 1..num_patches.
     """
     if not 1 <= tokens <= num_patches:
-        raise ValueError(f"tokens: expected 1 to {num_patches} (the patches of a view), got {tokens}")
+        raise ValueError(f"expected 1 to {num_patches}, the patches of a view, got {tokens}")
     share = tokens / num_patches
     counts = [math.ceil(num_patches * share ** (i / stages)) for i in range(1, stages)]
     return (*counts, tokens)

@@ -10,6 +10,7 @@ to be pickled between processes. What waits is bounded, whatever the size of the
 
 import collections
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -159,8 +160,8 @@ class Miner:
             self.progress.reasons.append(f"{image.row['source']}: {image.error}")
         if self.progress.failures > max_failures:
             raise TicketSetError(
-                f"{self.progress.failures} images failed, more than --max-failures allows"
-                f" ({'; '.join(self.progress.reasons)}); mend them, or raise --max-failures and run the same command again"
+                f"{self.progress.failures} images failed, --max-failures allows {max(0, math.floor(max_failures))} of this"
+                f" run ({'; '.join(self.progress.reasons)}); mend them, or raise --max-failures and run the same command again"
             )
 
     def _ranked(self, ahead: Iterator[Image | None]) -> Iterator[Image]:
@@ -215,12 +216,27 @@ class Miner:
     def _land(self, flight: "_Flight") -> None:
         """Wait for a batch and put its rankings into their images."""
         rankings, scores = flight.results()
+        self._check(rankings, scores, len(flight.batch))
         for (image, view), ranking, score in zip(flight.batch, rankings, scores, strict=True):
             image.rankings[view] = ranking
             if view == 0:
                 image.mean_score = float(score[ranking[: self.selector.k]].mean())
                 image.entropy = _entropy_bits(score)
         self.progress.views += len(flight.batch)
+
+    def _check(self, rankings: np.ndarray, scores: np.ndarray, count: int) -> None:
+        """What a selector gives is not taken on trust: weights may hold NaN, a method may be a user's own."""
+        n, method = self.plan.num_patches, self.selector.method
+        if rankings.shape != (count, n) or not (np.sort(rankings, axis=1) == np.arange(n)).all():
+            raise TicketSetError(
+                f"--method {method}: expected a permutation of {n} patches for each of {count} views,"
+                f" got rankings of shape {list(rankings.shape)} that are none"
+            )
+        if scores.shape != (count, n) or not np.isfinite(scores).all():
+            raise TicketSetError(
+                f"--method {method}: expected finite scores of shape [{count}, {n}], got {list(scores.shape)} with"
+                f" {int((~np.isfinite(scores)).sum())} not finite; are the selector's weights sound?"
+            )
 
     def _read_ahead(self, todo: list[tuple[str, int]]) -> Generator[Image | None, None, None]:
         """Images of all shards in order, read in threads a bounded number ahead; None after each shard."""

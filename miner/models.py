@@ -108,7 +108,7 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
     if not timm.is_model(full_name):
         import difflib
 
-        near = difflib.get_close_matches(full_name, timm.list_models(module="vision_transformer"), 3)
+        near = difflib.get_close_matches(name, [*ALIASES, *timm.list_models(module="vision_transformer")], 3)
         near_text = f"; near: {', '.join(near)}" if near else ""
         raise TicketSetError(f"--selector {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
     try:
@@ -117,7 +117,7 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
         if not pretrained:
             raise TicketSetError(f"--selector {name}: timm cannot build it: {_first_line(error)}") from None
         raise TicketSetError(
-            f"--selector {name}: no pretrained weights here ({_first_line(error)}). Give a file with --weights FILE"
+            f"--selector {name}: no pretrained weights here ({type(error).__name__}). Give a file with --weights FILE"
             f" (.safetensors or .pth), or, where there is a network, run once:"
             f" python -c \"import timm; timm.create_model('{full_name}', pretrained=True)\""
         ) from None

@@ -182,7 +182,7 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         old = None
     except (ValueError, KeyError, TypeError) as error:
         raise TicketSetError(f"{path}: not readable as a plan: {error}; start anew with --overwrite") from None
-    if old is None:
+    if old is None or not any(folder.glob("*-" + "[0-9]" * 6 + ".json")):  # nothing was mined by it
         _store(path, plan, device)
         return plan
     shared = {name: old["splits"][name] for name in plan.splits if name in old["splits"]}

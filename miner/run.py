@@ -1,6 +1,7 @@
 """One datalth-mine command: list the source, settle the plan, mine what is not done, finalize when all is."""
 
 import contextlib
+import hashlib
 import inspect
 import json
 import logging
@@ -92,6 +93,7 @@ def run(options: Options) -> None:
         options.base,
     )
     options = inherit(options, source)
+    check_method(options)
     selector, identity = build_selector(options)
     mined = plan_of(options, source, selector, identity)
     if options.overwrite:
@@ -125,9 +127,12 @@ def run(options: Options) -> None:
             seconds, progress = time.monotonic() - started, miner.progress
     if finish(folder, plan, source):
         if rank == 0 or todo:
-            show_summary(folder, seconds, progress)
+            show_summary(folder, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
-        print("rank 0 is done; the rank that is last finalizes the set")
+        missing = [fmt.shard_name(*s) for s in plan.shards() if read_shard_json(folder, *s) is None]
+        if missing:
+            print(f"not complete yet: {len(missing)} shards are missing (first: {missing[0]});", end=" ")
+            print("other ranks are at them" if world > 1 else "run the command that mines them again")
 
 
 def inherit(options: Options, source: Source) -> Options:
@@ -166,7 +171,7 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
     device = options.device or default_device()
     try:
         selector = create_selector(method, model, grid, counts, blocks, device, options.amp, options.torchcompile)
-    except RuntimeError as error:  # torch's word on a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch's word on a device that is not there
         raise TicketSetError(f"--device {device}: {str(error).splitlines()[0]}") from None
     config = resolve_model_data_config(model) if model else {"mean": (), "std": ()}
     return selector, {
@@ -182,11 +187,37 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         "dtype": "bfloat16" if options.amp and model else "float32",
         "compiled": options.torchcompile,
         # Another version of a user's own method is another plan.
-        "code": fmt.digest(inspect.getsource(METHODS[method])) if ":" in method else None,
+        "code": source_hash(METHODS[method]) if ":" in method else None,
     }
 
 
+def check_method(options: Options) -> None:
+    """Refuse an unknown method before weights are loaded, and flags that a model-free one would ignore.
+
+    Raises:
+        TicketSetError: see above.
+    """
+    if options.method not in METHODS and ":" not in options.method:
+        raise TicketSetError(f"--method {options.method}: expected one of {', '.join(METHODS)}, or module:function")
+    for name in ("selector", "weights", "drop_blocks", "amp", "torchcompile"):
+        if options.method in MODEL_FREE and name in options.given:
+            raise TicketSetError(f"--{name.replace('_', '-')}: --method {options.method} uses no model; leave it out")
+
+
+def source_hash(function: Callable[..., Any]) -> str:
+    """sha256 of the file that a user's method is in.
+
+    Raises:
+        TicketSetError: it is in none.
+    """
+    try:
+        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        raise TicketSetError(f"--method: expected a function in a Python file, got {function!r}") from None
+
+
 def parse_blocks(text: str | None) -> tuple[int, ...] | None:
+    """`3,6,9` -> (3, 6, 9)"""
     if text is None:
         return None
     try:
@@ -196,6 +227,7 @@ def parse_blocks(text: str | None) -> tuple[int, ...] | None:
 
 
 def default_device() -> str:
+    """This rank's GPU, else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -235,7 +267,8 @@ def planned_batch_size(folder: str) -> int | None:
 
 def remove_set(folder: Path) -> None:
     """Remove a ticket set's own files, the manifest first; anything else in the folder stays."""
-    shards = ["*-[0-9]*.json", "*-[0-9]*.tar", f"{fmt.INDEX}/*.parquet", "*.tmp", f"{fmt.INDEX}/*.tmp"]
+    number = "-" + "[0-9]" * 6
+    shards = [f"*{number}.json", f"*{number}.tar", f"{fmt.INDEX}/*{number}.parquet", "*.tmp", f"{fmt.INDEX}/*.tmp"]
     for pattern in [fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES, *shards]:
         for path in folder.glob(pattern):
             path.unlink()

@@ -1,6 +1,7 @@
 """What a person sees of a mining run: the resolved plan, progress, and a summary with the next command."""
 
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -30,7 +31,7 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
     for name in mined:
         split = plan.splits[name]
         rows.append(["", f"{name}: {split['images']} images, {split['views']} views each, {split['shards']} shards"])
-    rows += [["", note] for note in source.notes]
+    rows += [["", f"note: {note}"] for note in source.notes]
     if source.base:
         rows.append(["base", f"{source.base.url}: views and seed are inherited; images: {plan.common['images']}"])
     rows += [
@@ -74,15 +75,20 @@ class Screen:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="image", desc="mining", dynamic_ncols=True)
+            columns = shutil.get_terminal_size().columns  # 80 where a terminal does not say
+            bar = "{percentage:3.0f}%|{bar:20}| " if columns >= 110 else "{percentage:3.0f}% "
+            rest = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+            self._bar = tqdm(total=total, unit="im", ncols=columns, bar_format=bar + rest)
 
     def update(self, progress: Progress) -> None:
         now = time.monotonic()
         rate = progress.views / max(now - self._start, 1e-9)
-        waits = " ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
+        shares = waiting_shares(progress).items()
+        waits = " ".join(f"{leg} {share:.0%}" for leg, share in shares)
         detail = f"{rate:.0f} views/s, failed {progress.failures}, waiting: {waits}"
         if self._bar is not None:
-            self._bar.set_postfix_str(detail, refresh=False)
+            brief = " ".join(f"{leg[0]}{100 * share:.0f}" for leg, share in shares)
+            self._bar.set_postfix_str(f"{rate:.0f} views/s, failed {progress.failures}, wait {brief}", refresh=False)
             self._bar.update(progress.images - self._bar.n)
         elif now - self._shown > LOG_SECONDS:
             self._shown = now
@@ -105,14 +111,14 @@ def waiting_shares(progress: Progress) -> dict[str, float]:
     return {leg: seconds / total for leg, seconds in progress.waited.items()}
 
 
-def show_summary(folder: Path, seconds: float, progress: Progress) -> None:
+def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "mined") -> None:
     """Print what was written, what deserves attention, and what to type next."""
     opened = TicketSet.open(str(folder))
     manifest = opened.manifest
     if progress.images:
         waits = ", ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
         click.echo(
-            f"mined {progress.images} images, {progress.views} views in {duration(seconds)}:"
+            f"{who} {progress.images} images, {progress.views} views in {duration(seconds)}:"
             f" {progress.images / seconds:.1f} images/s, {progress.views / seconds:.1f} views/s (waiting: {waits})"
         )
     head = ["split", "samples", "failed", "views", "shards", "size"]

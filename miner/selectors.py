@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from miner.drop import default_blocks
 from shards.errors import TicketSetError
+from shards.views import center_distance
 
 Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
@@ -119,9 +120,9 @@ def create_selector(
         METHODS[method] = _import_method(method)
     if method not in METHODS:
         raise TicketSetError(f"--method {method}: expected one of {', '.join(METHODS)}, or module:function")
-    device = torch.device(device)
     if method in MODEL_FREE:
-        return Selector(method, None, grid, (), counts, device)
+        return Selector(method, None, grid, (), counts, torch.device("cpu"))
+    device = torch.device(device)
     if model is None:
         raise TicketSetError(f"--method {method}: needs a selector model")
     _check_model(model, grid)
@@ -129,7 +130,9 @@ def create_selector(
     if blocks is None:
         blocks = default_blocks(depth) if method == "evit" else (depth - 1,)
     if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
-        raise TicketSetError(f"--drop-blocks {blocks}: expected ascending block numbers from 0 to {depth - 1}")
+        raise TicketSetError(
+            f"--drop-blocks {','.join(map(str, blocks))}: expected ascending block numbers from 0 to {depth - 1}"
+        )
     if method == "evit" and len(counts) != len(blocks):
         raise TicketSetError(f"evit: expected a keep count for each of {len(blocks)} blocks, got {len(counts)}")
     if method in ("cls-attention", "rollout") and len(blocks) != 1:
@@ -212,11 +215,8 @@ def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -
 @register_method("center")
 def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """Nearest to the centre of the view first: what a photographer's framing alone is worth."""
-    height, width = selector.grid
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    # Squared distance in units of half a patch stays an integer, so ties are exact.
-    distance = (2 * rows - height + 1) ** 2 + (2 * columns - width + 1) ** 2
-    scores = -distance.flatten().double().expand(len(images if seeds is None else seeds), -1)
+    scores = -torch.from_numpy(center_distance(selector.grid)).double()
+    scores = scores.expand(len(images if seeds is None else seeds), -1)
     return _descending(scores), scores
 
 
@@ -300,7 +300,7 @@ def _import_method(spec: str) -> Method:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise TicketSetError(f"--method {spec}: {error}") from None
     if not callable(function):
         raise TicketSetError(f"--method {spec}: expected a function, got {type(function).__name__}")

@@ -24,7 +24,16 @@ _split = click.option("--split", metavar="S", help="Which split.  [default: the 
 
 def _picture(required: bool) -> Any:
     text = "Write the picture here." if required else "Also write a picture here."
-    return click.option("-o", "--output", required=required, metavar="FILE.png", help=text)
+    return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
+
+
+def _check_picture(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Refuse a picture that could not be written, before the work."""
+    if path is not None and not path.lower().endswith(".png"):
+        raise click.BadParameter(f"expected a file that ends in .png, got {path}")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise click.BadParameter(f"{Path(path).parent}: no such folder")
+    return path
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -101,19 +110,28 @@ def _split_row(name: str, split: dict[str, Any], opened: TicketSet) -> list[obje
 @click.option("--split", metavar="S", help="Only this split.")
 @click.option("--label", metavar="NAME|NUMBER", help="Only this class.")
 @click.option("--status", type=click.Choice(["ok", "failed"]), help="Only samples that succeeded, or failed.")
-@click.option("-n", "--limit", type=click.IntRange(min=0), default=20, show_default=True, help="Rows; 0: all.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(min=0), metavar="N", help="Rows; 0: all.  [default: 20; all with --json]"
+)
 @_json
 @reports_errors
 def ls(
-    folder: str, base: str | None, split: str | None, label: str | None, status: str | None, limit: int, as_json: bool
+    folder: str,
+    base: str | None,
+    split: str | None,
+    label: str | None,
+    status: str | None,
+    limit: int | None,
+    as_json: bool,
 ) -> None:
-    """Rows of the index, one per input image, failures too.
+    """Rows of the index, one per input image, failures too; --json gives one object a line.
 
     \b
     Example: datalth-shards ls shards --split train --status failed
     """
     opened = TicketSet.open(folder, base)
     wanted = None if label is None else _label_number(opened, label)
+    limit = limit if limit is not None else 0 if as_json else 20
     rows: list[dict[str, Any]] = []
     total = 0
     for name in [split] if split else opened.splits:
@@ -341,7 +359,7 @@ def verify(folder: str, base: str | None, deep: bool, as_json: bool) -> None:
     else:
         for problem in problems:
             click.echo(problem)
-        samples = opened.manifest["totals"]["samples"]
+        samples = sum(split["samples"] for split in opened.manifest["splits"].values())
         kind = "deep" if deep else "fast"
         verdict = f"{len(problems)} problems" if problems else "sound"
         click.echo(
@@ -365,7 +383,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
     """
     from shards.compare import overlap
 
-    set_a, set_b = TicketSet.open(a), TicketSet.open(b)
+    set_a, set_b = TicketSet.open(a, images=False), TicketSet.open(b, images=False)
     found = overlap(set_a, set_b, split or set_a.splits[0])
     if as_json:
         _print_json(found)
@@ -381,7 +399,6 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
 
 @main.command()
 @_folder
-@_base
 @_split
 @click.option("--masks", required=True, metavar="DIR", help="PNG masks: DIR/train/bird/x.png for train/bird/x.jpg.")
 @click.option(
@@ -393,7 +410,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
 )
 @_json
 @reports_errors
-def score(folder: str, base: str | None, split: str | None, masks: str, tokens: tuple[int, ...], as_json: bool) -> None:
+def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], as_json: bool) -> None:
     """Object-patch recall against true masks, with centre and random beside it.
 
     A patch is an object patch where at least half of its pixels are inside the mask.
@@ -403,7 +420,7 @@ def score(folder: str, base: str | None, split: str | None, masks: str, tokens: 
     """
     from shards.score import recall
 
-    opened = TicketSet.open(folder, base)
+    opened = TicketSet.open(folder, images=False)
     n = opened.num_patches
     if not Path(masks).is_dir():
         raise TicketSetError(f"--masks {masks}: no such folder")
@@ -427,8 +444,6 @@ def _print_json(value: Any) -> None:
 
 
 def _save(picture: Any, output: str) -> None:
-    if not output.lower().endswith(".png"):
-        raise TicketSetError(f"-o {output}: expected a file that ends in .png")
     picture.save(output, "PNG")
 
 

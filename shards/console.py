@@ -21,6 +21,8 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(error, (TicketSetError, ImageError)):
                 raise
             raise click.ClickException(str(error)) from None
+        except BrokenPipeError:  # `| head`: click knows what to do
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             hint = "; what is finished is safe: free some space and run the same command again"

@@ -61,6 +61,11 @@ def plan_id(splits: dict[str, dict[str, Any]]) -> str:
     return digest({name: split["plan_id"] for name, split in splits.items()})
 
 
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """The manifest's hash of itself: of everything in it but this hash."""
+    return digest({field: value for field, value in manifest.items() if field != "digest"})
+
+
 def check_format(found: Any, where: str) -> None:
     """Refuse a format this code cannot read.
 

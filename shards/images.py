@@ -114,11 +114,6 @@ def render_pixels(pixels: np.ndarray, views: np.ndarray, size: int) -> np.ndarra
     return out
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from the header alone."""
-    return _open(data).size
-
-
 @functools.cache
 def _formats() -> list[str]:
     """Of Pillow's formats those that hold photos. EPS and its like would start other programs."""

@@ -48,6 +48,16 @@ class Sample:
         return self.rankings[:, : self.k]
 
 
+MANIFEST_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(["splits", "totals", "selector", "plan", "members"], dict),
+    **dict.fromkeys(["k", "img_size", "patch_size", "seed"], int),
+    **dict.fromkeys(["exif", "set_id", "plan_id"], str),
+    **dict.fromkeys(["grid", "classes"], list),
+    "base": (dict, type(None)),
+    "store_side": (int, type(None)),
+}
+
+
 class TicketSet:
     """A finished ticket set. Use `TicketSet.open`.
 
@@ -61,19 +71,20 @@ class TicketSet:
         self.url, self.manifest, self.base = url, manifest, base
 
     @classmethod
-    def open(cls, url: str, base: str | None = None) -> "TicketSet":
+    def open(cls, url: str, base: str | None = None, images: bool = True) -> "TicketSet":
         """Open a finished set.
 
         Args:
             url: a folder, or an fsspec URL of one.
             base: where the base of a linked set is now; by default where the manifest says.
+            images: False leaves the base of a linked set alone; its samples then have no image.
         Raises:
             TicketSetError: not a ticket set, not finished, of a newer major format, or its base is missing or changed.
         """
         url = storage.local(str(url)).rstrip("/") or "/"
         manifest = _read_manifest(url)
         link = manifest["base"]
-        if link is None:
+        if link is None or not images:
             return cls(url, manifest, None)
         where = base or resolve_base(url, link["path"])
         try:
@@ -111,6 +122,7 @@ class TicketSet:
 
     @property
     def splits(self) -> list[str]:
+        """Names of the splits."""
         return list(self.manifest["splits"])
 
     @property
@@ -204,6 +216,8 @@ class TicketSet:
             TicketSetError: a member is missing, or an array has another shape than the manifest says.
         """
         image = next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
+        if image is None and self.manifest["base"] and self.base is None:
+            image = b""  # opened without images
         if image is None or fmt.RANKING not in members or fmt.VIEWS not in members:
             raise TicketSetError(f"{where}: {key}: expected an image, a ranking and views, got {sorted(pictured)}")
         rankings, views = fmt.decode_npy(members[fmt.RANKING]), fmt.decode_npy(members[fmt.VIEWS])
@@ -212,7 +226,10 @@ class TicketSet:
                 f"{where}: {key}: expected rankings of {len(views)} views and {self.num_patches} patches,"
                 f" got {list(rankings.shape)}"
             )
-        label = int(members[fmt.LABEL]) if fmt.LABEL in members else None
+        digits = members.get(fmt.LABEL)
+        if digits is not None and not digits.isdigit():
+            raise TicketSetError(f"{where}: {key}: expected digits in .cls, got {digits[:20]!r}")
+        label = None if digits is None else int(digits)
         return Sample(key, image, label, views, rankings, self.k)
 
 
@@ -256,4 +273,11 @@ def _read_manifest(url: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != fmt.KIND:
         raise TicketSetError(f"{where}: expected the manifest of a ticket set (kind {fmt.KIND!r})")
     fmt.check_format(manifest.get("format"), where)
+    fields = [(manifest, name, kind) for name, kind in MANIFEST_FIELDS.items()]
+    splits = manifest.get("splits")
+    for split in splits.values() if isinstance(splits, dict) else []:
+        fields += [(split, name, int) for name in ("shards", "samples", "failed", "views", "bytes", "image_bytes")]
+    for owner, name, kind in fields:
+        if not isinstance(owner, dict) or not isinstance(owner.get(name, ...), kind):
+            raise TicketSetError(f"{where}: damaged: expected a field {name!r} of the right kind")
     return manifest

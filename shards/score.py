@@ -11,6 +11,7 @@ from PIL import Image
 
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from shards.views import center_distance
 
 HALF = 0.5
 
@@ -79,9 +80,7 @@ def object_patches(path: str, size: tuple[int, int], view: np.ndarray, grid: tup
 
 def center_ranking(grid: tuple[int, int]) -> np.ndarray:
     """[N] patches, nearest to the centre first, ties to the lower index: the order of --method center."""
-    rows, columns = np.indices(grid)
-    distance = (2 * rows - grid[0] + 1) ** 2 + (2 * columns - grid[1] + 1) ** 2
-    return np.argsort(distance.flatten(), kind="stable")
+    return np.argsort(center_distance(grid), kind="stable")
 
 
 def _mask_path(masks: str, source: str, split: str) -> str | None:

@@ -11,13 +11,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
+
+from shards.errors import TicketSetError
 
 REMOTE_BLOCK = 16 << 20  # bytes fetched at once from a remote file
 REMOTE_BLOCKS_KEPT = 12  # a shard of ImageNet, so that its samples may be read in any order
 
 
 def is_remote(url: str) -> bool:
+    """Whether it is a URL rather than a local path; see `local`."""
     return "://" in url
 
 
@@ -27,7 +30,22 @@ def local(url: str) -> str:
 
 
 def join(url: str, *names: str) -> str:
+    """A path below a folder, local or remote."""
     return "/".join((url.rstrip("/"), *names))
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        TicketSetError: fsspec does not know the protocol, or lacks the package for it.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise TicketSetError(f"{url}: {str(error).splitlines()[0]}") from None
 
 
 def read_bytes(url: str) -> bytes:
@@ -38,19 +56,16 @@ def read_bytes(url: str) -> bytes:
     """
     url = local(url)
     if is_remote(url):
-        import fsspec
-
-        with fsspec.open(url, "rb") as file:
-            return file.read()
+        fs, path = filesystem(url)
+        return fs.cat_file(path)
     return Path(url).read_bytes()
 
 
 def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
     url = local(url)
     if is_remote(url):
-        import fsspec
-
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = filesystem(url)
         return bool(fs.exists(path))
     return os.path.exists(url)
 
@@ -63,9 +78,7 @@ def size_of(url: str) -> int:
     """
     url = local(url)
     if is_remote(url):
-        import fsspec
-
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = filesystem(url)
         return int(fs.size(path))
     return os.stat(url).st_size
 
@@ -102,9 +115,7 @@ class _RemoteRanges:
     """Keeps the last blocks, so that reading roughly in order costs one request a block."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
-        self._fs, self._path = fsspec.core.url_to_fs(url)
+        self._fs, self._path = filesystem(url)
         self._fs.info(self._path)
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -154,6 +165,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
+    """`atomic_file` for bytes at hand."""
     with atomic_file(path) as file:
         file.write(data)
 
@@ -162,8 +174,6 @@ def list_names(url: str) -> list[str]:
     """Names directly inside a folder; empty where there is none."""
     url = local(url)
     if is_remote(url):
-        import fsspec
-
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = filesystem(url)
         return sorted(p.rstrip("/").rpartition("/")[2] for p in fs.ls(path, detail=False)) if fs.exists(path) else []
     return sorted(os.listdir(url)) if os.path.isdir(url) else []

@@ -33,6 +33,17 @@ def verify(opened: TicketSet, deep: bool = False, on_shard: Callable[[str], None
         deep: hash the tars, decode every image, and check every sample.
         on_shard: called after each shard, for the screen.
     """
+    problems: list[str] = []
+    if fmt.manifest_digest(opened.manifest) != opened.manifest.get("digest"):
+        problems.append(f"{fmt.MANIFEST}: not as it was written: its digest is of other contents")
+    try:
+        problems += _check_set(opened, deep, on_shard)
+    except (KeyError, TypeError, AttributeError) as error:  # a name in a JSON file was damaged
+        problems.append(f"{fmt.MANIFEST}: lacks what a manifest holds ({type(error).__name__}: {error})")
+    return problems
+
+
+def _check_set(opened: TicketSet, deep: bool, on_shard: Callable[[str], None]) -> list[str]:
     problems = list(_check_file(opened, fmt.PLAN, opened.manifest["plan"], hashed=True))
     plan = None if problems else _read_json(opened, fmt.PLAN, problems)
     if plan:
@@ -44,6 +55,8 @@ def verify(opened: TicketSet, deep: bool = False, on_shard: Callable[[str], None
         for name in opened.shard_names(split):
             stats, found = _check_shard(opened, split, name, plan, keys[split])
             problems += found
+            if opened.base is not None:
+                problems += _check_base(opened.base, name)
             if stats is not None:
                 shards.append(stats)
                 if deep and not found:
@@ -52,6 +65,15 @@ def verify(opened: TicketSet, deep: bool = False, on_shard: Callable[[str], None
     if len(shards) == sum(split["shards"] for split in opened.manifest["splits"].values()):
         problems += _check_totals(opened, shards)
     return problems + list(_strangers(opened))
+
+
+def _check_base(base: TicketSet, name: str) -> list[str]:
+    """The tar that a linked shard takes its images from, as the base's own JSON has it; its bytes are the base's matter."""
+    problems: list[str] = []
+    stats = _read_json(base, f"{name}.json", problems)
+    if stats is not None:
+        problems += _check_file(base, f"{name}.tar", stats["tar"], hashed=False)
+    return [f"base {base.url}: {problem}" for problem in problems]
 
 
 def _read_json(opened: TicketSet, name: str, problems: list[str]) -> dict[str, Any] | None:
@@ -101,14 +123,17 @@ def _check_shard(
         plan_id = plan["splits"][split]["plan_id"] if plan else stats["plan_id"]
         if fmt.shard_name(stats["split"], stats["shard"]) != name:
             problems.append(f"{name}.json: says it is {fmt.shard_name(stats['split'], stats['shard'])}")
+        if stats["format"] != opened.manifest["format"]:
+            problems.append(f"{name}.json: expected format {opened.manifest['format']}, got {stats['format']}")
         if stats["plan_id"] != plan_id:
             problems.append(f"{name}.json: of another plan: expected {plan_id[:12]}, got {stats['plan_id'][:12]}")
         problems += _check_file(opened, f"{name}.tar", stats["tar"], hashed=False)
         problems += _check_file(opened, f"{fmt.INDEX}/{name}.parquet", stats["parquet"], hashed=True)
         if not problems:
             problems += _check_index(opened, name, stats, plan_id, expected, keys)
-    except (KeyError, TypeError) as error:
-        problems.append(f"{name}.json: lacks what a shard's JSON holds ({error})")
+    except (KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{name}.json: lacks what a shard's JSON holds ({type(error).__name__}: {error})")
+        return None, problems
     return stats, problems
 
 

@@ -54,6 +54,12 @@ def image_views(
     return np.array(views, np.int32).reshape(count, 5)
 
 
+def center_distance(grid: tuple[int, int]) -> np.ndarray:
+    """Squared distance of every patch's centre to the view's, in half patches, so that ties are exact: int [N]."""
+    rows, columns = np.indices(grid)
+    return ((2 * rows - grid[0] + 1) ** 2 + (2 * columns - grid[1] + 1) ** 2).flatten()
+
+
 def view_seed(seed: int, key: str, number: int) -> int:
     """A 63-bit seed of one view, for selectors that draw at random."""
     return int.from_bytes(_block(seed, key, number, 0)[56:], "little") >> 1

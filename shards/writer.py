@@ -168,6 +168,7 @@ def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -
     plan = (folder / fmt.PLAN).read_bytes()
     head = {**head, "plan": {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}}
     manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
+    manifest["digest"] = fmt.manifest_digest(manifest)
     if head["base"] is None:
         _write_interop(folder, shards)
     write_atomic(folder / fmt.MANIFEST, fmt.canonical_json(manifest))

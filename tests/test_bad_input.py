@@ -124,7 +124,7 @@ def test_good_files_are_mined_the_same_beside_bad_ones(copy, photos, tmp_path, c
 def test_too_many_failures_stop_the_run_in_one_line(bad, tmp_path):
     out = tmp_path / "out"
     line = failure("--data", bad, "--out", out, *CENTER, "--max-failures", 0)
-    assert line.startswith("Error: 1 images failed, more than --max-failures allows (train/")
+    assert line.startswith("Error: 1 images failed, --max-failures allows 0 of this run (train/")
     assert "raise --max-failures and run the same command again" in line
     assert not (out / MANIFEST).exists() and not list(out.rglob("*.tmp"))
 
@@ -211,15 +211,18 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (("--method", "center", "--tokens", 17), 1, "expected 1 to 16 (the patches of a view), got 17"),
-        (("--method", "center", "--keep-rate", 0), 1, "expected a number in (0, 1], got 0.0"),
-        (("--method", "center", "--keep-rate", 1.5), 1, "expected a number in (0, 1], got 1.5"),
+        (("--method", "center", "--tokens", 17), 1, "--tokens: expected 1 to 16, the patches of a view, got 17"),
+        (("--method", "center", "--keep-rate", 0), 1, "--keep-rate: expected a keep rate in (0, 1], got 0.0"),
+        (("--method", "center", "--keep-rate", 1.5), 1, "--keep-rate: expected a keep rate in (0, 1], got 1.5"),
         (("--method", "center", "--tokens", 4, "--keep-rate", 0.5), 2, "--tokens and --keep-rate both say"),
         (("--method", "center", "--patch-size", 24), 2, "--img-size 64 is no multiple of --patch-size 24"),
         (("--method", "center", "--scale", 0.5, 0.1), 2, "--scale: expected 0 < MIN <= MAX <= 1, got 0.5 0.1"),
         (("--method", "center", "--ratio", 0, 1), 2, "--ratio: expected 0 < MIN <= MAX, got 0 1"),
         (("--method", "center", "--images", "link"), 1, "is no ticket set; there is nothing to link to"),
         (("--method", "centre"), 1, "--method centre: expected one of evit, cls-attention, rollout, random, center"),
+        (("--method", "center", "--weights", "w.pth"), 1, "--weights: --method center uses no model; leave it out"),
+        (("--method", ":f"), 1, "--method :f: "),
+        (("--method", "math:sqrt"), 1, "--method: expected a function in a Python file"),
         (("--method", "nowhere:f"), 1, "--method nowhere:f: No module named 'nowhere'"),
         (("--drop-blocks", "3,x"), 1, "--drop-blocks: expected block numbers like 3,6,9, got '3,x'"),
         (("--drop-blocks", "1,6"), 1, "expected ascending block numbers from 0 to 5"),
@@ -233,7 +236,8 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
 )
 def test_flags_that_cannot_be_meant(arguments, code, expected, photos, weights, tmp_path):
     out = tmp_path / "out"
-    line = failure("--data", photos, "--out", out, "--selector", SELECTOR, "--weights", weights, *arguments, code=code)
+    model = () if "center" in arguments else ("--selector", SELECTOR, "--weights", weights)
+    line = failure("--data", photos, "--out", out, *model, *arguments, code=code)
     assert expected in line
     assert not out.exists(), "nothing is made before it is known what to make"
 
@@ -435,7 +439,7 @@ def test_retry_failed_without_mending_changes_nothing(bad, tmp_path):
 def test_retry_failed_again_counts_failures_against_the_limit(bad, tmp_path):
     command = "--data", bad, "--out", tmp_path / "out", *CENTER, "--max-failures"
     mine(*command, 1)
-    assert "images failed, more than --max-failures allows" in failure(*command, 0, "--retry-failed")
+    assert "images failed, --max-failures allows 0" in failure(*command, 0, "--retry-failed")
 
 
 def test_retry_failed_refuses_inputs_that_had_not_failed(copy, tmp_path):
@@ -597,3 +601,50 @@ def test_pretrained_weights_that_cannot_be_had(photos, tmp_path, monkeypatch):
     line = selector_failure(photos, tmp_path, None)
     assert f"--selector {SELECTOR}: no pretrained weights here (" in line
     assert "--weights FILE" in line and f"timm.create_model('{SELECTOR}', pretrained=True)" in line
+
+
+# What a selector gives.
+
+
+def test_weights_with_nan_are_refused_before_anything_is_written(photos, weights, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights)
+    state["blocks.0.norm1.weight"][3] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    arguments = ["--data", photos, "--out", tmp_path / "out", "--selector", SELECTOR]
+    line = failure(*arguments, "--weights", tmp_path / "nan.safetensors")
+    assert "are the selector's weights sound?" in line
+    assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+def test_a_method_of_ones_own_must_give_permutations(photos, weights, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "import torch\n\ndef constant(selector, images, seeds):\n"
+        "    return torch.zeros(len(images), 16, dtype=torch.long), torch.ones(len(images), 16)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--data", photos, "--out", tmp_path / "out", "--selector", SELECTOR, "--weights", weights]
+    assert "expected a permutation of 16 patches" in failure(*arguments, "--method", "own:constant")
+
+
+def test_a_plan_by_which_nothing_was_mined_may_be_replaced(photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["--data", photos, "--out", out, "--method", "center"]
+    mine(*arguments)
+    for path in [*out.glob("*-0*.json"), out / "manifest.json"]:
+        path.unlink()
+    mine(*arguments, "--seed", 5)
+    assert json.loads((out / "manifest.json").read_bytes())["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"), [("foo://bucket/set", "Protocol not known"), ("memory://none/set", "found no manifest")]
+)
+def test_urls_that_lead_nowhere(url, reason):
+    from conftest import inspect
+
+    output = inspect("info", url, code=1).output
+    assert reason in output and output.count("\n") == 1

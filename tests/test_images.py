@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from shards import images
 from shards.errors import ImageError
-from shards.images import decode, image_size, render_pixels, render_view, render_views, store_image
+from shards.images import decode, render_pixels, render_view, render_views, store_image
 from shards.views import image_views
 
 BOXES = [
@@ -157,7 +157,6 @@ def test_jpeg_png_and_webp_keep_their_bytes_and_others_become_lossless_png(kind,
 def test_the_kind_comes_from_the_bytes():
     """A PNG that is named .jpg is stored as .png: nothing here ever sees a name."""
     assert store_image(encode(PIXELS, "PNG"))[0].member == "png"
-    assert image_size(encode(PIXELS, "WEBP")) == (9, 6)
 
 
 # Odd images.
@@ -351,7 +350,7 @@ def test_store_side_makes_the_short_side_and_a_jpeg():
     stored, pixels = store_image(encode(photo(), "PNG"), store_side=30)
     assert (stored.width, stored.height, stored.source_width, stored.source_height) == (40, 30, 80, 60)
     assert stored.member == "jpg" and stored.transcoded
-    assert image_size(stored.data) == (40, 30)
+    assert decode(stored.data).shape == (30, 40, 3)
     assert np.array_equal(pixels, decode(stored.data)), "boxes and tickets refer to what is stored"
     small = np.asarray(photo().resize((40, 30), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(pixels - small).mean() < 4

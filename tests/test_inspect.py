@@ -177,7 +177,8 @@ def test_view_tile_shows_the_flipped_box():
 
 
 def test_pictures_must_be_png(center_set, tmp_path):
-    assert "ends in .png" in inspect("sheet", center_set, "-o", tmp_path / "a.jpg", code=1).output
+    assert "ends in .png" in inspect("sheet", center_set, "-o", tmp_path / "a.jpg", code=2).output
+    assert "no such folder" in inspect("sheet", center_set, "-o", tmp_path / "none/a.png", code=2).output
 
 
 def test_every_command_refuses_what_is_no_ticket_set(tmp_path, masks):

@@ -592,7 +592,7 @@ def test_without_network_and_weights_the_error_says_how_to_get_them(monkeypatch:
     with pytest.raises(TicketSetError) as error:
         build_vit("deit_tiny", (14, 14))
     text = str(error.value)
-    assert "\n" not in text and "Network is unreachable" in text
+    assert "\n" not in text and "OSError" in text
     assert "--weights FILE" in text and "timm.create_model('deit_tiny_patch16_224', pretrained=True)" in text
 
 

@@ -937,3 +937,14 @@ def shards_of(source):
         (split, number): source.splits[split].take(shard_rows(whole, source, split, number))["key"].to_pylist()
         for split, number in whole.shards()
     }
+
+
+@pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("training", "validation"), ("TRAIN", "Test")])
+def test_split_folders_in_other_spellings_are_no_classes(tmp_path, train, val):
+    for folder in (train, val):
+        for name in ("cat", "dog"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "1.jpg").write_bytes(b"x")
+    source = open_source(str(tmp_path))
+    assert source.classes == ["cat", "dog"] and list(source.splits) == ["train", "val"]
+    assert keys(source, "val") == [f"{val}/cat/1", f"{val}/dog/1"]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,23 +104,34 @@ def test_workers_and_recovery_checkpoints_change_nothing(tickets, whole, tmp_pat
 
 
 def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
-    """Two ranks under torchrun (gloo): SIGKILL after the first recovery checkpoint, then resume."""
-
-    def ranks(name: str, *more: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        flags = arguments(tickets, tmp_path, name, "-b", "2", "--recovery-interval", "1", *more)
-        return subprocess.Popen([*command, "trainer.cli", *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-
-    never = ranks("never")
-    assert never.wait() == 0
-    stopped = ranks("stopped")
+    """Two gloo ranks: under torchrun never stopped; then by hand, both SIGKILLed in mid-epoch, and resumed."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    more = ["-b", "2", "--recovery-interval", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    subprocess.run(
+        [*torchrun, "trainer.cli", *arguments(tickets, tmp_path, "never", *more)], check=True, env=environment, **quiet
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer.cli", *arguments(tickets, tmp_path, "stopped", *more)],
+            env={**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **quiet,
+        )
+        for rank in (0, 1)
+    ]
     while not (tmp_path / "stopped" / "recovery.pth.tar").exists():
-        assert stopped.poll() is None
-    os.killpg(stopped.pid, signal.SIGKILL)
-    stopped.wait()
+        assert ranks[0].poll() is None
+    for process in ranks:
+        process.kill()
+        process.wait()
     assert not (tmp_path / "stopped" / "final.json").exists()
-    assert ranks("stopped", "--resume", "latest").wait() == 0
+    resume = arguments(tickets, tmp_path, "stopped", *more, "--resume", "latest")
+    subprocess.run([*torchrun, "trainer.cli", *resume], check=True, env=environment, **quiet)
     assert same(weights_of(tmp_path / "stopped"), weights_of(tmp_path / "never"))
 
 

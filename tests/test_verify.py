@@ -214,3 +214,43 @@ def test_a_linked_set_is_checked_against_its_base(damaged, tmp_path):
         lambda m: m.update(set_id=json.loads((link / "manifest.json").read_bytes())["base"]["set_id"]),
     )
     lines(link, "--deep", "--base", str(tmp_path / "elsewhere"), code=0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-000000.json", "_info.json", "sizes.json", "plan.json"])
+def test_no_flipped_bit_in_json_passes_or_ends_in_a_traceback(damaged, name):
+    """Every 41st bit; `timing` alone may change unseen."""
+    path = damaged / name
+    data = path.read_bytes()
+    end = data.index(b'"timing"') if b'"timing"' in data else len(data)
+    for bit in range(0, 8 * end, 41):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        result = inspect("verify", damaged, code=1)
+        assert result.output and "Traceback" not in result.output
+    path.write_bytes(data)
+    lines(damaged, code=0)
+
+
+def test_a_label_that_is_no_number_is_a_problem_and_not_a_traceback(damaged):
+    tar = damaged / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[BLOCK] ^= 0x80
+    tar.write_bytes(data)
+    output = lines(damaged, "--deep")
+    assert "expected sha256" in output and "expected digits" in output
+
+
+def test_a_link_is_not_sound_where_a_tar_of_its_base_is_gone(damaged, tmp_path):
+    link = tmp_path / "link"
+    mine("--data", damaged, "--out", link, "--method", "random", "--images", "link")
+    (damaged / "train-000001.tar").unlink()
+    assert "train-000001.tar: missing" in lines(link)
+
+
+def test_diff_and_score_need_no_base(damaged, tmp_path):
+    links = [tmp_path / name for name in "ab"]
+    for link in links:
+        mine("--data", damaged, "--out", link, "--method", "random", "--images", "link")
+    shutil.rmtree(damaged)
+    assert "1.000" in inspect("diff", *links).output

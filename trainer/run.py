@@ -227,6 +227,8 @@ class Run:
             raise TicketSetError(f"{self.opened.url}: split {split} has images without label")
         if rows.skipped:
             log.info(f"{split}: {rows.skipped} images of the base have no ticket and are skipped")
+        if split == self.options.train_split and len(rows) < self.options.repeats:
+            raise TicketSetError(f"--repeats {self.options.repeats}: split {split} has only {len(rows)} images")
         views = self.opened.manifest["splits"][split]["views"]
         if split == self.options.train_split and self.options.repeats > max(1, views - 1):
             raise TicketSetError(
@@ -413,7 +415,11 @@ class Run:
                 path = checkpoint.latest(folder)
             self._resume(path)
             return folder
-        if folder.exists() and any(folder.iterdir()):
+        # Rank 0 alone looks: for the others the folder may be there because rank 0 has just made it.
+        taken = [self.world.rank == 0 and folder.exists() and any(folder.iterdir())]
+        if self.world.size > 1:
+            torch.distributed.broadcast_object_list(taken)
+        if taken[0]:
             raise TicketSetError(
                 f"{folder}: a run is there already; go on with --resume latest, or name another --experiment"
             )

@@ -94,9 +94,7 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str
 
 
 def _remote_glob(url: str) -> list[str]:
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = storage.filesystem(url)
     found = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path))]
     if not found:
         raise TicketSetError(f"--data {url}: no such files")

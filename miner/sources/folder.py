@@ -23,7 +23,8 @@ from miner.sources.source import (
 )
 from shards.errors import TicketSetError
 
-VAL_NAMES = ("val", "validation")
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "validation", "valid")
 _ESCAPED_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")  # a byte that is no UTF-8, as `source` spells it
 
 
@@ -60,21 +61,18 @@ def folder_source(spec: str, root: str, splits: Sequence[str], labels: str | Non
 def split_folders(root: str) -> dict[str, str]:
     """split -> its folder under root; {"train": ""} where classes or images lie directly inside.
 
-    test/ stands in for val where there is none and it has class folders.
+    Names in any case; test/ stands in for val where there is none and it has class folders.
     """
-    folders = set(_subfolders(root))
-    if not folders & {"train", *VAL_NAMES, "test"} or ("train" not in folders and folders - {*VAL_NAMES, "test"}):
+    found = {name.lower(): name for name in _subfolders(root)}
+    train = next((found[name] for name in TRAIN_NAMES if name in found), None)
+    val = next((found[name] for name in VAL_NAMES if name in found), None)
+    test = found.get("test")
+    if train is None and (not (val or test) or found.keys() - {*VAL_NAMES, "test"}):
         return {"train": ""}
-    roots = {"train": "train"} if "train" in folders else {}
-    val = next((name for name in VAL_NAMES if name in folders), None)
-    if val is None and "test" in folders and _subfolders(os.path.join(root, "test")):
-        roots["val"] = "test"
-    else:
-        if val:
-            roots["val"] = val
-        if "test" in folders:
-            roots["test"] = "test"
-    return roots
+    roots = {"train": train} if train else {}
+    if val is None and test and _subfolders(os.path.join(root, test)):
+        val, test = test, None
+    return roots | ({"val": val} if val else {}) | ({"test": test} if test else {})
 
 
 def _subfolders(path: str) -> list[str]:

@@ -83,11 +83,12 @@ class open_tar:
         self._url = url
 
     def __enter__(self) -> tuple[tarfile.TarFile, BinaryIO]:
-        import fsspec
-
         try:
-            self._file = fsspec.open(self._url, "rb").open()
+            fs, path = storage.filesystem(storage.local(self._url))
+            self._file = fs.open(path, "rb")
             return tarfile.open(fileobj=self._file, mode="r:"), self._file
+        except FileNotFoundError:
+            raise TicketSetError(f"{self._url}: no such file") from None
         except (OSError, tarfile.TarError) as error:
             raise TicketSetError(f"{self._url}: not a readable tar: {error}") from None
 

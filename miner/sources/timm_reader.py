@@ -60,6 +60,8 @@ def _create(spec: str, name: str, split: str) -> Any:
         reader = create_reader(name, root=None, split=split)
     except Exception as error:  # timm, datasets and the network each have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, ImportError):
+            reason += "; pip install 'datalth[timm-readers]'"
         raise TicketSetError(
             f"--data {spec}: timm cannot open split {split}: {reason}; expected such as timm:hfds/uoft-cs/cifar10"
         ) from None
