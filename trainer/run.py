@@ -1,5 +1,6 @@
 """One datalth-train command: check, build, train epoch by epoch, validate, save."""
 
+import gc
 import json
 import logging
 import os
@@ -109,6 +110,9 @@ def run(options: Options) -> int:
         return Run(options, opened, world).execute()
     finally:
         if torch.distributed.is_initialized():
+            # The process group joins its threads only when nothing refers to it any more, DDP in reference cycles
+            # included. A thread left over may free a tensor while Python shuts down, and abort the process.
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 
@@ -312,16 +316,21 @@ class Run:
             return 0
         self.folder = self._open_folder()
         self._show()
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
-        if self.feed_options.unmask_from is not None and self.state.epoch < self.feed_options.unmask_from:
-            self._try_full_step()
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
         try:
-            while self.state.epoch < options.epochs:
-                self._epoch()
+            return self._train()
         except Stopped:
             log.info(f"stopped at epoch {self.state.epoch}, step {self.state.step}; --resume latest goes on from here")
             return 143
-        self._report(self._evaluate(("all",) if options.resize_to_tokens else ("tickets", "all", "random")))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _train(self) -> int:
+        if self.feed_options.unmask_from is not None and self.state.epoch < self.feed_options.unmask_from:
+            self._try_full_step()
+        while self.state.epoch < self.options.epochs:
+            self._epoch()
+        self._report(self._evaluate(("all",) if self.options.resize_to_tokens else ("tickets", "all", "random")))
         return 0
 
     def _epoch(self) -> None:
