@@ -28,7 +28,7 @@ Examples:
     "--data",
     required=True,
     metavar="SPEC",
-    help="Image folder, WebDataset tars, ImageNet tars, another ticket set, or timm:READER.",
+    help="Image folder, WebDataset tars (quote globs), ImageNet tars, another ticket set, or timm:READER.",
 )
 @click.option(
     "--out", required=True, metavar="DIR", help="Folder of the new ticket set; the same command again resumes it."
@@ -52,7 +52,8 @@ Examples:
     "--method",
     default="evit",
     show_default=True,
-    help="evit, cls-attention, rollout, random, center, or module:function.",
+    metavar="NAME",
+    help="How patches are ranked; see above.",
 )
 @click.option(
     "--keep-rate", type=float, metavar="R", help="Share of patches kept at each of three stages.  [default: 0.9]"
@@ -63,9 +64,21 @@ Examples:
     help="Blocks at which evit drops (default: quarter points, 3,6,9 of 12); the one block of cls-attention and rollout (default: the last).",
 )
 @click.option("--tokens", type=click.IntRange(min=1), metavar="K", help="Patches in a ticket, instead of --keep-rate.")
-@click.option("--img-size", type=click.IntRange(min=1), default=224, show_default=True, help="Student's input, pixels.")
 @click.option(
-    "--patch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Student's patch, pixels."
+    "--img-size",
+    type=click.IntRange(min=1),
+    default=224,
+    show_default=True,
+    metavar="PX",
+    help="Student's input, pixels.",
+)
+@click.option(
+    "--patch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    metavar="PX",
+    help="Student's patch, pixels.",
 )
 @click.option(
     "--views",
@@ -95,6 +108,7 @@ Examples:
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
+    metavar="P",
     help="Probability that a random view is flipped.",
 )
 @click.option(
@@ -102,7 +116,7 @@ Examples:
     type=click.Choice(["copy", "link"]),
     default="copy",
     show_default=True,
-    help="link: from a ticket set, write tickets only and leave the images there.",
+    help="link: from a ticket set, write tickets only and leave the images there; copy: mine them into a whole set.",
 )
 @click.option("--base", metavar="DIR", help="Where the base of a linked --data is now.")
 @click.option(
@@ -120,32 +134,48 @@ Examples:
     type=click.FloatRange(0, 0.9),
     default=0.1,
     show_default=True,
+    metavar="SHARE",
     help="Share of images that make a val split where there is none; 0: none.",
 )
 @click.option("--labels", metavar="FILE.csv", help="filename,class for images that carry no class.")
-@click.option("--label-field", default="label", show_default=True, help="Label in a WebDataset sample's json.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of views, order and random tickets."
+    "--label-field", default="label", show_default=True, metavar="NAME", help="Label in a WebDataset sample's json."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of views, order and random tickets.",
 )
 @click.option(
     "-b",
     "--batch-size",
     type=click.IntRange(min=1),
+    metavar="N",
     help="Views per selector batch.  [default: 128, on a CPU 16; a resumed run keeps its own]",
 )
 @click.option(
-    "-j", "--workers", type=click.IntRange(min=1), help="Threads that read and decode.  [default: cores, 16 at most]"
+    "-j",
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that read and decode.  [default: cores, 16 at most]",
 )
-@click.option("--device", help="cuda, cuda:1, mps, cpu.  [default: the best there is]")
+@click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu.  [default: the best there is]")
 @click.option("--amp", is_flag=True, help="Run the selector in bfloat16; scores stay float32.")
 @click.option("--torchcompile", is_flag=True, help="torch.compile the selector's blocks.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images in a shard.")
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Images in a shard."
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images of each split, for a try.")
 @click.option(
     "--max-failures",
     type=click.FloatRange(0, 1),
     default=0.01,
     show_default=True,
+    metavar="SHARE",
     help="Stop past this share of failed images.",
 )
 @click.option("--overwrite", is_flag=True, help="Remove the ticket set in --out and start anew.")
@@ -157,6 +187,14 @@ def main(context: click.Context, **options: Any) -> None:
 
     The first K patches of a ranking are the image's ticket. Training on tickets (datalth-train) then
     never runs the selector again. Interrupted runs resume at the shard.
+
+    \b
+    Methods:
+      evit            the paper's: dropped in three stages by the class token's attention
+      cls-attention   the class token's attention at one block, all patches present
+      rollout         attention rolled out from the first block
+      center, random  controls that use no model
+      module:function your own; docs/ARCHITECTURE.md shows one
     """
     check_options(options)
     check_folder(options["out"], options["data"])
