@@ -56,7 +56,7 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> M
 
 
 def load_weights(model: Model, path: str) -> None:
-    """Load a checkpoint file into a timm ViT; a classifier that the model lacks is left out.
+    """Load a checkpoint file into a timm ViT; a classifier that the model lacks, or has for other classes, is left out.
 
     Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
     the one further class, which DeiT-style checkpoints hold. `state_dict_ema`, `model_ema`,
@@ -77,8 +77,10 @@ def load_weights(model: Model, path: str) -> None:
     except Exception as error:  # pickle, zip, safetensors and shape errors have no common class
         raise TicketSetError(f"--weights {path}: not a loadable checkpoint: {_first_line(error)}") from None
     own = model.state_dict()
+    # A classifier for other classes: the model keeps its own, freshly drawn.
+    state = {k: v for k, v in state.items() if not (k.startswith("head") and k in own and own[k].shape != v.shape)}
     extra = [k for k in state if k not in own and not k.startswith(("head", "fc_norm", "pre_logits"))]
-    missing = [k for k in own if k not in state]
+    missing = [k for k in own if k not in state and not k.startswith("head")]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if extra or missing or wrong:
         example = (wrong or missing or extra)[0]
@@ -88,7 +90,7 @@ def load_weights(model: Model, path: str) -> None:
             f" {len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of another shape"
             f" (first: expected {detail})"
         )
-    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)
+    model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}}, strict=True)
 
 
 def state_hash(model: Model) -> str:

@@ -256,3 +256,40 @@ def test_a_config_file_sets_defaults_and_typed_flags_win(tickets, tmp_path):
     assert "epochs: 1\n" in saved and "lr_base: 0.001\n" in saved
     (tmp_path / "c.yaml").write_text("epocs: 1\n")
     assert "no such flag: epocs" in CliRunner().invoke(main, ["-c", str(tmp_path / "c.yaml"), *small]).output
+
+
+def test_ema_has_its_columns_from_the_first_epoch_and_figures_once_it_has_seen_enough(tickets, tmp_path):
+    train(tickets, tmp_path, "ema", "--model-ema-decay", 0.88)  # mature after 8.3 of 12 updates
+    head, first, second = ((tmp_path / "ema/summary.csv").read_text()).splitlines()
+    column = head.split(",").index("eval_ema_all_top1")
+    assert first.split(",")[column] == "" and float(second.split(",")[column]) >= 0
+    assert "ema_random" in json.loads((tmp_path / "ema/final.json").read_text())["results"]
+
+
+def test_bfloat16_clipping_checkpointing_and_tensorboard_run(tickets, tmp_path):
+    flags = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", 1, "--grad-checkpointing", "--log-tensorboard"]
+    train(tickets, tmp_path, "all", *flags, "--epochs", 1)
+    assert list((tmp_path / "all").glob("events.out.tfevents*"))
+
+
+def test_training_starts_from_a_checkpoint_for_other_classes_and_refuses_another_model(tickets, tmp_path):
+    kwargs = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    donor = timm.create_model("deit_tiny_patch16_224", num_classes=7, **kwargs)
+    torch.save({"model": donor.state_dict()}, tmp_path / "donor.pth")
+    flags = ["--initial-checkpoint", tmp_path / "donor.pth", "--epochs", 1, "--lr", 1e-12, "--warmup-lr", 1e-12,
+             "--min-lr", 1e-12, "--opt", "sgd", "--weight-decay", 0]  # fmt: skip
+    train(tickets, tmp_path, "start", *flags)
+    trained = weights_of(tmp_path / "start")
+    assert torch.allclose(
+        trained["blocks.0.attn.qkv.weight"], donor.state_dict()["blocks.0.attn.qkv.weight"], atol=1e-6
+    )
+    assert trained["head.weight"].shape == (3, 32)
+    wide = timm.create_model("deit_tiny_patch16_224", num_classes=7, **{**kwargs, "embed_dim": 48})
+    torch.save(wide.state_dict(), tmp_path / "wide.pth")
+    refused = train(tickets, tmp_path, "wide", "--initial-checkpoint", tmp_path / "wide.pth", code=1).output
+    assert "do not fit" in refused and "of another shape" in refused
+
+
+def test_another_global_batch_is_no_way_to_resume(tickets, whole, tmp_path):
+    output = train(tickets, whole.parent, "run", "--resume", "latest", "-b", 2, code=1).output
+    assert "global_batch: 4 there, 2 here" in output

@@ -109,6 +109,8 @@ OPTIONS: list[Any] = [
     click.option("--output", default="output", show_default=True, metavar="DIR", help="Folder of the runs."),
     click.option("--experiment", metavar="NAME", help="Folder of this run.  [default: time, model, tickets]"),
     click.option("--resume", metavar="PATH|latest", help="Go on from a checkpoint."),
+    click.option("--log-tensorboard", is_flag=True, help="Also write TensorBoard events; pip install 'datalth[tensorboard]'."),
+    click.option("--wandb-project", metavar="NAME", help="Also log to Weights & Biases; pip install 'datalth[wandb]'."),
     click.option("--eval", is_flag=True, help="Only validate, under all three protocols."),
 ]  # fmt: skip
 

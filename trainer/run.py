@@ -25,6 +25,7 @@ from shards.reader import TicketSet
 from shards.rows import Rows
 from shards.verify import verify
 from trainer import checkpoint
+from trainer.board import Board
 from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import evaluate
 from trainer.feed import EvalFeed, FeedOptions, TrainFeed, loader
@@ -86,6 +87,16 @@ class Options:
     experiment: str | None
     resume: str | None
     eval: bool
+    log_tensorboard: bool
+    wandb_project: str | None
+
+
+# What a resumed run may say otherwise: none of it changes a sample or a weight, but for rounding. The global batch may not.
+FREE_TO_CHANGE = frozenset(
+    ["resume", "eval", "workers", "device", "torchcompile", "log_interval", "recovery_interval", "output", "experiment"]
+    + ["log_tensorboard", "wandb_project", "shards", "base", "world_size", "grad_accum_steps", "batch_size"]
+    + ["initial_checkpoint", "pretrained"]
+)
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,7 @@ class Run:
         self.protocols = ("all",) if options.resize_to_tokens else ("tickets", "all")
         self.own_protocol = "all" if whole or options.unmask_epochs else "tickets"
         self.folder: Path | None = None
+        self.board = Board()
         self._stop = False
 
     def _rows(self, split: str) -> Rows:
@@ -316,6 +328,8 @@ class Run:
             return 0
         self.folder = self._open_folder()
         self._show()
+        if self.world.rank == 0:
+            self.board = Board(options.log_tensorboard, options.wandb_project, self.folder, self._arguments())
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
         try:
             return self._train()
@@ -355,13 +369,24 @@ class Run:
             arguments = self._arguments()
             if better:
                 checkpoint.save_best(self.folder, state, arguments, metric, self.opened.classes)
-            flat = {f"{p}_{name}": value for p, figures in results.items() for name, value in figures.items()}
+            flat = self._row(results)
             summary = self.folder / "summary.csv"
             update_summary(epoch, {"loss": train_loss}, flat, summary, lr=lr, write_header=not summary.exists())
             checkpoint.save(self.folder / checkpoint.LAST, state, arguments, metric)
+            self.board.write(epoch, {"train_loss": train_loss, "lr": lr, **{k: v for k, v in flat.items() if v != ""}})
             (self.folder / checkpoint.RECOVERY).unlink(missing_ok=True)
         text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in results.items())
         log.info(f"Test: {epoch}  top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})")
+
+    def _row(self, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """summary.csv's cells; EMA's stand empty until its weights have seen enough."""
+        prefixes = ("", "ema_") if self.state.ema is not None else ("",)
+        names = [f"{prefix}{protocol}" for prefix in prefixes for protocol in self.protocols]
+        return {
+            f"{name}_{figure}": results.get(name, {}).get(figure, "")
+            for name in names
+            for figure in ("top1", "top5", "loss")
+        }
 
     def _evaluate(self, protocols: tuple[str, ...]) -> dict[str, dict[str, float]]:
         """Raw weights under each protocol, and EMA weights once they have seen enough steps."""
@@ -398,6 +423,7 @@ class Run:
         arguments |= {
             "set_id": self.opened.manifest["set_id"],
             "world_size": self.world.size,
+            "global_batch": self.feed_options.global_batch,
             "resolved_tokens": self.tokens,
         }
         return arguments
@@ -441,27 +467,7 @@ class Run:
     def _resume(self, path: Path) -> None:
         content = checkpoint.read(path)
         then, now = content["args"], self._arguments()
-        free = {
-            "resume",
-            "workers",
-            "device",
-            "log_interval",
-            "recovery_interval",
-            "eval",
-            "output",
-            "experiment",
-            "shards",
-        }
-        free |= {
-            "base",
-            "torchcompile",
-            "world_size",
-            "grad_accum_steps",
-            "batch_size",
-            "initial_checkpoint",
-            "pretrained",
-        }
-        differing = [k for k in now if k not in free and then.get(k) != now[k]]
+        differing = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
         if differing and not self.options.eval:
             raise TicketSetError(
                 f"--resume {path}: trained with other arguments: "
