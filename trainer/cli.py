@@ -122,7 +122,8 @@ def main(**options: Any) -> None:
 
     Defaults are DeiT's recipe. Validation reports accuracy on the selector's tickets and on all patches.
     """
-    from trainer.run import Options, run  # imports torch
+    from trainer.options import Options
+    from trainer.run import run  # imports torch
 
     sys.exit(run(Options(**options)))
 

@@ -3,109 +3,32 @@
 import gc
 import json
 import logging
-import os
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, update_summary
-from torch.utils.flop_counter import FlopCounterMode
 
-from miner.models import load_weights, timm_name
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import Rows
-from shards.verify import verify
 from trainer import checkpoint
 from trainer.board import Board
+from trainer.build import World, build_model, gmacs, open_set, start_world, student_side
 from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import evaluate
 from trainer.feed import EvalFeed, FeedOptions, TrainFeed, loader
+from trainer.options import FREE_TO_CHANGE, Options
 from trainer.ticket_vit import TicketViT
 
 log = logging.getLogger("datalth")
-
-
-@dataclass(frozen=True)
-class Options:
-    """datalth-train's flags; timm's names."""
-
-    shards: str
-    base: str | None
-    model: str
-    tickets: str
-    tokens: int | None
-    resize_to_tokens: bool
-    unmask_epochs: int
-    repeats: int
-    train_split: str
-    val_split: str
-    pretrained: bool
-    initial_checkpoint: str | None
-    model_kwargs: dict[str, Any]
-    drop_path: float
-    grad_checkpointing: bool
-    batch_size: int
-    grad_accum_steps: int
-    epochs: int
-    opt: str
-    lr: float | None
-    lr_base: float
-    weight_decay: float
-    clip_grad: float | None
-    sched: str
-    warmup_epochs: int
-    warmup_lr: float
-    min_lr: float
-    smoothing: float
-    mixup: float
-    cutmix: float
-    mixup_prob: float
-    mixup_switch_prob: float
-    aa: str
-    color_jitter: float
-    reprob: float
-    model_ema: bool
-    model_ema_decay: float
-    amp: bool
-    amp_dtype: str
-    torchcompile: bool
-    device: str | None
-    seed: int
-    workers: int
-    log_interval: int
-    recovery_interval: int
-    output: str
-    experiment: str | None
-    resume: str | None
-    eval: bool
-    log_tensorboard: bool
-    wandb_project: str | None
-
-
-# What a resumed run may say otherwise: none of it changes a sample or a weight, but for rounding. The global batch may not.
-FREE_TO_CHANGE = frozenset(
-    ["resume", "eval", "workers", "device", "torchcompile", "log_interval", "recovery_interval", "output", "experiment"]
-    + ["log_tensorboard", "wandb_project", "shards", "base", "world_size", "grad_accum_steps", "batch_size"]
-    + ["initial_checkpoint", "pretrained"]
-)
-
-
-@dataclass(frozen=True)
-class World:
-    """Which of how many processes this is."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def run(options: Options) -> int:
@@ -125,73 +48,6 @@ def run(options: Options) -> int:
             # included. A thread left over may free a tensor while Python shuts down, and abort the process.
             gc.collect()
             torch.distributed.destroy_process_group()
-
-
-def open_set(options: Options) -> TicketSet:
-    """The ticket set, if it is whole.
-
-    Raises:
-        TicketSetError: unfinished, damaged, without the wanted splits, or without labels.
-    """
-    opened = TicketSet.open(options.shards, options.base)
-    problems = verify(opened)
-    if problems:
-        raise TicketSetError(
-            f"{options.shards}: {problems[0]} ({len(problems)} problems; datalth-shards verify lists them)"
-        )
-    for split in (options.train_split, options.val_split):
-        opened.shard_names(split)
-    if not opened.classes:
-        raise TicketSetError(f"{options.shards}: its images have no labels; there is nothing to train on")
-    return opened
-
-
-def start_world(options: Options) -> World:
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise TicketSetError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if size > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
-
-
-def build_model(options: Options, opened: TicketSet) -> Any:
-    """The timm model at the student's size; with --resize-to-tokens at the smaller one."""
-    side = student_side(options, opened)
-    arguments = {"num_classes": len(opened.classes), "img_size": side, **options.model_kwargs}
-    try:
-        model: Any = timm.create_model(
-            timm_name(options.model), pretrained=options.pretrained, drop_path_rate=options.drop_path, **arguments
-        )
-    except Exception as error:  # timm's builders and hubs have no common class
-        raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
-    if options.initial_checkpoint:
-        load_weights(model, options.initial_checkpoint)
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    return model
-
-
-def student_side(options: Options, opened: TicketSet) -> int:
-    """Pixels of the student's input.
-
-    Raises:
-        TicketSetError: --resize-to-tokens with a K that is no square.
-    """
-    if not options.resize_to_tokens:
-        return opened.manifest["img_size"]
-    tokens = options.tokens or opened.k
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise TicketSetError(
-            f"--resize-to-tokens: {tokens} tokens are no square; the nearest --tokens are {side**2} and {(side + 1) ** 2}"
-        )
-    return side * opened.manifest["patch_size"]
 
 
 class Run:
@@ -512,15 +368,3 @@ class Run:
             (self.folder / "final.json").write_text(json.dumps(final, indent=1) + "\n")
         if self.state.best is not None:
             log.info(f"*** Best metric: {self.state.best:.2f} (epoch {self.state.best_epoch})")
-
-
-def gmacs(model: TicketViT, tokens: int) -> float:
-    """Multiply-accumulates of one image's forward, in units of 1e9, as torch counts them."""
-    weight = next(model.parameters())
-    patches = weight.new_zeros(1, tokens, 3 * model.patch_size**2)
-    training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(patches, torch.arange(tokens, device=weight.device)[None])
-    model.train(training)
-    return counter.get_total_flops() / 2e9

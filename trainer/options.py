@@ -1,0 +1,69 @@
+"""datalth-train's flags as one object, and which of them a resumed run may change."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """datalth-train's flags; timm's names."""
+
+    shards: str
+    base: str | None
+    model: str
+    tickets: str
+    tokens: int | None
+    resize_to_tokens: bool
+    unmask_epochs: int
+    repeats: int
+    train_split: str
+    val_split: str
+    pretrained: bool
+    initial_checkpoint: str | None
+    model_kwargs: dict[str, Any]
+    drop_path: float
+    grad_checkpointing: bool
+    batch_size: int
+    grad_accum_steps: int
+    epochs: int
+    opt: str
+    lr: float | None
+    lr_base: float
+    weight_decay: float
+    clip_grad: float | None
+    sched: str
+    warmup_epochs: int
+    warmup_lr: float
+    min_lr: float
+    smoothing: float
+    mixup: float
+    cutmix: float
+    mixup_prob: float
+    mixup_switch_prob: float
+    aa: str
+    color_jitter: float
+    reprob: float
+    model_ema: bool
+    model_ema_decay: float
+    amp: bool
+    amp_dtype: str
+    torchcompile: bool
+    device: str | None
+    seed: int
+    workers: int
+    log_interval: int
+    recovery_interval: int
+    output: str
+    experiment: str | None
+    resume: str | None
+    eval: bool
+    log_tensorboard: bool
+    wandb_project: str | None
+
+
+# What a resumed run may say otherwise: none of it changes a sample or a weight, but for rounding. The global batch may not.
+FREE_TO_CHANGE = frozenset(
+    ["resume", "eval", "workers", "device", "torchcompile", "log_interval", "recovery_interval", "output", "experiment"]
+    + ["log_tensorboard", "wandb_project", "shards", "base", "world_size", "grad_accum_steps", "batch_size"]
+    + ["initial_checkpoint", "pretrained"]
+)
