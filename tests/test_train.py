@@ -135,6 +135,14 @@ def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
     assert same(weights_of(tmp_path / "stopped"), weights_of(tmp_path / "never"))
 
 
+def test_rows_of_epochs_that_are_trained_again_leave_the_summary(tmp_path):
+    from trainer.run import drop_rows
+
+    (tmp_path / "summary.csv").write_text("epoch,loss\n0,2.5\n1,2.25\n2,2.0\n")
+    drop_rows(tmp_path / "summary.csv", 1)
+    assert (tmp_path / "summary.csv").read_text() == "epoch,loss\n0,2.5\n"
+
+
 def test_timm_loads_the_checkpoints_and_gives_the_same_logits(tickets, whole):
     kwargs = {"num_classes": 3, "img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
     images = torch.randn(2, 3, 64, 64)

@@ -60,7 +60,7 @@ class StepOptions:
     rank: int = 0
     log_interval: int = 50
     recovery_interval: int = 0
-    stop_requested: Callable[[], bool] = field(default=lambda: False)
+    stop_requested: Callable[[bool], bool] = field(default=lambda boundary: False)
 
 
 class Stopped(Exception):
@@ -109,9 +109,10 @@ def train_epoch(
         total += loss
         pending += 1
         state.step += 1
-        stop = options.stop_requested()
-        due = options.recovery_interval and state.step % options.recovery_interval == 0
-        if stop or due or state.step == steps or state.step % options.log_interval == 0:
+        due = bool(options.recovery_interval) and state.step % options.recovery_interval == 0
+        boundary = due or state.step == steps or state.step % options.log_interval == 0
+        stop = options.stop_requested(boundary)
+        if stop or boundary:
             check_finite(int(bad), state)  # the one place where the host waits for the device
             state.loss_sum, state.loss_count = state.loss_sum + float(total), state.loss_count + pending
             total, pending = torch.zeros_like(total), 0

@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3, update_summary
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.storage import write_atomic
 from trainer import checkpoint
 from trainer.board import Board
 from trainer.build import World, build_model, gmacs, open_set, start_world, student_side
@@ -169,8 +170,18 @@ class Run:
             rank=self.world.rank,
             log_interval=options.log_interval,
             recovery_interval=options.recovery_interval,
-            stop_requested=lambda: self._stop,
+            stop_requested=self._stop_requested,
         )
+
+    def _stop_requested(self, boundary: bool) -> bool:
+        """Whether to stop here. Ranks must stop at one step, so several agree, and only where they wait anyway."""
+        if self.world.size == 1:
+            return self._stop
+        if not boundary:
+            return False
+        flag = torch.tensor(int(self._stop), device=self.world.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     def execute(self) -> int:
         """The command from here on."""
@@ -330,6 +341,8 @@ class Run:
                 + "; ".join(f"{k}: {then.get(k)} there, {now[k]} here" for k in differing[:5])
             )
         checkpoint.restore(content, self.state)
+        if self.world.rank == 0 and not self.options.eval:
+            drop_rows(path.parent / "summary.csv", self.state.epoch)
         self.state.scheduler.step_update(self.state.epoch * self.steps + self.state.step)
         log.info(f"resuming {path}: epoch {self.state.epoch}, step {self.state.step}")
 
@@ -368,3 +381,11 @@ class Run:
             (self.folder / "final.json").write_text(json.dumps(final, indent=1) + "\n")
         if self.state.best is not None:
             log.info(f"*** Best metric: {self.state.best:.2f} (epoch {self.state.best_epoch})")
+
+
+def drop_rows(summary: Path, epoch: int) -> None:
+    """Take back the rows of epochs that will be trained again: a run may be killed between its row and its checkpoint."""
+    if summary.exists():
+        lines = summary.read_text().splitlines(keepends=True)
+        kept = [line for line in lines[1:] if int(line.split(",")[0]) < epoch]
+        write_atomic(summary, "".join([*lines[:1], *kept]).encode())
