@@ -128,7 +128,7 @@ def main(**options: Any) -> None:
     sys.exit(run(Options(**options)))
 
 
-for _option in reversed(OPTIONS):
+for _option in OPTIONS:
     main = _option(main)
 
 
