@@ -4,7 +4,6 @@ Offsets come from the index, so nothing is scanned; a remote tar is fetched whol
 """
 
 import functools
-import getpass
 import os
 import tempfile
 from pathlib import Path
@@ -33,7 +32,7 @@ class Rows:
     def __init__(self, opened: TicketSet, split: str, cache: str | None = None) -> None:
         self._set = opened
         self._names = opened.shard_names(split)
-        self._cache = cache or os.path.join(tempfile.gettempdir(), f"datalth-{getpass.getuser()}")
+        self._cache = cache or os.path.join(tempfile.gettempdir(), f"datalth-{os.getuid()}")
         tables = [_joined(opened, name) for name in self._names]
         self.sizes = tuple(len(table) for table in tables)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])

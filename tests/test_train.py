@@ -301,3 +301,25 @@ def test_training_starts_from_a_checkpoint_for_other_classes_and_refuses_another
 def test_another_global_batch_is_no_way_to_resume(tickets, whole, tmp_path):
     output = train(tickets, whole.parent, "run", "--resume", "latest", "-b", 2, code=1).output
     assert "global_batch: 4 there, 2 here" in output
+
+
+def test_full_is_tested_on_the_sets_tickets_and_not_on_all_patches_thrice(tickets, tmp_path):
+    train(tickets, tmp_path, "full", "--tickets", "full", "--epochs", 1)
+    results = json.loads((tmp_path / "full/final.json").read_text())["results"]
+    losses = {results[name]["loss"] for name in ("tickets", "all", "random")}
+    assert len(losses) == 3
+
+
+def test_a_runs_own_args_are_a_config(tickets, whole, tmp_path):
+    result = CliRunner().invoke(
+        main, ["-c", str(whole / "args.yaml"), "--output", str(tmp_path), "--experiment", "again", "-j", "0"]
+    )
+    assert result.exit_code == 0, result.output
+    assert same(weights_of(tmp_path / "again"), weights_of(whole))
+
+
+def test_another_number_of_classes_is_refused(tickets, tmp_path):
+    assert (
+        "expected 3, the set's, got 2"
+        in train(tickets, tmp_path, "x", "--model-kwargs", "num_classes=2", code=1).output
+    )

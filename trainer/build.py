@@ -68,6 +68,10 @@ def build_model(options: Options, opened: TicketSet) -> Any:
         )
     except Exception as error:  # timm's builders and hubs have no common class
         raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
+    if model.num_classes != len(opened.classes):
+        raise TicketSetError(
+            f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
+        )
     if options.initial_checkpoint:
         load_weights(model, options.initial_checkpoint)
     if options.grad_checkpointing:

@@ -96,6 +96,8 @@ def restore(content: dict[str, Any], state: State) -> None:
     state.vit.load_state_dict(content["state_dict"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["amp_scaler"])
+    if "state_dict_ema" not in content:  # trained without, and now only evaluated
+        state.ema = None
     if state.ema is not None:
         state.ema.module.load_state_dict(content["state_dict_ema"])
     for name in ("epoch", "step", "loss_sum", "loss_count", "best", "best_epoch"):

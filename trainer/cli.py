@@ -30,6 +30,11 @@ def read_config(context: click.Context, parameter: click.Parameter, path: str | 
         raise click.BadParameter(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{path}: expected lines of flag: value")
+    derived = {"set_id", "world_size", "global_batch", "resolved_tokens"}  # args.yaml holds these too
+    values = {key: value for key, value in values.items() if key not in derived}
+    for key, value in values.items():
+        if isinstance(value, dict):  # model-kwargs: {depth: 2}
+            values[key] = [f"{name}={item!r}" for name, item in value.items()]
     known = {p.name for p in context.command.params} - {"config"}
     values = {key.replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(values.keys() - known)
@@ -43,8 +48,6 @@ def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -
     """--model-kwargs a=1 b=x, values as Python literals where they are some."""
     import ast
 
-    if isinstance(texts, dict):
-        return texts
     out: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -90,7 +90,7 @@ def train_epoch(
     """
     state.model.train()
     iterator = iter(batches)
-    total = torch.zeros((), device=options.device)
+    total = torch.zeros((), device=options.device, dtype=torch.float64)  # so that a stop does not regroup the sum
     bad = torch.full((), -1, device=options.device)  # the first step whose loss was not finite, without a sync
     pending = seen = 0
     last, waited = time.perf_counter(), 0.0
@@ -106,7 +106,7 @@ def train_epoch(
             loss += train_micro_batch(state, batch, options, update, micro, last_micro)
         apply_update(state, options, update)
         bad = torch.where((bad < 0) & ~torch.isfinite(loss), state.step, bad)
-        total += loss
+        total += loss.double()
         pending += 1
         state.step += 1
         due = bool(options.recovery_interval) and state.step % options.recovery_interval == 0
@@ -154,7 +154,7 @@ def apply_update(state: State, options: StepOptions, update: int) -> None:
     state.scaler.update()
     state.optimizer.zero_grad()
     if state.ema is not None:
-        state.ema.update(state.vit, step=update)
+        state.ema.update(state.vit, step=update + 1)
     state.scheduler.step_update(update + 1)
 
 

@@ -5,6 +5,7 @@ Augmentation and mixing happen here on whole uint8 views; then K patches of each
 """
 
 import math
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,6 +204,11 @@ def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:
     return kept.reshape(b, keep.shape[1], -1)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """SIGTERM often goes to the whole process group; workers must outlive the step that is under way."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> DataLoader:
     """Batches of a feed in the order of `places`."""
     return DataLoader(
@@ -212,4 +218,5 @@ def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> Da
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if workers else None,
+        worker_init_fn=_leave_signals_to_the_run,
     )

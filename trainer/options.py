@@ -61,7 +61,8 @@ class Options:
     wandb_project: str | None
 
 
-# What a resumed run may say otherwise: none of it changes a sample or a weight, but for rounding. The global batch may not.
+# What a resumed run may say otherwise. The global batch may not change: it decides the samples. Splitting it otherwise over
+# ranks and steps keeps the samples, but draws other drop paths and erasing noise.
 FREE_TO_CHANGE = frozenset(
     ["resume", "eval", "workers", "device", "torchcompile", "log_interval", "recovery_interval", "output", "experiment"]
     + ["log_tensorboard", "wandb_project", "shards", "base", "world_size", "grad_accum_steps", "batch_size"]

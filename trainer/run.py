@@ -60,6 +60,8 @@ class Run:
         model = build_model(options, opened)
         wrapped = TicketViT(model).to(world.device)
         self.tokens = self._tokens(wrapped)
+        # What `full` is tested on under the ticket and random protocols: the set's K, as the other arms.
+        self.test_tokens = self.tokens if options.resize_to_tokens else options.tokens or opened.k
         config = resolve_model_data_config(model)
         global_batch = options.batch_size * world.size * options.grad_accum_steps
         whole = options.tickets == "full" or options.resize_to_tokens
@@ -120,10 +122,12 @@ class Run:
                 f" but the tickets of {self.opened.url} are for {grid[0]}x{grid[1]} of {self.opened.manifest['patch_size']} px;"
                 f" mine with --patch-size {wrapped.patch_size}"
             )
+        if options.unmask_epochs > options.epochs:
+            raise TicketSetError(f"--unmask-epochs {options.unmask_epochs}: expected at most --epochs {options.epochs}")
         n = self.opened.num_patches
+        if (options.tokens or 1) > n:
+            raise TicketSetError(f"--tokens {options.tokens}: expected at most {n}, the patches of a view")
         tokens = n if options.tickets == "full" else options.tokens or self.opened.k
-        if tokens > n:
-            raise TicketSetError(f"--tokens {tokens}: expected at most {n}, the patches of a view")
         return tokens
 
     def _state(self, wrapped: TicketViT, model: Any, global_batch: int) -> tuple[State, float]:
@@ -265,7 +269,7 @@ class Run:
             models["ema_"] = TicketViT(state.ema.module)
         for prefix, model in models.items():
             batches = loader(self.val, range(len(self.val)), options.workers, self.world.device)
-            found = evaluate(model, batches, protocols, self.tokens, self.step_options)
+            found = evaluate(model, batches, protocols, self.test_tokens, self.step_options)
             results |= {prefix + name: figures for name, figures in found.items()}
         return results
 
