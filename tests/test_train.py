@@ -323,3 +323,34 @@ def test_another_number_of_classes_is_refused(tickets, tmp_path):
         "expected 3, the set's, got 2"
         in train(tickets, tmp_path, "x", "--model-kwargs", "num_classes=2", code=1).output
     )
+
+
+def test_weights_that_an_update_broke_are_never_saved(tickets, tmp_path, monkeypatch):
+    """The loss of the step is finite, its gradient is not."""
+    from trainer import engine
+
+    updates = []
+    apply = engine.apply_update
+
+    def poisoned(state, options, update):
+        updates.append(update)
+        if len(updates) == 3:
+            next(state.vit.parameters()).grad.fill_(torch.nan)
+        apply(state, options, update)
+
+    monkeypatch.setattr(engine, "apply_update", poisoned)
+    output = train(tickets, tmp_path, "nan", "--recovery-interval", 1, code=1).output
+    assert "loss is not finite at epoch 0, step 2" in output
+    saved = torch.load(tmp_path / "nan/recovery.pth.tar", weights_only=True)
+    assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["state_dict"].values())
+
+
+def test_the_mean_loss_does_not_depend_on_where_a_run_was_stopped(tickets, whole, tmp_path, monkeypatch):
+    """Also where the log's interval is longer than the epoch."""
+    train(tickets, tmp_path, "never", "--log-interval", 50)
+    with monkeypatch.context() as patch:
+        stopped_at(3, patch)
+        train(tickets, tmp_path, "stopped", "--log-interval", 50, code=143)
+    train(tickets, tmp_path, "stopped", "--log-interval", 50, "--resume", "latest")
+    assert (tmp_path / "stopped/summary.csv").read_text() == (tmp_path / "never/summary.csv").read_text()
+    assert (tmp_path / "never/summary.csv").read_text() == (whole / "summary.csv").read_text()

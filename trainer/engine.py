@@ -113,7 +113,7 @@ def train_epoch(
         boundary = due or state.step == steps or state.step % options.log_interval == 0
         stop = options.stop_requested(boundary)
         if stop or boundary:
-            check_finite(int(bad), state)  # the one place where the host waits for the device
+            check_finite(int(bad), state)  # here the host waits for the device
             state.loss_sum, state.loss_count = state.loss_sum + float(total), state.loss_count + pending
             total, pending = torch.zeros_like(total), 0
             seconds = time.perf_counter() - last
@@ -189,6 +189,16 @@ def seed_step(seed: int, update: int, micro: int, rank: int) -> None:
 
 
 def check_finite(bad: int, state: State) -> None:
+    """Stop before anything that is not finite is saved.
+
+    An update can break the weights though its loss was finite, and another rank's loss breaks everyone's weights: all
+    ranks see that at the same step.
+
+    Raises:
+        TicketSetError: the loss of step `bad`, where that is not -1, or a weight.
+    """
+    if bad < 0 and not bool(torch.stack([p.isfinite().all() for p in state.vit.parameters()]).all()):
+        bad = state.step - 1
     if bad >= 0:
         raise TicketSetError(
             f"loss is not finite at epoch {state.epoch}, step {bad}; the last checkpoint before is kept."

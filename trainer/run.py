@@ -24,7 +24,7 @@ from trainer import checkpoint
 from trainer.board import Board
 from trainer.build import World, build_model, gmacs, open_set, start_world, student_side
 from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
-from trainer.evaluate import evaluate
+from trainer.evaluate import PROTOCOLS, evaluate
 from trainer.feed import EvalFeed, FeedOptions, TrainFeed, loader
 from trainer.options import FREE_TO_CHANGE, Options
 from trainer.ticket_vit import TicketViT
@@ -91,6 +91,8 @@ class Run:
         self.state, self.lr = self._state(wrapped, model, global_batch)
         self.step_options = self._step_options(config)
         self.protocols = ("all",) if options.resize_to_tokens else ("tickets", "all")
+        self.final_protocols = ("all",) if options.resize_to_tokens else PROTOCOLS
+        self._results: dict[str, dict[str, float]] | None = None  # of the last epoch
         self.own_protocol = "all" if whole or options.unmask_epochs else "tickets"
         self.folder: Path | None = None
         self.board = Board()
@@ -195,7 +197,7 @@ class Run:
                 raise TicketSetError("--eval: nothing to evaluate; give --resume, --initial-checkpoint or --pretrained")
             if options.resume:
                 self.folder = self._open_folder()
-            self._report(self._evaluate(("all",) if options.resize_to_tokens else ("tickets", "all", "random")))
+            self._report(self._evaluate(self.final_protocols))
             return 0
         self.folder = self._open_folder()
         self._show()
@@ -211,11 +213,18 @@ class Run:
             signal.signal(signal.SIGTERM, before)
 
     def _train(self) -> int:
+        if self.world.size > 1:
+            # DDP lays its gradient buckets out anew after its first backward. Done before the first update, a resumed
+            # process sums gradients in the order of one that was never stopped.
+            for _ in range(2):
+                batch = self.feed[self.state.epoch % self.options.epochs, 0, self.world.rank]
+                train_micro_batch(self.state, batch, self.step_options, 0, 0, True)
+                self.state.optimizer.zero_grad()
         if self.feed_options.unmask_from is not None and self.state.epoch < self.feed_options.unmask_from:
             self._try_full_step()
         while self.state.epoch < self.options.epochs:
             self._epoch()
-        self._report(self._evaluate(("all",) if self.options.resize_to_tokens else ("tickets", "all", "random")))
+        self._report(self._results or self._evaluate(self.final_protocols))
         return 0
 
     def _epoch(self) -> None:
@@ -229,7 +238,9 @@ class Run:
         batches = loader(self.feed, places, options.workers, world.device)
         train_loss = train_epoch(state, batches, self.steps, self.step_options, self._log, self._save_recovery)
         lr = state.optimizer.param_groups[0]["lr"]
-        results = self._evaluate(self.protocols)
+        is_last = state.epoch == options.epochs - 1
+        results = self._evaluate(self.final_protocols if is_last else self.protocols)
+        self._results = results if is_last else None
         metric = results[self.own_protocol]["top1"]
         epoch = state.epoch
         state.epoch, state.step, state.loss_sum, state.loss_count = epoch + 1, 0, 0.0, 0
@@ -250,9 +261,9 @@ class Run:
         log.info(f"Test: {epoch}  top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})")
 
     def _row(self, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """summary.csv's cells; EMA's stand empty until its weights have seen enough."""
+        """summary.csv's cells; EMA's stand empty until its weights have seen enough, random's until the last epoch."""
         prefixes = ("", "ema_") if self.state.ema is not None else ("",)
-        names = [f"{prefix}{protocol}" for prefix in prefixes for protocol in self.protocols]
+        names = [f"{prefix}{protocol}" for prefix in prefixes for protocol in self.final_protocols]
         return {
             f"{name}_{figure}": results.get(name, {}).get(figure, "")
             for name in names
