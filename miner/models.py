@@ -55,7 +55,7 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> M
     return model.eval().requires_grad_(False)
 
 
-def load_weights(model: Model, path: str) -> None:
+def load_weights(model: Model, path: str, flag: str = "--weights") -> None:
     """Load a checkpoint file into a timm ViT; a classifier that the model lacks, or has for other classes, is left out.
 
     Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
@@ -69,13 +69,13 @@ def load_weights(model: Model, path: str) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     if not os.path.isfile(path):
-        raise TicketSetError(f"--weights {path}: no such file")
+        raise TicketSetError(f"{flag} {path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_state_dict(path, use_ema=True, device="cpu", weights_only=True)
         state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
     except Exception as error:  # pickle, zip, safetensors and shape errors have no common class
-        raise TicketSetError(f"--weights {path}: not a loadable checkpoint: {_first_line(error)}") from None
+        raise TicketSetError(f"{flag} {path}: not a loadable checkpoint: {_first_line(error)}") from None
     own = model.state_dict()
     # A classifier for other classes: the model keeps its own, freshly drawn.
     state = {k: v for k, v in state.items() if not (k.startswith("head") and k in own and own[k].shape != v.shape)}
@@ -86,7 +86,7 @@ def load_weights(model: Model, path: str) -> None:
         example = (wrong or missing or extra)[0]
         detail = f"{example} {list(own[example].shape)}, got {list(state[example].shape)}" if wrong else example
         raise TicketSetError(
-            f"--weights {path}: do not fit {type(model).__name__} of depth {len(model.blocks)}, width {model.embed_dim}:"
+            f"{flag} {path}: do not fit {type(model).__name__} of depth {len(model.blocks)}, width {model.embed_dim}:"
             f" {len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of another shape"
             f" (first: expected {detail})"
         )

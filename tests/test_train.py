@@ -354,3 +354,9 @@ def test_the_mean_loss_does_not_depend_on_where_a_run_was_stopped(tickets, whole
     train(tickets, tmp_path, "stopped", "--log-interval", 50, "--resume", "latest")
     assert (tmp_path / "stopped/summary.csv").read_text() == (tmp_path / "never/summary.csv").read_text()
     assert (tmp_path / "never/summary.csv").read_text() == (whole / "summary.csv").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--opt", "foo"), ("--sched", "foo"), ("--sched", "none"), ("--lr", "-1")])
+def test_optimizers_and_schedulers_that_timm_does_not_know_are_one_line(tickets, tmp_path, flags):
+    output = train(tickets, tmp_path, "x", *flags, code=1).output
+    assert output.startswith("Error: --opt ") and output.count("\n") == 1

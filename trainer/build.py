@@ -73,7 +73,7 @@ def build_model(options: Options, opened: TicketSet) -> Any:
             f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
         )
     if options.initial_checkpoint:
-        load_weights(model, options.initial_checkpoint)
+        load_weights(model, options.initial_checkpoint, "--initial-checkpoint")
     if options.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model

@@ -135,18 +135,22 @@ class Run:
     def _state(self, wrapped: TicketViT, model: Any, global_batch: int) -> tuple[State, float]:
         options, device = self.options, self.world.device
         lr = options.lr or options.lr_base * global_batch / 512
-        optimizer = create_optimizer_v2(model, options.opt, lr=lr, weight_decay=options.weight_decay)
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            options.sched,
-            num_epochs=options.epochs,
-            min_lr=options.min_lr,
-            warmup_lr=options.warmup_lr,
-            warmup_epochs=options.warmup_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps,
-        )
-        scheduler.step_update(0)
+        try:
+            optimizer = create_optimizer_v2(model, options.opt, lr=lr, weight_decay=options.weight_decay)
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                options.sched,
+                num_epochs=options.epochs,
+                min_lr=options.min_lr,
+                warmup_lr=options.warmup_lr,
+                warmup_epochs=options.warmup_epochs,
+                step_on_epochs=False,
+                updates_per_epoch=self.steps,
+            )
+            scheduler.step_update(0)
+        except (AssertionError, AttributeError, ValueError) as error:  # timm's factories, for names they do not know
+            reason = str(error).splitlines()[0] if str(error) else "not supported here"
+            raise TicketSetError(f"--opt {options.opt}, --sched {options.sched}, --lr {lr:g}: {reason}") from None
         scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
         ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=True) if options.model_ema else None
         trained: Any = wrapped
