@@ -55,13 +55,15 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> M
     return model.eval().requires_grad_(False)
 
 
-def load_weights(model: Model, path: str, flag: str = "--weights") -> None:
+def load_weights(model: Model, path: str, flag: str = "--weights") -> list[str]:
     """Load a checkpoint file into a timm ViT; a classifier that the model lacks, or has for other classes, is left out.
 
     Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
     the one further class, which DeiT-style checkpoints hold. `state_dict_ema`, `model_ema`,
     `state_dict` and `model` are looked into in this order, as timm does.
 
+    Returns:
+        Names of the model's tensors that the file does not set: parts of its classifier.
     Raises:
         TicketSetError: not a checkpoint, or not of this model.
     """
@@ -91,6 +93,7 @@ def load_weights(model: Model, path: str, flag: str = "--weights") -> None:
             f" (first: expected {detail})"
         )
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}}, strict=True)
+    return [k for k in own if k not in state]
 
 
 def state_hash(model: Model) -> str:

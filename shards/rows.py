@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 
 from shards import storage
 from shards.errors import TicketSetError
@@ -26,6 +27,8 @@ class Rows:
 
     Attributes:
         sizes: samples of each shard.
+        keys: of all samples in stored order.
+        labels: int64, -1 where there is none.
         skipped: samples of the base that a linked set lacks.
     """
 
@@ -37,7 +40,7 @@ class Rows:
         self.sizes = tuple(len(table) for table in tables)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         table = pa.concat_tables(tables).combine_chunks()
-        self._keys = table["key"].combine_chunks()
+        self.keys = table["key"].combine_chunks()
         self._extents = np.stack([table[c].to_numpy() for c in ("offset", "bytes", "base_offset", "base_bytes")], 1)
         labels = table["label"]
         self.labelled = labels.null_count == 0
@@ -74,7 +77,7 @@ class Rows:
         """
         position = int(self._starts[shard]) + row
         offset, size, base_offset, base_size = (int(v) for v in self._extents[position])
-        key, name = self._keys[position].as_py(), self._names[shard]
+        key, name = self.keys[position].as_py(), self._names[shard]
         tar, url = self._tar(self._set, name)
         members = split_members(tar.read(offset, size), key, url)
         pictured = members
@@ -116,15 +119,24 @@ def _extents(opened: TicketSet, name: str) -> pa.Table:
 
 
 def fetch(url: str, cache: Path) -> str:
-    """A local copy of a remote tar; processes share it, the oldest copies are removed."""
+    """A local copy of a remote tar; processes share it, and those not opened for longest are removed."""
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / url.rpartition("/")[2]
-    if not path.exists():
+    with FileLock(f"{path}.lock"):  # one process fetches it, the others wait
+        if path.exists():
+            os.utime(path)
+            return str(path)
         size, ranges = storage.size_of(url), storage.open_ranges(url)
         with storage.atomic_file(path) as file:
             for offset in range(0, size, storage.REMOTE_BLOCK):
                 file.write(ranges.read(offset, min(storage.REMOTE_BLOCK, size - offset)))
-        copies = sorted(cache.glob("*.tar"), key=lambda p: p.stat().st_mtime)
-        for old in copies[:-CACHED_TARS]:
-            old.unlink(missing_ok=True)  # a process that reads it keeps its open file
+    for old in sorted(cache.glob("*.tar"), key=_opened)[:-CACHED_TARS]:
+        old.unlink(missing_ok=True)  # a process that reads it keeps its open file
     return str(path)
+
+
+def _opened(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process has removed it
+        return 0.0

@@ -90,3 +90,22 @@ def contents(folder: Path) -> dict[str, bytes]:
                 data = json.dumps(value, sort_keys=True).encode()
             out[str(path.relative_to(folder))] = data
     return out
+
+
+@pytest.fixture(scope="session")
+def tickets(photos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real tickets: 8 of 16 patches, 4 views, shards of 10; 21 train and 6 val images."""
+    out = tmp_path_factory.mktemp("tickets") / "set"
+    mine("--data", photos, "--out", out, "--selector", SELECTOR, "--weights", weights, "--tokens", 8, "--views", 4,
+         "--shard-size", 10)  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def whole(tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped, with everything on."""
+    output = tmp_path_factory.mktemp("whole")
+    from training import train
+
+    train(tickets, output, "run")
+    return output / "run"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,70 +10,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
-from conftest import SELECTOR, mine
 from shards.reader import TicketSet
 from shards.rows import Rows
 from trainer.cli import main
 from trainer.evaluate import evaluate
 from trainer.feed import EvalFeed, FeedOptions, loader
 from trainer.ticket_vit import TicketViT
-
-SMALL = ["--model-kwargs", "embed_dim=32", "--model-kwargs", "depth=2", "--model-kwargs", "num_heads=2"]
-QUICK = [*SMALL, "--epochs", "2", "-b", "4", "--warmup-epochs", "1", "-j", "0", "--repeats", "2", "--log-interval", "1"]
-
-
-@pytest.fixture(scope="module")
-def tickets(photos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real tickets: 8 of 16 patches, 4 views, shards of 10; 21 train and 6 val images."""
-    out = tmp_path_factory.mktemp("tickets") / "set"
-    mine("--data", photos, "--out", out, "--selector", SELECTOR, "--weights", weights, "--tokens", 8, "--views", 4,
-         "--shard-size", 10)  # fmt: skip
-    return out
-
-
-def arguments(tickets: Path, output: Path, name: str, *more: object) -> list[str]:
-    return ["--shards", str(tickets), *QUICK, "--output", str(output), "--experiment", name, *map(str, more)]
-
-
-def train(tickets: Path, output: Path, name: str, *more: object, code: int = 0) -> Result:
-    torch.set_num_threads(1)
-    result = CliRunner().invoke(main, arguments(tickets, output, name, *more))
-    assert result.exit_code == code, result.output + str(result.exception)
-    return result
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pth.tar", weights_only=True)["state_dict"]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def whole(tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never stopped, with everything on."""
-    output = tmp_path_factory.mktemp("whole")
-    train(tickets, output, "run")
-    return output / "run"
-
-
-def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM before the given update."""
-    from trainer import engine
-
-    calls = []
-    apply = engine.apply_update
-
-    def counted(*args: object) -> None:
-        calls.append(1)
-        if len(calls) == update:
-            os.kill(os.getpid(), signal.SIGTERM)
-        apply(*args)
-
-    monkeypatch.setattr(engine, "apply_update", counted)
+from training import SMALL, arguments, same, stopped_at, train, weights_of
 
 
 @pytest.mark.parametrize("update", [2, 8])
@@ -136,10 +80,10 @@ def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
 
 
 def test_rows_of_epochs_that_are_trained_again_leave_the_summary(tmp_path):
-    from trainer.run import drop_rows
+    from trainer.folder import drop_rows
 
     (tmp_path / "summary.csv").write_text("epoch,loss\n0,2.5\n1,2.25\n2,2.0\n")
-    drop_rows(tmp_path / "summary.csv", 1)
+    drop_rows(tmp_path, 1)
     assert (tmp_path / "summary.csv").read_text() == "epoch,loss\n0,2.5\n"
 
 
@@ -172,7 +116,7 @@ def test_every_arm_trains(tickets, tmp_path, arm):
 def test_unmasked_epochs_and_the_resized_control_train(tickets, tmp_path):
     assert "*** Best metric" in train(tickets, tmp_path, "unmask", "--unmask-epochs", 1).output
     output = train(tickets, tmp_path, "resize", "--resize-to-tokens", "--tokens", 9, "--epochs", 1).output
-    assert "9 of 9 tokens" in output
+    assert "whole views, resized: 9 of 16 tokens" in output
     refused = train(tickets, tmp_path, "odd", "--resize-to-tokens", code=1).output
     assert "8 tokens are no square; the nearest --tokens are 9 and 16" in refused
 
@@ -200,14 +144,15 @@ def test_evaluation_equals_timms_own_on_all_patches(tickets, whole):
 
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[name])[:, None, None] * 255 for name in ("mean", "std"))
-    hits = 0
+    expected = []
     for sample in opened.stream("val"):
         view = torch.from_numpy(render_view(sample.image, sample.views[0], 64)).permute(2, 0, 1).float()
-        hits += int(model(((view - mean) / std)[None]).argmax()) == sample.label
-    step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 4, 3, 0.1, None, 1, None, 0)
+        expected.append(int(model(((view - mean) / std)[None]).argmax()))
+    step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 4, 3, 0.1, None, "norm", 1, None, 0)
     feed = EvalFeed(rows, options)
-    found = evaluate(TicketViT(model), loader(feed, range(len(feed)), 0, step.device), ("all",), 8, step)
-    assert found["all"]["top1"] == pytest.approx(100 * hits / 6)
+    found, answers = evaluate(TicketViT(model), loader(feed, range(len(feed)), 0, step.device), ("all",), 8, 6, step)
+    assert answers[0].tolist() == expected
+    assert found["all"]["top1"] == pytest.approx(100 * sum(expected == rows.labels) / 6)
 
 
 def test_eval_reports_three_protocols(tickets, whole, tmp_path):

@@ -31,7 +31,7 @@ def arm_ranking(
         return center_ranking(grid)
     if arm == "full":
         return np.arange(grid[0] * grid[1])  # also where the student looks at a coarser grid
-    name = fixed_name if arm == "random-fixed" else fresh_name
+    name = {"random": fresh_name, "random-fixed": fixed_name}[arm]
     key = int.from_bytes(hashlib.blake2b(f"{arm}/{name}".encode(), digest_size=16).digest(), "little")
     return np.argsort(np.random.Philox(key=key).random_raw(len(mined)), kind="stable")
 

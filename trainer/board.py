@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases, each behind its flag and its extra."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ class Board:
                 import wandb
             except ImportError:
                 raise TicketSetError("--wandb-project: pip install 'datalth[wandb]'") from None
-            self._wandb = wandb.init(project=wandb_project, name=folder.name if folder else None, config=arguments)
+            assert folder is not None
+            # The run's own id, so that a resumed run goes on in its page.
+            identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+            self._wandb = wandb.init(
+                project=wandb_project, name=folder.name, id=identity, resume="allow", config=arguments
+            )
 
     def write(self, epoch: int, figures: dict[str, float]) -> None:
         """Log one epoch."""

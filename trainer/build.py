@@ -1,19 +1,25 @@
-"""What a run starts from: a ticket set that is whole, this process's place, and the model."""
+"""What a run starts from: a ticket set that is whole, this process's place, and the state before the first step."""
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 
-from miner.models import load_weights, timm_name
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from shards.rows import Rows
 from shards.verify import verify
+from trainer.engine import State
 from trainer.options import Options
 from trainer.ticket_vit import TicketViT
+
+log = logging.getLogger("datalth")
 
 
 @dataclass(frozen=True)
@@ -58,51 +64,69 @@ def start_world(options: Options) -> World:
     return World(rank, size, device)
 
 
-def build_model(options: Options, opened: TicketSet) -> Any:
-    """The timm model at the student's size; with --resize-to-tokens at the smaller one."""
-    side = student_side(options, opened)
-    arguments = {"num_classes": len(opened.classes), "img_size": side, **options.model_kwargs}
-    try:
-        model: Any = timm.create_model(
-            timm_name(options.model), pretrained=options.pretrained, drop_path_rate=options.drop_path, **arguments
-        )
-    except Exception as error:  # timm's builders and hubs have no common class
-        raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
-    if model.num_classes != len(opened.classes):
-        raise TicketSetError(
-            f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
-        )
-    if options.initial_checkpoint:
-        load_weights(model, options.initial_checkpoint, "--initial-checkpoint")
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    return model
-
-
-def student_side(options: Options, opened: TicketSet) -> int:
-    """Pixels of the student's input.
+def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
+    """The samples of a split.
 
     Raises:
-        TicketSetError: --resize-to-tokens with a K that is no square.
+        TicketSetError: images without a label, or too few images or views for --repeats.
     """
-    if not options.resize_to_tokens:
-        return opened.manifest["img_size"]
-    tokens = options.tokens or opened.k
-    side = round(tokens**0.5)
-    if side * side != tokens:
+    rows = Rows(opened, split)
+    if not rows.labelled:
+        raise TicketSetError(f"{opened.url}: split {split} has images without label")
+    if rows.skipped:
+        log.info(f"{split}: {rows.skipped} images of the base have no ticket and are skipped")
+    if split != options.train_split:
+        return rows
+    if len(rows) < options.repeats:
+        raise TicketSetError(f"--repeats {options.repeats}: split {split} has only {len(rows)} images")
+    views = max(1, opened.manifest["splits"][split]["views"] - 1)
+    if options.repeats > views:
         raise TicketSetError(
-            f"--resize-to-tokens: {tokens} tokens are no square; the nearest --tokens are {side**2} and {(side + 1) ** 2}"
+            f"--repeats {options.repeats}: {opened.url} has {views} training views an image;"
+            f" take --repeats {views}, or mine with --views {options.repeats + 1} or more"
         )
-    return side * opened.manifest["patch_size"]
+    return rows
 
 
-def gmacs(model: TicketViT, tokens: int) -> float:
-    """Multiply-accumulates of one image's forward, in units of 1e9, as torch counts them."""
-    weight = next(model.parameters())
-    patches = weight.new_zeros(1, tokens, 3 * model.patch_size**2)
-    training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(patches, torch.arange(tokens, device=weight.device)[None])
-    model.train(training)
-    return counter.get_total_flops() / 2e9
+def build_state(options: Options, wrapped: TicketViT, world: World, lr: float, steps: int) -> State:
+    """Model, optimizer, schedule and averages before the first step, made by timm.
+
+    Raises:
+        TicketSetError: timm does not know the optimizer or the schedule.
+    """
+    model, device = wrapped.model, world.device
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            options.opt,
+            lr=lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            layer_decay=options.layer_decay,
+            **options.opt_kwargs,
+        )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            options.sched,
+            num_epochs=options.epochs,
+            min_lr=options.min_lr,
+            warmup_lr=options.warmup_lr,
+            warmup_epochs=options.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+        scheduler.step_update(0)
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # timm's factories, for unknown names
+        reason = str(error).splitlines()[0] if str(error) else "not supported here"
+        raise TicketSetError(f"--opt {options.opt}, --sched {options.sched}, --lr {lr:g}: {reason}") from None
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
+    ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=True) if options.model_ema else None
+    trained: Any = wrapped
+    if options.torchcompile:
+        trained = torch.compile(trained)  # before DDP, as timm
+    if world.size > 1:
+        # Prefix tokens' gradients are slices of the position table's: a few numbers, not worth two warnings a rank.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        ids = [device.index] if device.type == "cuda" else None
+        trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
+    return State(trained, model, optimizer, scheduler, scaler, ema)

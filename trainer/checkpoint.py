@@ -1,7 +1,7 @@
 """Checkpoints: as timm reads them, weights-only loadable, written whole or not at all.
 
 last.pth.tar           after every epoch
-recovery.pth.tar       within an epoch
+recovery.pth.tar       within an epoch, and before its validation
 model_best.pth.tar     the best epoch by the arm's own protocol, raw weights
 model_best.safetensors the same weights alone, with the class names
 """
@@ -12,32 +12,33 @@ from typing import Any
 
 import torch
 
+from miner.models import timm_name
 from shards.errors import TicketSetError
 from shards.storage import atomic_file, write_atomic
 from trainer.engine import State
 
 LAST, RECOVERY, BEST, BEST_WEIGHTS = "last.pth.tar", "recovery.pth.tar", "model_best.pth.tar", "model_best.safetensors"
+COUNTERS = ("epoch", "step", "loss_sum", "loss_count", "seconds", "best", "best_epoch")
 
 
-def save(path: Path, state: State, arguments: dict[str, Any], metric: float | None) -> None:
-    """Write a checkpoint: plain containers and tensors only, so that weights-only loading takes it."""
+def save(path: Path, state: State, arguments: dict[str, Any], metric: float | None, ema_is_mature: bool) -> None:
+    """Write a checkpoint: plain containers and tensors only, so that weights-only loading takes it.
+
+    timm prefers `state_dict_ema` to `state_dict`. An average that has seen too little is no model yet, so it stands
+    under a name of ours until then.
+    """
     content = {
-        "epoch": state.epoch,
-        "step": state.step,
-        "arch": arguments["model"],
+        **{name: getattr(state, name) for name in COUNTERS},
+        "arch": timm_name(arguments["model"]),
         "state_dict": state.vit.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "amp_scaler": state.scaler.state_dict(),
         "version": 2,
         "args": arguments,
         "metric": metric,
-        "loss_sum": state.loss_sum,
-        "loss_count": state.loss_count,
-        "best": state.best,
-        "best_epoch": state.best_epoch,
     }
     if state.ema is not None:
-        content["state_dict_ema"] = state.ema.module.state_dict()
+        content["state_dict_ema" if ema_is_mature else "young_ema"] = state.ema.module.state_dict()
     _write(path, content)
 
 
@@ -52,26 +53,21 @@ def save_best(folder: Path, state: State, arguments: dict[str, Any], metric: flo
 
     # No EMA weights in here: timm's checkpoint_path would take them, and the metric is the raw weights'.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.vit.state_dict().items()}
-    content = {"epoch": state.epoch, "arch": arguments["model"], "state_dict": weights, "version": 2}
+    arch = timm_name(arguments["model"])
+    content = {"epoch": state.epoch, "arch": arch, "state_dict": weights, "version": 2}
     _write(folder / BEST, {**content, "args": arguments, "metric": metric})
-    metadata = {"format": "pt", "arch": arguments["model"], "classes": json.dumps(classes)}
+    metadata = {"format": "pt", "arch": arch, "classes": json.dumps(classes)}
     write_atomic(folder / BEST_WEIGHTS, to_bytes(weights, metadata))
 
 
-def latest(folder: Path) -> Path:
-    """The checkpoint of a run that is furthest on.
-
-    Raises:
-        TicketSetError: there is none.
-    """
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of a run that is furthest on, or None."""
     found = [path for name in (LAST, RECOVERY) if (path := folder / name).exists()]
-    if not found:
-        raise TicketSetError(f"--resume: {folder} holds no {LAST} or {RECOVERY}")
-    return max(found, key=lambda path: _progress(read(path)))
+    return max(found, key=lambda path: _progress(read(path))) if len(found) > 1 else next(iter(found), None)
 
 
 def _progress(content: dict[str, Any]) -> tuple[int, int]:
-    return content["epoch"], content["step"]
+    return content.get("epoch", -1), content.get("step", -1)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -86,19 +82,34 @@ def read(path: Path) -> dict[str, Any]:
         raise TicketSetError(f"--resume {path}: no such file") from None
     except Exception as error:  # zip and pickle errors have no common class
         raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or not {"state_dict", "optimizer", "epoch", "step"} <= content.keys():
+    if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
         raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train")
     return content
 
 
-def restore(content: dict[str, Any], state: State) -> None:
-    """Put a checkpoint's contents into a fresh state."""
+def restore_weights(content: dict[str, Any], state: State) -> None:
+    """Weights alone, for validation; EMA where there are some worth it."""
+    state.vit.load_state_dict(content["state_dict"])
+    if state.ema is not None and "state_dict_ema" in content:
+        state.ema.module.load_state_dict(content["state_dict_ema"])
+    else:
+        state.ema = None
+
+
+def restore(path: Path, content: dict[str, Any], state: State) -> None:
+    """Put a checkpoint's contents into a fresh state.
+
+    Raises:
+        TicketSetError: it holds weights alone, as model_best.pth.tar does.
+    """
+    if not {"optimizer", "step"} <= content.keys():
+        raise TicketSetError(
+            f"--resume {path}: holds weights alone; take {LAST}, or start anew from it with --initial-checkpoint"
+        )
     state.vit.load_state_dict(content["state_dict"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["amp_scaler"])
-    if "state_dict_ema" not in content:  # trained without, and now only evaluated
-        state.ema = None
     if state.ema is not None:
-        state.ema.module.load_state_dict(content["state_dict_ema"])
-    for name in ("epoch", "step", "loss_sum", "loss_count", "best", "best_epoch"):
+        state.ema.module.load_state_dict(content.get("state_dict_ema") or content["young_ema"])
+    for name in COUNTERS:
         setattr(state, name, content[name])

@@ -30,8 +30,9 @@ def read_config(context: click.Context, parameter: click.Parameter, path: str | 
         raise click.BadParameter(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{path}: expected lines of flag: value")
-    derived = {"set_id", "world_size", "global_batch", "resolved_tokens"}  # args.yaml holds these too
-    values = {key: value for key, value in values.items() if key not in derived}
+    from trainer.options import DERIVED  # args.yaml holds these too
+
+    values = {key: value for key, value in values.items() if key not in DERIVED}
     for key, value in values.items():
         if isinstance(value, dict):  # model-kwargs: {depth: 2}
             values[key] = [f"{name}={item!r}" for name, item in value.items()]
@@ -83,10 +84,14 @@ OPTIONS: list[Any] = [
     click.option("--grad-accum-steps", type=POSITIVE, default=1, show_default=True),
     click.option("--epochs", type=POSITIVE, default=300, show_default=True),
     click.option("--opt", default="adamw", show_default=True, help="A timm optimizer."),
+    click.option("--opt-kwargs", multiple=True, callback=key_values, metavar="NAME=VALUE", help="For the optimizer (repeatable)."),
+    click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD and the like."),
+    click.option("--layer-decay", type=float, metavar="D", help="Learning rate times D a layer down; for fine-tuning."),
     click.option("--lr", type=float, help="Absolute; overrides --lr-base."),
     click.option("--lr-base", type=float, default=5e-4, show_default=True, help="Per 512 images of the global batch."),
     click.option("--weight-decay", type=float, default=0.05, show_default=True),
-    click.option("--clip-grad", type=float, metavar="NORM"),
+    click.option("--clip-grad", type=float, metavar="X", help="Clip gradients at X."),
+    click.option("--clip-mode", type=click.Choice(["norm", "value", "agc"]), default="norm", show_default=True),
     click.option("--sched", default="cosine", show_default=True, help="A timm scheduler."),
     click.option("--warmup-epochs", type=COUNT, default=5, show_default=True),
     click.option("--warmup-lr", type=float, default=1e-6, show_default=True),
@@ -111,7 +116,7 @@ OPTIONS: list[Any] = [
     click.option("--recovery-interval", type=COUNT, default=0, show_default=True, metavar="STEPS", help="Save within an epoch."),
     click.option("--output", default="output", show_default=True, metavar="DIR", help="Folder of the runs."),
     click.option("--experiment", metavar="NAME", help="Folder of this run.  [default: time, model, tickets]"),
-    click.option("--resume", metavar="PATH|latest", help="Go on from a checkpoint."),
+    click.option("--resume", metavar="PATH|latest", help="Go on from a run's folder or checkpoint; latest: from --experiment's, if it has begun."),
     click.option("--log-tensorboard", is_flag=True, help="Also write TensorBoard events; pip install 'datalth[tensorboard]'."),
     click.option("--wandb-project", metavar="NAME", help="Also log to Weights & Biases; pip install 'datalth[wandb]'."),
     click.option("--eval", is_flag=True, help="Only validate, under all three protocols."),

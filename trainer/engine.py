@@ -1,5 +1,6 @@
 """One epoch of training, as a function of explicit state. Steps are counted since epoch 0, in optimizer updates."""
 
+import functools
 import hashlib
 import math
 import time
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models import model_parameters
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from shards.errors import TicketSetError
@@ -24,7 +27,8 @@ class State:
         model: TicketViT, perhaps compiled and in DistributedDataParallel.
         vit: the timm model inside.
         epoch, step: of the next update; step counts within the epoch.
-        loss_sum, loss_count: of this epoch so far.
+        loss_sum, loss_count: of this epoch so far, over all ranks.
+        seconds: spent in training so far, without validation.
         best: best metric so far, and its epoch.
     """
 
@@ -38,6 +42,7 @@ class State:
     step: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
+    seconds: float = 0.0
     best: float | None = None
     best_epoch: int | None = None
 
@@ -54,13 +59,15 @@ class StepOptions:
     num_classes: int
     smoothing: float
     clip_grad: float | None
+    clip_mode: str
     accum: int
     amp_dtype: torch.dtype | None
     seed: int
     rank: int = 0
+    world_size: int = 1
     log_interval: int = 50
     recovery_interval: int = 0
-    stop_requested: Callable[[bool], bool] = field(default=lambda boundary: False)
+    stop_requested: Callable[[], bool] = field(default=lambda: False)
 
 
 class Stopped(Exception):
@@ -81,9 +88,9 @@ def train_epoch(
         batches: `accum` micro-batches a step, from state.step on.
         steps: of the whole epoch.
         log: called every log_interval steps with loss, mean loss, rate, images a step, seconds, data seconds.
-        save_recovery: called every recovery_interval steps, and before Stopped.
+        save_recovery: called every recovery_interval steps, at the epoch's end, and before Stopped.
     Returns:
-        The epoch's mean training loss.
+        The epoch's mean training loss over all ranks.
     Raises:
         TicketSetError: the loss is not finite; says where.
         Stopped: see there.
@@ -111,15 +118,17 @@ def train_epoch(
         state.step += 1
         due = bool(options.recovery_interval) and state.step % options.recovery_interval == 0
         boundary = due or state.step == steps or state.step % options.log_interval == 0
-        stop = options.stop_requested(boundary)
+        stop = options.stop_requested()
         if stop or boundary:
             check_finite(int(bad), state)  # here the host waits for the device
-            state.loss_sum, state.loss_count = state.loss_sum + float(total), state.loss_count + pending
+            losses = mean_over_ranks(torch.stack([total, loss.double()]), options)
+            state.loss_sum, state.loss_count = state.loss_sum + losses[0], state.loss_count + pending
             total, pending = torch.zeros_like(total), 0
             seconds = time.perf_counter() - last
-            log(state, steps, {"loss": float(loss), "images": seen, "seconds": seconds, "waited": waited})
+            state.seconds += seconds
+            log(state, steps, {"loss": losses[1], "images": seen, "seconds": seconds, "waited": waited})
             last, waited, seen = time.perf_counter(), 0.0, 0
-            if stop or (due and state.step < steps):
+            if stop or due or state.step == steps:
                 save_recovery(state)
             if stop:
                 raise Stopped
@@ -131,7 +140,7 @@ def train_micro_batch(
 ) -> Tensor:
     """Forward and backward of one micro-batch; returns its share of the step's loss, detached."""
     batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
-    seed_step(options.seed, update, micro, options.rank)
+    seed_step(options.seed, update, micro * options.world_size + options.rank)
     patches = normalise(batch["patches"], options)
     if "erase" in batch:
         patches = erase(patches, batch["keep_indices"], batch["erase"], options.grid_width, options.patch_size, None)
@@ -149,7 +158,8 @@ def apply_update(state: State, options: StepOptions, update: int) -> None:
     """Clip, step, schedule and average."""
     if options.clip_grad:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.vit.parameters(), options.clip_grad)
+        parameters = model_parameters(state.vit, exclude_head=options.clip_mode == "agc")
+        dispatch_clip_grad(parameters, options.clip_grad, options.clip_mode)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
@@ -161,8 +171,21 @@ def apply_update(state: State, options: StepOptions, update: int) -> None:
 def normalise(patches: Tensor, options: StepOptions) -> Tensor:
     """uint8 [B, K, 3*p*p] -> float32, by the model's mean and std."""
     b, k, _ = patches.shape
-    mean, std = (torch.tensor(v, device=patches.device).mul(255)[:, None] for v in (options.mean, options.std))
+    mean, std = _levels(options.mean, patches.device), _levels(options.std, patches.device)
     return ((patches.view(b, k, 3, -1).float() - mean) / std).view(b, k, -1)
+
+
+@functools.lru_cache(maxsize=8)
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1] in uint8 levels, made once: a copy from the host in every step would make it wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).mul(255)[:, None]
+
+
+def mean_over_ranks(values: Tensor, options: StepOptions) -> list[float]:
+    if options.world_size > 1:
+        torch.distributed.all_reduce(values)
+    return (values / options.world_size).tolist()
 
 
 def soft_targets(batch: Batch, options: StepOptions) -> Tensor:
@@ -182,9 +205,12 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
-def seed_step(seed: int, update: int, micro: int, rank: int) -> None:
-    """Every random number of a step (drop path, erasing noise) comes from its place alone: resuming is exact."""
-    digest = hashlib.blake2b(f"step/{seed}/{update}/{micro}/{rank}".encode(), digest_size=8).digest()
+def seed_step(seed: int, update: int, micro: int) -> None:
+    """Every random number of a step (drop path, erasing noise) comes from its place alone: resuming is exact.
+
+    `micro` counts within the global batch, so that ranks and accumulation steps can stand for each other.
+    """
+    digest = hashlib.blake2b(f"step/{seed}/{update}/{micro}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -1,6 +1,7 @@
 """Validation under three protocols: the selector's tickets (the paper's), all patches, and random patches."""
 
 from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,22 +15,32 @@ from trainer.ticket_vit import gather_patches
 PROTOCOLS = ("tickets", "all", "random")
 
 
+class Figures(TypedDict):
+    """Of one protocol: top-1 and top-5 in percent, mean cross-entropy."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], protocols: Sequence[str], tokens: int, options: StepOptions
-) -> dict[str, dict[str, float]]:
-    """Top-1 and top-5 (percent) and loss of each protocol over all ranks.
+    model: nn.Module, batches: Iterable[Batch], protocols: Sequence[str], tokens: int, images: int, options: StepOptions
+) -> tuple[dict[str, Figures], Tensor]:
+    """Figures of each protocol over all ranks, and the answers: int32 [protocols, images], classes in stored order.
 
     Args:
         model: TicketViT; not in DistributedDataParallel, since ranks may hold different numbers of batches.
         batches: of an EvalFeed.
         tokens: K.
+        images: of the split, over all ranks.
     """
     model.eval()
-    sums = torch.zeros(len(protocols), 4, dtype=torch.float64)  # top1, top5, loss, images
+    answers = torch.zeros(len(protocols), images, dtype=torch.int32, device=options.device)
+    sums = torch.zeros(len(protocols), 4, dtype=torch.float64, device=options.device)  # top1, top5, loss, images
     for batch in batches:
-        names = batch.pop("positions").tolist()
-        random = random_rankings(names, batch["rankings"].shape[1], options.seed)
+        positions = batch["positions"].tolist()
+        random = random_rankings(positions, batch["rankings"].shape[1], options.seed)
         batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
         patches = normalise(batch["patches"], options)
         for row, protocol in enumerate(protocols):
@@ -38,15 +49,16 @@ def evaluate(
             chosen = patches if protocol == "all" else gather_patches(patches, keep)
             with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
                 logits = model(chosen, keep).float()
-            sums[row] += figures(logits, batch["labels"]).cpu()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sums = sums.to(options.device, torch.float64)
+            sums[row] += figures(logits, batch["labels"])
+            answers[row, batch["positions"]] = logits.argmax(1).int()
+    if options.world_size > 1:
         torch.distributed.all_reduce(sums)
-    top1, top5, loss, images = sums.cpu().unbind(1)
-    return {
-        name: {"top1": float(100 * a / n), "top5": float(100 * b / n), "loss": float(c / n)}
-        for name, a, b, c, n in zip(protocols, top1, top5, loss, images, strict=True)
+        torch.distributed.all_reduce(answers)  # each image is one rank's; the others hold 0
+    results: dict[str, Figures] = {
+        name: {"top1": 100 * a / n, "top5": 100 * b / n, "loss": c / n}
+        for name, (a, b, c, n) in zip(protocols, sums.tolist(), strict=True)
     }
+    return results, answers.cpu()
 
 
 def figures(logits: Tensor, labels: Tensor) -> Tensor:

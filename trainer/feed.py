@@ -6,6 +6,7 @@ Augmentation and mixing happen here on whole uint8 views; then K patches of each
 
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,10 +210,28 @@ def _leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> DataLoader:
-    """Batches of a feed in the order of `places`."""
-    return DataLoader(
-        feed,
+class _Reporting(Dataset):
+    """A feed that hands its error over as a value: raised in a worker process, it would come wrapped in tracebacks."""
+
+    def __init__(self, feed: Any) -> None:
+        self._feed = feed
+
+    def __getitem__(self, place: Any) -> Batch | Exception:
+        try:
+            return self._feed[place]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of a feed in the order of `places`.
+
+    Raises:
+        TicketSetError: a sample is not what the index says, or a worker process died.
+        ImageError, OSError: an image that cannot be decoded, a file that cannot be read.
+    """
+    batches = DataLoader(
+        _Reporting(feed),
         batch_size=None,
         sampler=places,
         num_workers=workers,
@@ -220,3 +239,12 @@ def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> Da
         prefetch_factor=2 if workers else None,
         worker_init_fn=_leave_signals_to_the_run,
     )
+    try:
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TicketSetError(f"-j {workers}: {str(error).splitlines()[0]} Out of memory? Try fewer workers") from None

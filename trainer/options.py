@@ -1,4 +1,4 @@
-"""datalth-train's flags as one object, and which of them a resumed run may change."""
+"""datalth-train's flags as one object, and which of them a resumed run may change. No torch: the verdict reads it too."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +27,14 @@ class Options:
     grad_accum_steps: int
     epochs: int
     opt: str
+    opt_kwargs: dict[str, Any]
+    momentum: float
+    layer_decay: float | None
     lr: float | None
     lr_base: float
     weight_decay: float
     clip_grad: float | None
+    clip_mode: str
     sched: str
     warmup_epochs: int
     warmup_lr: float
@@ -68,3 +72,5 @@ FREE_TO_CHANGE = frozenset(
     + ["log_tensorboard", "wandb_project", "shards", "base", "world_size", "grad_accum_steps", "batch_size"]
     + ["initial_checkpoint", "pretrained"]
 )
+# What args.yaml holds beside the flags.
+DERIVED = frozenset(["set_id", "base_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"])

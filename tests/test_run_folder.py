@@ -1,0 +1,244 @@
+"""A run's folder: how runs begin, go on, stop and are evaluated, and what the verdict reads."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from shards.reader import TicketSet
+from shards.rows import fetch
+from trainer import run as run_module
+from trainer.cli import main
+from training import arguments, same, train, weights_of
+
+
+def test_resume_latest_begins_a_run_that_has_not_begun(tickets, whole, tmp_path):
+    """One command for a queue that starts jobs again: the first time there is no folder, then one without a checkpoint."""
+    train(tickets, tmp_path, "run", "--resume", "latest")
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in ("args.yaml", "classes.txt"):
+            path.unlink()
+    assert "a run is there already" in train(tickets, tmp_path, "run", code=1).output
+    other = train(tickets, tmp_path, "run", "--resume", "latest", "--seed", 1, code=1).output
+    assert "seed: 42 there, 1 here" in other
+    train(tickets, tmp_path, "run", "--resume", "latest")
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
+
+
+def test_resume_refuses_a_folder_that_holds_no_run(tickets, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "without args.yaml" in train(tickets, tmp_path, "run", "--resume", "latest", code=1).output
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_the_final_files_agree_with_each_other_and_with_the_set(tickets, whole):
+    final = json.loads((whole / "final.json").read_text())
+    table = pq.read_table(whole / "predictions.parquet")
+    assert table.column_names == ["key", "label", "tickets", "all", "random"]
+    stored = [(sample.key, sample.label) for sample in TicketSet.open(str(tickets)).stream("val")]
+    assert list(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)) == stored
+    for protocol in ("tickets", "all", "random"):
+        hits = (table[protocol].to_numpy() == table["label"].to_numpy()).mean()
+        assert final["results"][protocol]["top1"] == pytest.approx(100 * hits)
+    cost = final["cost"]
+    assert (cost["tokens"], cost["patches"]) == (8, 16) and cost["seconds"] > 0
+    assert cost["train_gmacs"] == cost["test_gmacs"]["tickets"] < cost["test_gmacs"]["all"] == cost["dense_gmacs"]
+    saved = yaml.safe_load((whole / "args.yaml").read_text())
+    assert saved["set_id"] == saved["base_set_id"] == TicketSet.open(str(tickets)).manifest["set_id"]
+
+
+def test_unmasked_and_resized_runs_count_their_own_cost(tickets, tmp_path):
+    train(tickets, tmp_path, "unmask", "--unmask-epochs", 1)
+    train(tickets, tmp_path, "resize", "--resize-to-tokens", "--tokens", 9, "--epochs", 1)
+    unmask, resize = (json.loads((tmp_path / n / "final.json").read_text()) for n in ("unmask", "resize"))
+    k, n = (unmask["cost"]["test_gmacs"][name] for name in ("tickets", "all"))
+    assert unmask["cost"]["train_gmacs"] == pytest.approx((k + n) / 2)
+    assert list(resize["results"]) == list(resize["cost"]["test_gmacs"]) == ["all"]
+    assert resize["cost"]["train_gmacs"] < resize["cost"]["dense_gmacs"] == unmask["cost"]["dense_gmacs"]
+
+
+def test_eval_takes_the_model_from_the_run(tickets, whole, tmp_path):
+    """No --model-kwargs here: without them timm's deit_tiny would not fit. model_best.pth.tar is enough."""
+    final = json.loads((whole / "final.json").read_text())["results"]
+    for path in (whole, whole / "last.pth.tar", whole / "model_best.pth.tar"):
+        flags = ["--shards", str(tickets), "-j", "0", "-b", "4", "--repeats", "2", "--eval", "--resume", str(path)]
+        result = CliRunner().invoke(main, flags)
+        assert result.exit_code == 0, result.output
+        shown = {line.split()[0]: line.split()[2] for line in result.output.splitlines() if " top-1 " in line}
+        assert list(shown) == ["tickets", "all", "random"]
+        if path.name != "model_best.pth.tar":
+            assert shown == {name: f"{final[name]['top1']:.2f}" for name in shown}
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_alone_cannot_be_resumed(tickets, whole):
+    output = train(tickets, whole.parent, "x", "--resume", whole / "model_best.pth.tar", code=1).output
+    assert "holds weights alone" in output and output.count("\n") == 1
+
+
+def test_eval_refuses_a_head_that_was_never_trained(tickets, whole, tmp_path):
+    state = weights_of(whole)
+    bare = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
+    torch.save(bare, tmp_path / "bare.pth")
+    output = train(tickets, tmp_path, "x", "--eval", "--initial-checkpoint", tmp_path / "bare.pth", code=1).output
+    assert "has no trained head.weight" in output
+    torch.save(state, tmp_path / "with.pth")
+    train(tickets, tmp_path, "x", "--eval", "--initial-checkpoint", tmp_path / "with.pth")
+
+
+def test_a_young_average_is_never_taken_for_the_model(tickets, tmp_path):
+    """timm prefers state_dict_ema; one that has seen 12 steps is noise."""
+    train(tickets, tmp_path, "young")
+    content = torch.load(tmp_path / "young/last.pth.tar", weights_only=True)
+    assert "young_ema" in content and "state_dict_ema" not in content
+    train(tickets, tmp_path, "old", "--model-ema-decay", 0.88)
+    content = torch.load(tmp_path / "old/last.pth.tar", weights_only=True)
+    assert "state_dict_ema" in content and "young_ema" not in content
+
+
+def test_a_signal_in_validation_loses_nothing(tickets, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        evaluate = run_module.evaluate
+
+        def interrupted(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*arguments)
+
+        patch.setattr(run_module, "evaluate", interrupted)
+        output = train(tickets, tmp_path, "run", code=143).output
+    assert "stopped at epoch 0, step 6" in output
+    train(tickets, tmp_path, "run", "--resume", "latest")
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
+    assert (tmp_path / "run/summary.csv").read_text() == (whole / "summary.csv").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_one_line_with_its_name(tickets, tmp_path, workers):
+    """The fast verify does not look at pixels: damage of the same size comes up in training."""
+    copy = Path(shutil.copytree(tickets, tmp_path / "set"))
+    for tar in copy.glob("train-*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b"\xff\xd8\xff", b"XXX").replace(b"\x89PNG", b"XXXX"))
+    output = train(copy, tmp_path, "run", "-j", workers, code=1).output
+    assert output.splitlines()[-1].startswith("Error: ") and "Traceback" not in output, output
+
+
+def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
+    from trainer.feed import TrainFeed
+
+    parent = os.getpid()
+    views = TrainFeed._views
+
+    def dies(self, *arguments):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return views(self, *arguments)
+
+    monkeypatch.setattr(TrainFeed, "_views", dies)
+    output = train(tickets, tmp_path, "run", "-j", 1, code=1).output
+    assert "Error: -j 1: DataLoader worker" in output and "Traceback" not in output
+
+
+def two_ranks(*flags: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer.cli", *flags],
+            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def test_one_signalled_rank_stops_all_at_the_same_step_and_losses_are_of_all_ranks(tickets, tmp_path):
+    """The interval of the log is longer than the epoch: it does not decide when a signal is heard."""
+    flags = ["-b", "2", "--drop-path", "0", "--reprob", "0", "--log-interval", "50"]
+    ranks = two_ranks(*arguments(tickets, tmp_path, "stopped", *flags, "--epochs", "400", "--warmup-epochs", "0"))
+    while not (tmp_path / "stopped" / "last.pth.tar").exists():
+        assert ranks[0].poll() is None, ranks[0].communicate()[0]
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGTERM)  # the other rank hears of it by the collective
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143], outputs
+    assert "--resume latest goes on from here" in outputs[0]
+    # The same samples on one rank: the mean loss of the first epoch is that of both ranks together.
+    train(tickets, tmp_path, "one", *flags[2:], "-b", 4, "--epochs", 400, "--resume", "latest", "--warmup-epochs", 0,
+          "--eval", code=1)  # fmt: skip
+    first = (tmp_path / "stopped" / "summary.csv").read_text().splitlines()[:2]
+    stop_after_one = [*flags[2:], "-b", 4, "--epochs", 400, "--warmup-epochs", 0]
+    single = first_epoch(tickets, tmp_path, *stop_after_one)
+    column = first[0].split(",").index("train_loss")
+    assert float(first[1].split(",")[column]) == pytest.approx(single, abs=1e-5)
+
+
+def first_epoch(tickets: Path, output: Path, *flags: object) -> float:
+    """train_loss of a run that is stopped after its first epoch."""
+    folder = output / "single"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.cli", *arguments(tickets, output, "single", *flags)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    while not (folder / "last.pth.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    head, row = (folder / "summary.csv").read_text().splitlines()[:2]
+    return float(row.split(",")[head.split(",").index("train_loss")])
+
+
+def test_timms_optimizer_flags_reach_timm(tickets, tmp_path):
+    flags = ["--layer-decay", 0.5, "--opt", "sgd", "--opt-kwargs", "nesterov=False", "--momentum", 0.8]
+    train(tickets, tmp_path, "run", *flags, "--clip-grad", 0.01, "--clip-mode", "agc", "--epochs", 1)
+    groups = torch.load(tmp_path / "run/last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert {g["momentum"] for g in groups} == {0.8} and {g["nesterov"] for g in groups} == {False}
+    assert len({g["lr_scale"] for g in groups}) == 4  # embedding, two blocks, head
+    refused = train(tickets, tmp_path, "bad", "--opt-kwargs", "nosuch=1", code=1).output
+    assert "nosuch" in refused and refused.count("\n") == 1
+
+
+def test_a_warmup_as_long_as_the_run_is_said(tickets, tmp_path):
+    assert "the learning rate only rises" in train(tickets, tmp_path, "run", "--epochs", 1).output
+    assert "has 3 training views an image; take --repeats 3, or mine with --views 5 or more" in (
+        train(tickets, tmp_path, "r", "--repeats", 4, code=1).output
+    )
+    assert "leave --tickets random out" in (
+        train(tickets, tmp_path, "t", "--resize-to-tokens", "--tickets", "random", "--tokens", 9, code=1).output
+    )
+
+
+def test_a_remote_tar_is_fetched_once_and_the_longest_unused_copy_goes_first(tmp_path, monkeypatch):
+    import fsspec
+
+    from shards import rows
+
+    monkeypatch.setattr(rows, "CACHED_TARS", 2)
+    memory = fsspec.filesystem("memory")
+    for i in range(3):
+        memory.pipe(f"/set/{i}.tar", bytes([i]) * 10)
+    now = time.time()
+    for age, i in ((200, 0), (100, 1)):
+        os.utime(fetch(f"memory://set/{i}.tar", tmp_path), (now - age, now - age))
+    memory.pipe("/set/0.tar", b"changed")
+    assert Path(fetch("memory://set/0.tar", tmp_path)).read_bytes() == bytes(10)  # the copy, now the newest
+    fetch("memory://set/2.tar", tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["0.tar", "2.tar"]

@@ -1,0 +1,49 @@
+"""Runs of datalth-train at toy size, for the tests of training."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from trainer.cli import main
+
+SMALL = ["--model-kwargs", "embed_dim=32", "--model-kwargs", "depth=2", "--model-kwargs", "num_heads=2"]
+QUICK = [*SMALL, "--epochs", "2", "-b", "4", "--warmup-epochs", "1", "-j", "0", "--repeats", "2", "--log-interval", "1"]
+
+
+def arguments(tickets: Path, output: Path, name: str, *more: object) -> list[str]:
+    return ["--shards", str(tickets), *QUICK, "--output", str(output), "--experiment", name, *map(str, more)]
+
+
+def train(tickets: Path, output: Path, name: str, *more: object, code: int = 0) -> Result:
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(main, arguments(tickets, output, name, *more))
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.pth.tar", weights_only=True)["state_dict"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM before the given update."""
+    from trainer import engine
+
+    calls = []
+    apply = engine.apply_update
+
+    def counted(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == update:
+            os.kill(os.getpid(), signal.SIGTERM)
+        apply(*args)
+
+    monkeypatch.setattr(engine, "apply_update", counted)
