@@ -100,10 +100,13 @@ def test_batches_are_equal_for_any_number_of_workers(rows):
 def test_batches_are_equal_however_workers_start(rows, method):
     feed = TrainFeed(rows, RICH)
     places = [(0, 0, 0), (1, 2, 0)]
-    batches = loader(feed, places, 1, CPU)
-    batches.multiprocessing_context = method
-    for place, batch in zip(places, batches, strict=True):
-        assert equal(batch, feed[place])
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(method, force=True)
+    try:
+        for place, batch in zip(places, loader(feed, places, 1, CPU), strict=True):
+            assert equal(batch, feed[place])
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.parametrize("arm", ["winning", "random"])
