@@ -120,12 +120,8 @@ def _devkit_labels(spec: str, folder: str) -> dict[str, str]:
         raise TicketSetError(
             f"--data {spec}: {VAL} names no classes; put {DEVKIT} beside it, or give --labels FILE.csv (filename,class)"
         )
-    try:
-        from scipy.io import loadmat  # meta.mat is a Matlab file; torchvision reads it the same way
-    except ImportError:
-        raise TicketSetError(
-            f"--data {spec}: reading {DEVKIT} needs scipy: pip install scipy, or give --labels FILE.csv (filename,class)"
-        ) from None
+    from scipy.io import loadmat  # meta.mat is a Matlab file; torchvision reads it the same way
+
     found = {}
     try:
         with tarfile.open(devkit, "r:gz") as tar:

@@ -1,0 +1,371 @@
+"""datalth-verdict: the statistics, what it decides, what it refuses, and its files."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from trainer.verdict.cli import main
+from trainer.verdict.statistics import Estimate, Spread, bootstrap, decide, difference, mean, pooled, t_quantile
+
+K, N, IMAGES = 20, 36, 200
+ARGS = {
+    "shards": "set", "base": None, "model": "deit_tiny", "tickets": "winning", "tokens": None,
+    "resize_to_tokens": False, "unmask_epochs": 0, "repeats": 3, "epochs": 20, "lr_base": 5e-4, "pretrained": False,
+    "batch_size": 64, "output": "output", "model_kwargs": {"depth": 4},
+    "set_id": "e" * 64, "base_set_id": "b" * 64, "set_method": "evit", "world_size": 1, "global_batch": 64,
+}  # fmt: skip
+FLAT = {"winning": (63, 48, 44), "random": (39, 53, 44), "full": (50, 57, 44)}  # top-1: tickets, all, random
+
+
+def write_run(folder: Path, top1: tuple[float, float, float], seed: int = 0, **changed: Any) -> Path:
+    """A finished run of given accuracies on IMAGES images; the first images are the right ones."""
+    args = {**ARGS, "experiment": folder.name, "seed": seed, **changed}
+    whole = args["tickets"] == "full" and not args["resize_to_tokens"]
+    tokens = N if whole else args["tokens"] or K
+    args["resolved_tokens"] = tokens
+    names = ["all"] if args["resize_to_tokens"] else ["tickets", "all", "random"]
+    found = dict(zip(["tickets", "all", "random"], top1, strict=True))
+    labels = np.arange(IMAGES, dtype=np.int32) % 10
+    columns: dict[str, Any] = {"key": [f"val/{i:03}" for i in range(IMAGES)], "label": labels}
+    for name in names:
+        columns[name] = np.where(np.arange(IMAGES) < round(found[name] * IMAGES / 100), labels, (labels + 1) % 10)
+    results = {
+        name: {"top1": 100 * float(np.mean(columns[name] == labels)), "top5": 99.0, "loss": 1.0} for name in names
+    }
+    gmacs = (tokens * (20 - args["unmask_epochs"]) + N * args["unmask_epochs"]) / 20 / 100
+    tests = {
+        name: (N if name == "all" and not args["resize_to_tokens"] else args["tokens"] or K) / 100 for name in names
+    }
+    cost = {"tokens": tokens, "patches": N, "train_gmacs": gmacs, "test_gmacs": tests, "dense_gmacs": N / 100}
+    final = {"epoch": args["epochs"] - 1, "results": results, "best": 1.0, "cost": {**cost, "seconds": 100 * gmacs}}
+    folder.mkdir(parents=True)
+    (folder / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
+    (folder / "final.json").write_text(json.dumps(final))
+    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    return folder
+
+
+def write_arms(root: Path, seeds: int = 3, shift: dict[str, float] | None = None, **changed: Any) -> list[Path]:
+    """winning, random and full; seeds lie half a point below, at, and half a point above FLAT (one standard deviation)."""
+    out = []
+    for arm, top1 in FLAT.items():
+        for seed in range(seeds):
+            by = (shift or {}).get(arm, 0) + (seed - (seeds - 1) / 2) * 0.5
+            moved = (top1[0] + by, top1[1] + by, top1[2] + by)
+            out.append(write_run(root / f"{arm}-{seed}", moved, seed, tickets=arm, **changed))
+    return out
+
+
+def verdict(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == code, result.output + str(result.exc_info)
+    if code:
+        assert len(result.output.splitlines()) == 1 and "Traceback" not in result.output
+    return result.output
+
+
+def as_json(out: Path, *arguments: object) -> dict[str, Any]:
+    verdict(*arguments, "-o", out)
+    return json.loads((out / "verdict.json").read_text())
+
+
+def sentences(output: str) -> str:
+    return " ".join(output.partition("VERDICT\n")[2].partition("\n\n")[0].split())
+
+
+def test_pooled_spread_and_intervals_are_the_textbooks() -> None:
+    from scipy import stats
+
+    first, second = np.array([1.0, 2.0, 3.0]), np.array([10.0, 14.0])
+    spread = pooled([first, second, np.array([7.0])])
+    assert spread == Spread(pytest.approx(((2 + 8) / 3) ** 0.5), 3)  # the single seed adds nothing
+    assert t_quantile(3) == pytest.approx(stats.t.ppf(0.975, 3)) == pytest.approx(3.182446, abs=1e-6)
+    found = difference(second, first, pooled([first, second]))
+    theirs = stats.ttest_ind(second, first).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    one = stats.t.interval(0.95, 2, first.mean(), stats.sem(first))
+    assert (mean(first, pooled([first])).low, mean(first, pooled([first])).high) == pytest.approx(one)
+    assert mean(np.array([5.0]), pooled([np.array([5.0])])) == Estimate(5.0, None, None)
+
+
+def test_bootstrap_is_that_of_resampling_images() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.choice([-1, 0, 1], 400, p=[0.1, 0.6, 0.3])
+    found = bootstrap(scores)
+    assert found.value == pytest.approx(100 * scores.mean())
+    drawn = 100 * scores[rng.integers(0, 400, (4000, 400))].mean(1)  # image by image
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.4)
+    normal = 1.96 * 100 * scores.std() / 20
+    assert found.half == pytest.approx(normal, rel=0.05)
+    assert bootstrap(scores) == found  # seeded
+    assert bootstrap(np.zeros(50, np.int8)) == Estimate(0.0, 0.0, 0.0)
+
+
+def test_pairs_are_images_not_positions(tmp_path: Path) -> None:
+    from trainer.verdict.claim import paired
+    from trainer.verdict.runs import read_run
+
+    x = read_run(write_run(tmp_path / "x", (60, 50, 40)))
+    mixed = np.random.default_rng(0).permutation(IMAGES)[: IMAGES - 5]
+    y = replace(x, keys=x.keys.take(pa.array(mixed)), hits={name: hits[mixed] for name, hits in x.hits.items()})
+    assert (paired(x, "tickets", y, "tickets") == 0).all() and len(paired(x, "all", y, "all")) == IMAGES - 5
+    assert (x.hits["all"][: IMAGES - 5] != y.hits["all"]).any()  # position by position they differ
+
+
+@pytest.mark.parametrize(
+    ("ac", "ab", "outcome"),
+    [
+        ((-0.9, 0.5), (0.1, 2), "holds"),
+        ((-1.0, 0.5), (0.1, 2), "open"),  # the bound itself is not above
+        ((-0.9, 0.5), (0.0, 2), "open"),
+        ((-3, -1.1), (0.1, 2), "fails"),
+        ((-3, -1.0), (0.1, 2), "open"),
+        ((-0.9, 0.5), (-2, -0.1), "fails"),
+        ((-0.9, 0.5), (-2, 0.0), "open"),
+        ((None, None), (0.1, 2), "open"),
+    ],
+)
+def test_decision(ac: tuple[float, float], ab: tuple[float, float], outcome: str) -> None:
+    assert decide(Estimate(0, *ac), Estimate(0, *ab), 1.0) == outcome
+
+
+@pytest.mark.parametrize(
+    ("shift", "margin", "words"),
+    [
+        ({}, 1, "the claim holds: winning tickets are as good as all patches to within 1.0 points, a - c = +6.00"),
+        ({"winning": -6.5}, 1, "cannot be told from these runs: a - c = -0.50"),
+        ({"winning": -6.5}, 2, "the claim holds"),
+        (
+            {"winning": -9},
+            1,
+            "the claim fails: winning tickets are more than 1.0 points below all patches, a - c = -3.00",
+        ),
+        ({"random": 24}, 1, "may be above or below 0"),
+        ({"random": 26}, 1, "the claim fails: winning tickets are worse than random patches, a - b = -2.00"),
+        ({"winning": -26, "random": 4}, 1, "and winning tickets are worse than random patches"),
+    ],
+)
+def test_the_verdict_follows_the_runs(tmp_path: Path, shift: dict[str, float], margin: float, words: str) -> None:
+    write_arms(tmp_path, shift=shift)
+    output = sentences(verdict(*tmp_path.iterdir(), "--margin", margin))
+    assert output.startswith("deit_tiny, evit, K=20: ") and words in output
+
+
+def test_figures_of_three_seeds(tmp_path: Path) -> None:
+    found = as_json(tmp_path / "out", *write_arms(tmp_path / "runs"))["models"][0]
+    half = 2.446912 * 0.5 * (2 / 3) ** 0.5  # t of 6 degrees of freedom; each group's standard deviation is 0.5
+    (claim,) = found["verdicts"]
+    assert (claim["outcome"], claim["tokens"], claim["set"]) == ("holds", 20, "evit")
+    assert claim["a_minus_c"]["low"] == pytest.approx(6 - half, abs=1e-5)
+    assert claim["a_minus_b"]["high"] == pytest.approx(24 + half, abs=1e-5)
+    kinds = {d["kind"]: d["value"] for d in found["differences"]}
+    assert kinds == pytest.approx({"a - c": 6, "a - b": 24, "a - rival": 10, "whole - c": -9, "rival - c": -4})
+    full, winning, _ = found["groups"]
+    assert full["top1"]["own"]["runs"] == pytest.approx([56.5, 57.0, 57.5])
+    assert winning["top1"]["own"]["runs"] == pytest.approx([62.5, 63.0, 63.5])
+    assert winning["train_share_of_full"] == pytest.approx(20 / 36) and winning["test_gmacs"]["tickets"] == 0.2
+    assert found["intervals"]["over"] == "seeds" and found["intervals"]["pooled"]["own"]["df"] == 6
+
+
+def test_one_seed_resamples_images_and_says_so_everywhere(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path / "runs", seeds=1)
+    output = verdict(*runs, "-o", tmp_path / "out")
+    words = "images resampled: says nothing about other seeds"
+    assert words in sentences(output) and words in output.partition("VERDICT")[0]
+    assert words in (tmp_path / "out" / "verdict.md").read_text()
+    found = json.loads((tmp_path / "out" / "verdict.json").read_text())["models"][0]
+    assert found["intervals"]["over"] == "images" and words in found["intervals"]["meaning"]
+    # The right images of c are among those of a, so that just 12 of 200 differ: 6 points, standard error 1.7.
+    (claim,) = found["verdicts"]
+    assert claim["a_minus_c"]["low"] == pytest.approx(3, abs=0.51)
+    more = write_run(tmp_path / "runs" / "full-1", (50, 58, 44), 1, tickets="full")
+    output = verdict(*runs, more)
+    assert words not in output and "one seed only: winning K=20, random K=20" in output
+
+
+def test_rows(tmp_path: Path) -> None:
+    """Each K its own claim; unmasked and resized as arms of their own; what does not apply is n/a."""
+    runs = write_arms(tmp_path / "k20")
+    runs += [run for run in write_arms(tmp_path / "k12", shift={"winning": -10}, tokens=12) if "full" not in run.name]
+    runs.append(write_run(tmp_path / "tuned", (55, 56, 44), unmask_epochs=5))
+    runs.append(write_run(tmp_path / "resized", (0, 50, 0), resize_to_tokens=True, tokens=25))
+    output = verdict(*runs)
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert any(line.startswith("winning +5 unmasked 20 1 55.00 ") for line in lines)
+    (resized,) = (line for line in lines if line.startswith("resized 25 1 "))
+    assert resized.startswith("resized 25 1 n/a 50.00 ") and resized.endswith("n/a, 0.250")
+    assert "K=20: the claim holds" in output and "K=12: the claim fails" in output
+    assert "winning +5 unmasked on all" in output and "resized on all" in output
+    assert max(map(len, output.splitlines())) <= 120
+
+
+def test_missing_arms(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path)
+    without = {arm: [run for run in runs if not run.name.startswith(arm)] for arm in FLAT}
+    assert sentences(verdict(*without["random"])).endswith("K=20: cannot be told: no runs of random (b) at K=20.")
+    assert sentences(verdict(*without["full"])).endswith("cannot be told: no runs of full (c).")
+    assert sentences(verdict(*without["winning"])).endswith("cannot be told: no runs of winning (a) at K=20.")
+    assert sentences(verdict(runs[-1])) == "deit_tiny: cannot be told: no runs of winning (a)."
+
+
+def test_random_of_another_set_is_no_b(tmp_path: Path) -> None:
+    runs = [run for run in write_arms(tmp_path / "evit") if "random" not in run.name]
+    other = {"set_id": "c" * 64, "set_method": "cls-attention"}
+    runs += [run for run in write_arms(tmp_path / "cls", **other) if "random" in run.name]
+    output = sentences(verdict(*runs))
+    assert "evit, K=20: cannot be told: no runs of random (b) at K=20" in output
+    assert "cls-attention, K=20: cannot be told: no runs of winning (a) at K=20" in output
+    same = [run for run in write_arms(tmp_path / "more") if "random" in run.name]
+    assert "evit, K=20: the claim holds" in sentences(verdict(*runs, *same))
+
+
+def test_full_runs_of_any_set_are_c(tmp_path: Path) -> None:
+    runs = [run for run in write_arms(tmp_path / "evit") if "full-2" not in run.name]
+    runs.append(write_run(tmp_path / "base", (50, 57.5, 44), 2, tickets="full", set_id="b" * 64, set_method="center"))
+    found = as_json(tmp_path / "out", *runs)["models"][0]
+    assert found["verdicts"][0]["outcome"] == "holds" and found["groups"][0]["seeds"] == [0, 1, 2]
+    assert found["groups"][0]["top1"]["tickets"] is None  # those are tickets of two sets
+    twice = write_run(tmp_path / "again", (50, 57.5, 44), 0, tickets="full", tokens=12)
+    assert "are trained alike" in verdict(*runs, twice, code=1)
+
+
+def test_allow_diff_groups_by_the_field(tmp_path: Path) -> None:
+    runs = [run for run in write_arms(tmp_path / "short") if "random" not in run.name]
+    runs += [run for run in write_arms(tmp_path / "long", epochs=37) if "random" in run.name]
+    message = verdict(*runs, code=1)
+    assert "epochs: 20 in " in message and "37 in " in message and str(runs[-3]) in message
+    output = verdict(*runs, "--allow-diff", "epochs")
+    assert "epochs=20, b: epochs=37: the claim holds" in sentences(output) and "random (b) epochs=37" in output
+    assert "0.200 (103%)" in next(line for line in output.splitlines() if line.startswith("random (b)"))
+    assert "--allow-diff seed: expected one of epochs, global_batch, " in verdict(*runs, "--allow-diff", "seed", code=1)
+
+
+def test_models_are_told_apart(tmp_path: Path) -> None:
+    runs = [*write_arms(tmp_path / "tiny"), *write_arms(tmp_path / "small", shift={"winning": -20}, model="deit_small")]
+    found = sentences(verdict(*runs))
+    assert "deit_tiny, evit, K=20: the claim holds" in found and "deit_small, evit, K=20: the claim fails" in found
+
+
+def edit(path: Path, **changed: Any) -> None:
+    values = yaml.safe_load(path.read_text())
+    path.write_text(json.dumps({**values, **changed}))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path / "runs", seeds=1)
+    run, rest = runs[0], runs[1:]
+    (tmp_path / "file").write_text("")
+    assert "no such folder" in verdict(tmp_path / "none", code=1)
+    assert "no args.yaml" in verdict(tmp_path, code=1)
+    assert "not a run's folder" in verdict(tmp_path / "file", code=1)
+    assert "expected a folder, got a file" in verdict(*runs, "-o", tmp_path / "file", code=1)
+    args, final, predictions = (run / name for name in ("args.yaml", "final.json", "predictions.parquet"))
+    originals = {path: path.read_bytes() for path in (args, final, predictions)}
+
+    def refused(words: str) -> None:
+        message = verdict(*rest, run, code=1)
+        assert words in message and str(run) in message, message
+        for path, data in originals.items():
+            path.write_bytes(data)
+
+    edit(args, lr_base=1e-3)
+    refused("lr_base: 0.0005 in")
+    edit(args, pretrained=True)  # where training starts from matters here, though a resumed run may say it otherwise
+    refused("pretrained: false in")
+    edit(args, base_set_id="x" * 64)
+    refused("trained on other images")
+    args.write_text("a: [")
+    refused("args.yaml: not readable")
+    args.write_text("tickets: winning")
+    refused("args.yaml: no tokens")
+    final.unlink()
+    refused("not finished")
+    final.write_text("{")
+    refused("final.json: not readable")
+    edit(final, epoch=3)
+    refused("expected epoch 19, the last, got 3")
+    edit(final, results={})
+    refused("final.json: no tickets, all, random")
+    edit(final, results={name: {} for name in ("tickets", "all", "random")})
+    refused("final.json: no top1")
+    edit(final, cost={})
+    refused("final.json: no tokens")
+    predictions.unlink()
+    refused("predictions.parquet: missing")
+    predictions.write_bytes(originals[predictions][:-200])
+    refused("predictions.parquet: damaged")
+    pq.write_table(pq.read_table(predictions).drop_columns(["all"]), predictions)
+    refused("no column all")
+    predictions.write_bytes((rest[0] / "predictions.parquet").read_bytes())
+    refused("not this run's")
+    assert "the claim holds" in verdict(*runs)  # what was changed above is all that was wrong
+
+
+def test_what_cannot_matter_may_differ(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path, seeds=1)
+    edit(
+        runs[0] / "args.yaml", batch_size=32, world_size=2, output="elsewhere", shards="moved", base="there", workers=9
+    )
+    assert "the claim holds" in verdict(*runs)
+
+
+def test_same_seed_twice(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path / "runs", seeds=2)
+    again = write_run(tmp_path / "again", FLAT["winning"], 1)
+    message = verdict(*runs, again, code=1)
+    assert str(again) in message and str(tmp_path / "runs" / "winning-1") in message and "seed 1 twice" in message
+
+
+def test_seeds_that_do_not_differ_are_doubted(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{arm}-{seed}", FLAT[arm], seed, tickets=arm) for arm in FLAT for seed in (0, 1)]
+    assert "copies of one run?" in verdict(*runs)
+    assert "copies" not in verdict(*write_arms(tmp_path / "real"))
+
+
+def test_other_validation_images_are_told(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path, seeds=1)
+    assert "WARNING" not in verdict(*runs)
+    table = pq.read_table(runs[0] / "predictions.parquet")
+    keys = [*table["key"].to_pylist()[:-1], "val/other"]
+    pq.write_table(table.set_column(0, "key", pa.array(keys)), runs[0] / "predictions.parquet")
+    assert "WARNING: not all runs were validated on the same images" in verdict(*runs)
+    for run in runs[1:]:
+        table = pq.read_table(run / "predictions.parquet")
+        pq.write_table(
+            table.set_column(0, "key", pa.array([f"no/{i}" for i in range(IMAGES)])), run / "predictions.parquet"
+        )
+    assert "no image in common" in verdict(*runs, code=1)
+
+
+def test_files(tmp_path: Path) -> None:
+    out = tmp_path / "out" / "deep"
+    output = verdict(*write_arms(tmp_path / "runs"), "-o", out)
+    assert sorted(path.name for path in out.iterdir()) == ["verdict.json", "verdict.md", "verdict.png"]
+    with Image.open(out / "verdict.png") as picture:
+        picture.load()
+        assert picture.size == (1200, 500) and len(set(picture.convert("L").resize((120, 50)).tobytes())) > 20
+    text = (out / "verdict.md").read_text()
+    widths = {
+        line.count("|") for line in text.split("Top-1 in %")[1].split("Differences")[0].splitlines() if "|" in line
+    }
+    assert widths == {10} and "**deit_tiny, evit, K=20: the claim holds" in text
+    assert str(out / "verdict.json") in output
+    content = json.loads((out / "verdict.json").read_text())
+    assert content["margin"] == 1.0 and len(content["runs"]) == 9
+
+
+def test_starts_without_torch_or_plots() -> None:
+    code = "import sys; from trainer.verdict import claim, cli, files, report; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

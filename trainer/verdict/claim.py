@@ -1,0 +1,205 @@
+"""Groups of runs -> accuracies and differences with intervals, and what they say about a ~ c > b."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+
+from shards.errors import TicketSetError
+from trainer.verdict.groups import Group
+from trainer.verdict.runs import PROTOCOLS, Run
+from trainer.verdict.statistics import Estimate, Outcome, Spread, bootstrap, decide, difference, mean, pooled
+
+OWN = "own"  # each arm in the protocol it is trained for
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First minus second, each under a protocol.
+
+    Attributes:
+        kind: "a - c"; "a - b"; "a - rival" (random patches with a dense test, PatchDropout); "rival - c"; "whole - c"
+            (another arm tested on all patches).
+    """
+
+    kind: str
+    first: Group
+    first_protocol: str
+    second: Group
+    second_protocol: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The verdict on one ticket set, K and (with --allow-diff) set of arguments.
+
+    Attributes:
+        a: the winning group, or None.
+        ac, ab, rival: the differences; None where runs are missing. The rival has no part in the outcome.
+        missing: why there is no a - b or a - c; empty where both are there.
+    """
+
+    tokens: int | None
+    set_id: str | None
+    a: Group | None
+    ac: Difference | None
+    ab: Difference | None
+    rival: Difference | None
+    missing: str
+    outcome: Outcome
+
+    @property
+    def differences(self) -> list[Difference]:
+        return [found for found in (self.ac, self.ab, self.rival) if found is not None]
+
+
+class Judge:
+    """The groups of one model, and how certain their figures are.
+
+    Attributes:
+        resampled: every group has one seed, so that intervals come from resampling images.
+        spreads: {protocol or OWN: Spread}, pooled over the groups; not used where `resampled`.
+        full: the groups that c may be.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = list(groups)
+        self.model, self.patches = groups[0].model, groups[0].patches
+        self.resampled = all(len(group.runs) == 1 for group in groups)
+        self.full = [group for group in groups if group.arm == "full"]
+        samples = {p: [g.top1(p) for g in groups if p in g.protocols] for p in PROTOCOLS}
+        samples[OWN] = [group.top1(group.own) for group in groups]
+        self.spreads: dict[str, Spread] = {name: pooled(found) for name, found in samples.items()}
+
+    def accuracy(self, group: Group, protocol: str) -> Estimate | None:
+        """Mean top-1 under a protocol, or the arm's OWN; None where it does not apply."""
+        name = group.own if protocol == OWN else protocol
+        if name not in group.protocols:
+            return None
+        if self.resampled:
+            return bootstrap(group.runs[0].hits[name])
+        return mean(group.top1(name), self.spreads[protocol])
+
+    def reference(self, group: Group) -> Group | None:
+        """The full runs (c) that a group is held against."""
+        return _choose(self.full, group)
+
+    def share(self, group: Group) -> float:
+        """Training cost of a group against full's, in multiply-accumulates; without full runs, against what they would cost."""
+        c = self.reference(group)
+        epochs = group.runs[0].args["epochs"]
+        whole = group.cost("dense_gmacs") * (c.runs[0].args["epochs"] if c else epochs)
+        return group.cost("train_gmacs") * epochs / whole
+
+    def differences(self) -> list[Difference]:
+        """Every arm on whole images against c."""
+        return [
+            self._difference("rival - c" if group.arm == "random" else "whole - c", group, "all", c, "all", "all")
+            for group in self.groups
+            for c in [self.reference(group)]
+            if group.arm != "full" and c is not None
+        ]
+
+    def claims(self, margin: float) -> list[Claim]:
+        """One for every group of winning runs, and for every K that only random runs have."""
+        winning = [group for group in self.groups if group.arm == "winning"]
+        random = [group for group in self.groups if group.arm == "random"]
+        covered = {_cell(group) for group in winning}
+        claims = [self._claim(a, [b for b in random if _cell(b) == _cell(a)], margin) for a in winning]
+        for b in random:
+            if _cell(b) not in covered:
+                covered.add(_cell(b))
+                claims.append(_unheard(f"no runs of winning (a) at K={b.tokens}", b))
+        return claims or [_unheard("no runs of winning (a)")]
+
+    def _claim(self, a: Group, random: Sequence[Group], margin: float) -> Claim:
+        b, c = _choose(random, a), self.reference(a)
+        missing = []
+        if b is None:
+            several = f"several groups of random (b) at K={a.tokens}, none with the arguments of winning (a)"
+            missing.append(several if random else f"no runs of random (b) at K={a.tokens}")
+        if c is None:
+            several = "several groups of full (c), none with the arguments of winning (a)"
+            missing.append(several if self.full else "no runs of full (c)")
+        ab = None if b is None else self._difference("a - b", a, "tickets", b, "tickets", OWN)
+        ac = None if c is None else self._difference("a - c", a, "tickets", c, "all", OWN)
+        rival = None if b is None else self._difference("a - rival", a, "tickets", b, "all", OWN)
+        outcome = "open" if ab is None or ac is None else decide(ac.estimate, ab.estimate, margin)
+        return Claim(a.tokens, a.set_id, a, ac, ab, rival, " and ".join(missing), outcome)
+
+    def _difference(self, kind: str, x: Group, x_protocol: str, y: Group, y_protocol: str, spread: str) -> Difference:
+        if self.resampled:
+            estimate = bootstrap(paired(x.runs[0], x_protocol, y.runs[0], y_protocol))
+        else:
+            estimate = difference(x.top1(x_protocol), y.top1(y_protocol), self.spreads[spread])
+        return Difference(kind, x, x_protocol, y, y_protocol, estimate)
+
+    def notes(self) -> list[str]:
+        """What a reader should know of these figures."""
+        single = list(dict.fromkeys(f"{g.name} K={g.tokens}" for g in self.groups if len(g.runs) == 1))
+        notes = []
+        if single and not self.resampled:
+            notes.append(
+                f"one seed only: {', '.join(single)}; the interval takes the spread of the other groups' seeds"
+            )
+        if not self.resampled and self.spreads[OWN].df and self.spreads[OWN].sd == 0:
+            notes.append(
+                "all seeds of a group have the same accuracy, so the intervals have no width: copies of one run?"
+            )
+        for group in self.full:
+            if "tickets" not in group.protocols:
+                notes.append("full on tickets is n/a: its runs come from several ticket sets or --tokens")
+        return notes
+
+
+def judge(groups: Sequence[Group]) -> list[Judge]:
+    """One for each model and number of patches."""
+    by_model: dict[tuple[str, int], list[Group]] = {}
+    for group in groups:
+        by_model.setdefault((group.model, group.patches), []).append(group)
+    return [Judge(members) for members in by_model.values()]
+
+
+def key_notes(runs: Sequence[Run]) -> list[str]:
+    """Warnings where runs were validated on different images."""
+    first = runs[0]
+    other = [run for run in runs if not run.keys.equals(first.keys)]
+    if not other:
+        return []
+    return [
+        "WARNING: not all runs were validated on the same images, so differences are not of arms alone:"
+        + f" {len(other)} of {len(runs)} differ from {first.folder} ({len(first.keys)} images),"
+        + f" first {other[0].folder} ({len(other[0].keys)})"
+    ]
+
+
+def paired(x: Run, x_protocol: str, y: Run, y_protocol: str) -> np.ndarray:
+    """Hits of x minus hits of y on the images that both have: int8 [images] of -1, 0, 1.
+
+    Raises:
+        TicketSetError: they have none in common.
+    """
+    ours, theirs = x.hits[x_protocol], y.hits[y_protocol]
+    if not x.keys.equals(y.keys):
+        places = pc.index_in(y.keys, x.keys)
+        found = places.is_valid().to_numpy(zero_copy_only=False)
+        ours, theirs = ours[places.drop_null().to_numpy()], theirs[found]
+        if not len(ours):
+            raise TicketSetError(f"{x.folder} and {y.folder}: validated on no image in common; these do not compare")
+    return ours.astype(np.int8) - theirs.astype(np.int8)
+
+
+def _cell(group: Group) -> tuple[str | None, int]:
+    return group.set_id, group.tokens
+
+
+def _choose(candidates: Sequence[Group], a: Group) -> Group | None:
+    """The one of the same arguments as a, else the only one."""
+    same = [group for group in candidates if group.differs == a.differs]
+    return same[0] if same else candidates[0] if len(candidates) == 1 else None
+
+
+def _unheard(missing: str, b: Group | None = None) -> Claim:
+    return Claim(b.tokens if b else None, b.set_id if b else None, None, None, None, None, missing, "open")

@@ -1,0 +1,74 @@
+"""datalth-verdict: finished runs -> tables, a plot, and whether a ~ c > b holds."""
+
+from pathlib import Path
+
+import click
+
+from shards.console import reports_errors
+
+EXAMPLES = """
+\b
+Example:
+  for seed in 0 1 2; do
+    for arm in winning random full; do
+      datalth-train --shards shards --tickets $arm --seed $seed --experiment $arm-$seed
+    done
+  done
+  datalth-verdict output/* -o verdict
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("folders", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", metavar="DIR", help="Also write verdict.md, verdict.json and verdict.png into this folder."
+)
+@click.option(
+    "--margin",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="POINTS",
+    help="How far winning tickets may stay below all patches and still count as equal.",
+)
+@click.option(
+    "--allow-diff",
+    "allowed",
+    multiple=True,
+    metavar="FIELD",
+    help="Let runs differ in this argument (as args.yaml names it) and group by it; repeatable.",
+)
+@reports_errors
+def main(folders: tuple[str, ...], output: str | None, margin: float, allowed: tuple[str, ...]) -> None:
+    """Say whether the data-level lottery ticket hypothesis holds in your runs.
+
+    RUN is a folder that datalth-train has finished. The claim is a ~ c > b: a student trained and tested on winning
+    tickets (a) is about as good as one trained and tested on all patches (c), and better than one trained on random
+    patches and tested on the tickets (b). It holds if, with 95 % certainty each, a - c is above -POINTS and a - b is
+    above 0; it fails if one of them is surely below; else these runs cannot tell.
+
+    Runs must share the images and every argument but --tickets, --tokens, --seed, --unmask-epochs, --resize-to-tokens and
+    --model. Several seeds of each arm give intervals over seeds (three or more are wise); with one seed each, images are
+    resampled instead, which says nothing about other seeds.
+    """
+    from shards.errors import TicketSetError
+    from trainer.verdict.claim import judge
+    from trainer.verdict.groups import check_comparable, group_runs
+    from trainer.verdict.report import Report
+    from trainer.verdict.runs import read_run
+
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise TicketSetError(f"-o {output}: expected a folder, got a file")
+    fields = sorted({field.replace("-", "_") for field in allowed})
+    runs = [read_run(Path(folder)) for folder in folders]
+    check_comparable(runs, fields)
+    report = Report(runs, judge(group_runs(runs, fields)), margin)
+    click.echo(report.screen())
+    if output is not None:
+        from trainer.verdict.files import write_files
+
+        click.echo("\nwritten: " + ", ".join(map(str, write_files(report, Path(output)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Runs that may be compared, and those that differ in nothing but the seed as one group."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from shards.errors import TicketSetError
+from trainer.options import FREE_TO_CHANGE
+from trainer.verdict.runs import PROTOCOLS, Run
+
+ARMS = ("winning", "random", "random-fixed", "center", "inverse", "resized")  # a table's order, below full
+# What tells arms apart, or names the set; base_set_id is compared on its own.
+ARM_FIELDS = frozenset(
+    ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"]
+    + ["set_id", "set_method", "base_set_id", "resolved_tokens"]
+)
+# A resumed run may say these otherwise because its weights come from the checkpoint; here they are another experiment.
+START_FIELDS = frozenset(["initial_checkpoint", "pretrained"])
+FREE = (FREE_TO_CHANGE - START_FIELDS) | ARM_FIELDS
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        arm: "winning", "random +5 unmasked", ...
+        tokens: K, trained on and tested on; N for full.
+        patches: N, of the un-resized view.
+        set_id: None for full and resized.
+        differs: ((argument, value), ...) of those that --allow-diff names.
+        runs: by seed.
+    """
+
+    arm: str
+    tokens: int
+    patches: int
+    model: str
+    set_id: str | None
+    differs: tuple[tuple[str, Any], ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def own(self) -> str:
+        """The protocol that the arm is trained for."""
+        return "all" if self.arm in ("full", "resized") or self.arm.endswith(" unmasked") else "tickets"
+
+    @property
+    def name(self) -> str:
+        """The arm, and what --allow-diff lets differ."""
+        return f"{self.arm} {self.differing}".rstrip()
+
+    @property
+    def differing(self) -> str:
+        """`differs` as text; may be empty."""
+        return " ".join(f"{field}={_text(value)}" for field, value in self.differs)
+
+    @cached_property
+    def protocols(self) -> tuple[str, ...]:
+        """Those that all runs were tested under, on the same patches: full runs may come from several sets or K."""
+        tested = {(run.args["set_id"], run.args["tokens"]) for run in self.runs}
+        names = ("all",) if self.set_id is None and len(tested) > 1 else PROTOCOLS
+        return tuple(name for name in names if all(name in run.top1 for run in self.runs))
+
+    def top1(self, protocol: str) -> np.ndarray:
+        """Percent, one number a run: [seeds]."""
+        return np.array([run.top1[protocol] for run in self.runs])
+
+    def cost(self, name: str) -> float:
+        """A figure of `Run.cost`, mean over the runs."""
+        return float(np.mean([run.cost[name] for run in self.runs]))
+
+    def test_gmacs(self, protocol: str) -> float | None:
+        """GMACs of one image's forward under a protocol, or None where it was not tested so."""
+        return self.runs[0].cost["test_gmacs"].get(protocol) if protocol in self.protocols else None
+
+
+def check_comparable(runs: Sequence[Run], allowed: Sequence[str]) -> None:
+    """Refuse runs that differ in more than arms do.
+
+    Raises:
+        TicketSetError: other base images, or other arguments; names the arguments and two folders' values.
+    """
+    comparable = {name for run in runs for name in run.args} - FREE
+    unknown = [name for name in allowed if name not in comparable]
+    if unknown:
+        raise TicketSetError(f"--allow-diff {unknown[0]}: expected one of {', '.join(sorted(comparable))}")
+    first = runs[0]
+    for run in runs:
+        if run.args["base_set_id"] != first.args["base_set_id"]:
+            raise TicketSetError(
+                f"{run.folder}: trained on other images (base_set_id {run.args['base_set_id'][:16]})"
+                f" than {first.folder} ({first.args['base_set_id'][:16]}); these do not compare"
+            )
+    differing = {}
+    for name in sorted(comparable - set(allowed)):
+        other = next((run for run in runs if run.args.get(name) != first.args.get(name)), None)
+        if other is not None:
+            differing[name] = (
+                f"{name}: {_text(first.args.get(name))} in {first.folder}, {_text(other.args.get(name))} in {other.folder}"
+            )
+    if differing:
+        flags = " ".join(f"--allow-diff {name}" for name in differing)
+        raise TicketSetError(f"runs of different arguments: {'; '.join(differing.values())} ({flags} lets them differ)")
+
+
+def group_runs(runs: Sequence[Run], allowed: Sequence[str]) -> list[Group]:
+    """Groups in a table's order: by model; full, then K by K, arm by arm.
+
+    Raises:
+        TicketSetError: a group holds one seed twice.
+    """
+    by_key: dict[tuple[Any, ...], dict[int, Run]] = {}
+    for run in runs:
+        differs = _differing(run, runs, allowed)
+        key = (run.arm, run.args["resolved_tokens"], run.cost["patches"], run.args["model"], run.set_id, _text(differs))
+        members = by_key.setdefault(key, {})
+        if run.seed in members:
+            why = "" if run.set_id else f" ({run.arm} runs of any ticket set and --tokens are trained alike)"
+            raise TicketSetError(
+                f"{run.folder} and {members[run.seed].folder}: the same arm and seed {run.seed} twice{why}; give one of them"
+            )
+        members[run.seed] = run
+    groups = []
+    for (arm, tokens, patches, model, set_id, _), members in by_key.items():
+        ordered = tuple(members[seed] for seed in sorted(members))
+        differs = _differing(ordered[0], runs, allowed)
+        groups.append(Group(arm, tokens, patches, model, set_id, differs, ordered))
+    return sorted(groups, key=_place)
+
+
+def _differing(run: Run, runs: Sequence[Run], allowed: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """Those of the allowed arguments in which runs of the same model really differ, and this run's values."""
+    peers = [other for other in runs if other.args["model"] == run.args["model"]]
+    names = [name for name in allowed if any(other.args.get(name) != run.args.get(name) for other in peers)]
+    return tuple((name, run.args.get(name)) for name in names)
+
+
+def _place(group: Group) -> tuple[Any, ...]:
+    arm = group.arm.split(" +")[0]
+    below = -1 if arm == "full" else ARMS.index(arm)
+    return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, group.name
+
+
+def _text(value: Any) -> str:
+    """One line for an argument's value."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

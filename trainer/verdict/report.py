@@ -1,0 +1,216 @@
+"""The verdict for people: tables and sentences, for the screen and as Markdown."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shards.console import duration, table
+from trainer.verdict.claim import OWN, Claim, Judge, key_notes
+from trainer.verdict.groups import Group
+from trainer.verdict.runs import PROTOCOLS, Run
+from trainer.verdict.sentences import RESAMPLED, interval, sentence
+from trainer.verdict.statistics import DRAWS, Estimate
+
+WIDTH = 120
+LETTERS = {"winning": "winning (a)", "random": "random (b)", "full": "full (c)"}
+READING = (
+    "a: trained on winning tickets, b: on random patches, both tested on the tickets; c: trained and tested on all patches.",
+    "Tested on the selector's K patches (tickets), the whole image (all), K random patches (random). Last epoch, raw weights.",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text.
+
+    Attributes:
+        right: the columns of figures.
+        by: the column at whose changes the screen shows a gap.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: frozenset[int]
+    by: int
+
+    def plain(self) -> str:
+        """For the screen."""
+        columns = list(zip(self.head, *self.rows, strict=True))
+        for i in self.right:
+            width = max(map(len, columns[i]))
+            columns[i] = tuple(cell.rjust(width) for cell in columns[i])
+        head, *rows = zip(*columns, strict=True)
+        first, *lines = table(rows, head).splitlines()
+        gaps = ["\n" if row[self.by] != last[self.by] else "" for row, last in zip(rows[1:], rows, strict=False)]
+        return "\n".join(
+            [f"{self.title}\n", first, *(gap + line for gap, line in zip(["", *gaps], lines, strict=True))]
+        )
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---:" if i in self.right else "---" for i in range(len(self.head))], *self.rows]
+        return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Report:
+    """Everything that was found, in words.
+
+    Args:
+        runs: all of them.
+        judges: one for each model.
+        margin: points.
+    """
+
+    def __init__(self, runs: Sequence[Run], judges: Sequence[Judge], margin: float) -> None:
+        self.runs, self.judges, self.margin = list(runs), list(judges), margin
+        self.set_names = _set_names(runs)
+
+    def screen(self) -> str:
+        """Plain text: what a, b and c are, each model's tables, the notes, and at last the sentences."""
+        parts = ["\n".join(READING)]
+        for judge in self.judges:
+            parts += [self.title(judge), *(t.plain() for t in self.tables(judge)), _lines(self.model_notes(judge))]
+        sentences = [text for judge in self.judges for text in self.sentences(judge)]
+        return "\n\n".join([*parts, _lines(self.notes()), _lines(["VERDICT", *sentences])])
+
+    def markdown(self) -> str:
+        sentences = [f"- **{text}**" for judge in self.judges for text in self.sentences(judge)]
+        parts = ["# Verdict: does a ~ c > b hold?", "\n".join(READING), "\n".join(sentences)]
+        parts.append("![accuracy against training cost](verdict.png)")
+        for judge in self.judges:
+            parts += [f"## {self.title(judge)}", *(t.markdown() for t in self.tables(judge))]
+            parts.append("\n".join(f"- {note}" for note in self.model_notes(judge)))
+        parts.append("\n".join(["## Notes\n", *(f"- {note}" for note in self.notes())]))
+        parts.append("Runs: " + ", ".join(f"`{run.folder}`" for run in self.runs))
+        return "\n\n".join(parts) + "\n"
+
+    def title(self, judge: Judge) -> str:
+        sets = sorted(
+            {g.set_id for g in judge.groups if g.set_id} & self.set_names.keys(), key=self.set_names.__getitem__
+        )
+        names = ", ".join(self.set_names[s] for s in sets)
+        return f"{judge.model}, {judge.patches} patches" + (f", tickets of {names}" if names else "")
+
+    def tables(self, judge: Judge) -> list[Table]:
+        """Accuracy and cost; differences."""
+        tables = [self._accuracies(judge), self._differences(judge)]
+        return [found for found in tables if found.rows]
+
+    def _accuracies(self, judge: Judge) -> Table:
+        set_head = ["set"] if len(self.set_names) > 1 else []
+        head = ["trained on", *set_head, "K", "seeds", "tickets", "all", "random"]
+        unit = self.unit()[0]
+        head += [f"train {unit}", "train time", f"test {unit}"]
+        rows = []
+        for group in judge.groups:
+            cells = [_cell(judge.accuracy(group, protocol)) for protocol in PROTOCOLS]
+            names = [lettered(group), *([self.set_name(group.set_id)] if set_head else [])]
+            rows.append([*names, str(group.tokens), str(len(group.runs)), *cells, *self._cost_cells(judge, group)])
+        title = (
+            "Top-1 in % when tested on tickets, all or random patches (± half a 95 % interval), and what an image costs"
+        )
+        first = head.index("K")
+        return Table(title, head, rows, frozenset(range(first, len(head))), first)
+
+    def _cost_cells(self, judge: Judge, group: Group) -> list[str]:
+        """Training MACs and time, also as shares of full's; MACs of a test on tickets and on all patches."""
+        factor, c = self.unit()[1], judge.reference(group)
+        dense, seconds = factor * group.cost("dense_gmacs"), group.cost("seconds")
+        digits = max(0, 2 - math.floor(math.log10(dense))) if dense > 0 else 3
+        share = f" ({seconds / c.cost('seconds'):.0%})" if c and c.cost("seconds") else ""
+        tests = [group.test_gmacs(protocol) for protocol in ("tickets", "all")]
+        texts = ["n/a" if value is None else f"{factor * value:.{digits}f}" for value in tests]
+        train = f"{factor * group.cost('train_gmacs'):.{digits}f} ({judge.share(group):.0%})"
+        return [train, f"{duration(seconds)}{share}", ", ".join(texts)]
+
+    def unit(self) -> tuple[str, int]:
+        """What costs are told in, and how many of it are a GMAC: toy models need the smaller one."""
+        small = all(run.cost["dense_gmacs"] < 0.1 for run in self.runs)
+        return ("MMACs", 1000) if small else ("GMACs", 1)
+
+    def _differences(self, judge: Judge) -> Table:
+        set_head = ["set"] if len(self.set_names) > 1 else []
+        head = ["difference", *set_head, "K", "of", "minus", "points", "95 % interval"]
+        rows = []
+        for found in [*(d for claim in judge.claims(self.margin) for d in claim.differences), *judge.differences()]:
+            sides = [(found.first, found.first_protocol), (found.second, found.second_protocol)]
+            names = [found.kind, *([self.set_name(found.first.set_id)] if set_head else []), str(found.first.tokens)]
+            figures = [f"{found.estimate.value:+.2f}", interval(found.estimate)]
+            rows.append([*names, *(f"{group.name} on {protocol}" for group, protocol in sides), *figures])
+        title = "Differences in points (whole: tested on all patches; rival: random patches tested so, that is PatchDropout)"
+        by = head.index("K")
+        return Table(title, head, rows, frozenset([by, by + 3, by + 4]), by)
+
+    def sentences(self, judge: Judge) -> list[str]:
+        """The verdict: one sentence for each ticket set and K."""
+        return [
+            sentence(claim, self.where(judge, claim), self.margin, judge.resampled)
+            for claim in judge.claims(self.margin)
+        ]
+
+    def where(self, judge: Judge, claim: Claim) -> str:
+        """What a sentence is about: the model, the tickets, K, and what --allow-diff lets differ."""
+        parts = [
+            judge.model,
+            self.set_name(claim.set_id) if claim.set_id else "",
+            f"K={claim.tokens}" if claim.tokens else "",
+        ]
+        if claim.a is not None:
+            parts.append(claim.a.differing)
+            others = {"b": claim.ab, "c": claim.ac}
+            parts += [
+                f"{x}: {d.second.differing}" for x, d in others.items() if d and d.second.differs != claim.a.differs
+            ]
+        return ", ".join(part for part in parts if part)
+
+    def model_notes(self, judge: Judge) -> list[str]:
+        """How a model's intervals were made, and what to be careful with."""
+        if judge.resampled:
+            return [f"intervals: {RESAMPLED} (paired bootstrap, {DRAWS} draws)", *judge.notes()]
+        spread = judge.spreads[OWN]
+        basis = (
+            f"intervals: 95 %, Student's t over seeds, one standard deviation pooled over all rows of a column;"
+            f" for a - c and a - b, each arm as it was trained, {spread.sd:.2f} points, {spread.df} degrees of freedom"
+        )
+        return [basis, *judge.notes()]
+
+    def notes(self) -> list[str]:
+        """What all figures need."""
+        unit = self.unit()[0]
+        notes = [
+            f"margin: up to {self.margin} points below c still count as equal; --margin sets it",
+            f"train {unit}: one view's forward; in brackets the whole training against full. Times compare only on one idle machine",
+            f"test {unit}: the student's, on tickets and on all patches. A test on tickets also needs the selector, not counted here",
+        ]
+        if any(run.arm == "resized" for run in self.runs):
+            notes.append("resized: the whole image at K coarser patches, in training and in testing")
+        return [*notes, *key_notes(self.runs)]
+
+    def set_name(self, set_id: str | None) -> str:
+        return self.set_names[set_id] if set_id else "any"
+
+
+def _lines(texts: Sequence[str]) -> str:
+    """A text a line; long ones go on below, indented."""
+    glued = (text.replace(" %", "\0%") for text in texts)
+    wrapped = (textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for text in glued)
+    return "\n".join(wrapped).replace("\0", " ")
+
+
+def _set_names(runs: Sequence[Run]) -> dict[str, str]:
+    """The method of each set whose tickets arms were trained or tested on; with the start of its id where two share one."""
+    methods = {run.args["set_id"]: run.args["set_method"] for run in runs if run.set_id}
+    shared = {id: list(methods.values()).count(method) > 1 for id, method in methods.items()}
+    return {id: f"{method} {id[:8]}" if shared[id] else method for id, method in methods.items()}
+
+
+def lettered(group: Group) -> str:
+    """Its name with (a), (b) or (c)."""
+    return group.name.replace(group.arm, LETTERS.get(group.arm, group.arm), 1)
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "n/a"
+    return f"{estimate.value:.2f} ±{'?' if estimate.half is None else f'{estimate.half:.2f}'}"
