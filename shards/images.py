@@ -103,7 +103,7 @@ def render_pixels(pixels: np.ndarray, views: np.ndarray, size: int) -> np.ndarra
     for slot, (top, left, height, width, flip) in zip(out, np.asarray(views).tolist(), strict=True):
         box = pixels[top : top + height, left : left + width]
         if min(top, left) < 0 or min(height, width) < 1 or box.shape[:2] != (height, width):
-            raise ValueError(
+            raise ImageError(
                 f"view: expected a box inside {pixels.shape[1]}x{pixels.shape[0]} pixels, got top {top}, left {left},"
                 f" height {height}, width {width}"
             )

@@ -16,11 +16,12 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+from conftest import mine
 from shards.reader import TicketSet
 from shards.rows import fetch
 from trainer import run as run_module
 from trainer.cli import main
-from training import arguments, same, train, weights_of
+from training import SMALL, arguments, same, train, weights_of
 
 
 def test_resume_latest_begins_a_run_that_has_not_begun(tickets, whole, tmp_path):
@@ -82,6 +83,18 @@ def test_eval_takes_the_model_from_the_run(tickets, whole, tmp_path):
         if path.name != "model_best.pth.tar":
             assert shown == {name: f"{final[name]['top1']:.2f}" for name in shown}
     assert not (tmp_path / "run").exists()
+
+
+def test_eval_on_another_set(tickets, whole, center_set, photos, tmp_path):
+    """Its classes must be the run's; how it was stored and repeated is no matter."""
+    flags = ["-j", "0", "--eval", "--resume", str(whole)]
+    assert CliRunner().invoke(main, ["--shards", str(center_set), *flags]).exit_code == 0  # of 2 training views
+    copy = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for split in ("train", "val"):
+        (copy / split / "cat").rename(copy / split / "dog")
+    mine("--data", copy, "--out", tmp_path / "dogs", "--method", "center")
+    refused = CliRunner().invoke(main, ["--shards", str(tmp_path / "dogs"), *flags])
+    assert refused.exit_code == 1 and "trained on other classes (3, from ant) than" in refused.output
 
 
 def test_weights_alone_cannot_be_resumed(tickets, whole):
@@ -151,14 +164,15 @@ def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
     assert "Error: -j 1: DataLoader worker" in output and "Traceback" not in output
 
 
-def two_ranks(*flags: str) -> list[subprocess.Popen]:
+def two_ranks(*flags: str, program: str | None = None) -> list[subprocess.Popen]:
+    start = [program] if program else ["-m", "trainer.cli"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "trainer.cli", *flags],
+            [sys.executable, *start, *flags],
             env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -168,42 +182,83 @@ def two_ranks(*flags: str) -> list[subprocess.Popen]:
     ]
 
 
+def wait_for(path: Path, rank: subprocess.Popen) -> None:
+    while not path.exists():
+        assert rank.poll() is None, rank.communicate()[0]
+        time.sleep(0.05)
+
+
 def test_one_signalled_rank_stops_all_at_the_same_step_and_losses_are_of_all_ranks(tickets, tmp_path):
     """The interval of the log is longer than the epoch: it does not decide when a signal is heard."""
-    flags = ["-b", "2", "--drop-path", "0", "--reprob", "0", "--log-interval", "50"]
-    ranks = two_ranks(*arguments(tickets, tmp_path, "stopped", *flags, "--epochs", "400", "--warmup-epochs", "0"))
-    while not (tmp_path / "stopped" / "last.pth.tar").exists():
-        assert ranks[0].poll() is None, ranks[0].communicate()[0]
-        time.sleep(0.05)
+    flags = ["--drop-path", "0", "--reprob", "0", "--log-interval", "50", "--epochs", "400", "--warmup-epochs", "0"]
+    # The first start of a queue's command, too: no folder is there yet.
+    ranks = two_ranks(*arguments(tickets, tmp_path, "two", *flags, "-b", "2", "--resume", "latest"))
+    wait_for(tmp_path / "two" / "last.pth.tar", ranks[0])
     ranks[1].send_signal(signal.SIGTERM)  # the other rank hears of it by the collective
     outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143], outputs
     assert "--resume latest goes on from here" in outputs[0]
     # The same samples on one rank: the mean loss of the first epoch is that of both ranks together.
-    train(tickets, tmp_path, "one", *flags[2:], "-b", 4, "--epochs", 400, "--resume", "latest", "--warmup-epochs", 0,
-          "--eval", code=1)  # fmt: skip
-    first = (tmp_path / "stopped" / "summary.csv").read_text().splitlines()[:2]
-    stop_after_one = [*flags[2:], "-b", 4, "--epochs", 400, "--warmup-epochs", 0]
-    single = first_epoch(tickets, tmp_path, *stop_after_one)
-    column = first[0].split(",").index("train_loss")
-    assert float(first[1].split(",")[column]) == pytest.approx(single, abs=1e-5)
+    command = [sys.executable, "-m", "trainer.cli", *arguments(tickets, tmp_path, "one", *flags, "-b", "4")]
+    one = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / "one" / "last.pth.tar", one)
+    one.kill()
+    one.wait()
+    losses = [first_loss(tmp_path / name) for name in ("two", "one")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def first_epoch(tickets: Path, output: Path, *flags: object) -> float:
-    """train_loss of a run that is stopped after its first epoch."""
-    folder = output / "single"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.cli", *arguments(tickets, output, "single", *flags)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
-    while not (folder / "last.pth.tar").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+def first_loss(folder: Path) -> float:
     head, row = (folder / "summary.csv").read_text().splitlines()[:2]
     return float(row.split(",")[head.split(",").index("train_loss")])
+
+
+FAULTS = """
+import os, sys
+import torch
+from trainer import engine, run
+from trainer.feed import EvalFeed
+
+fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
+if fault == "signal in validation" and rank == 1:
+    evaluate = run.evaluate
+    def signalled(*arguments):
+        os.kill(os.getpid(), 15)
+        return evaluate(*arguments)
+    run.evaluate = signalled
+if fault == "loss" and rank == 1:
+    cross_entropy = engine.soft_cross_entropy
+    engine.soft_cross_entropy = lambda *arguments: cross_entropy(*arguments) * float("nan")
+if fault == "image" and rank == 1:
+    def broken(*arguments):
+        raise OSError("val/bee/bee_0: cannot be read")
+    EvalFeed.__getitem__ = broken
+from trainer.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "said"),
+    [
+        ("signal in validation", [143, 143], ["stopped at epoch 0, step 6", ""]),
+        ("loss", [1, 1], ["loss is not finite at epoch 0, step 0", "loss is not finite at epoch 0, step 0"]),
+        ("image", [1, 1], ["another rank stopped; it says why", "val/bee/bee_0: cannot be read"]),
+    ],
+)
+def test_a_fault_of_one_rank_is_a_line_on_each(tickets, tmp_path, fault, codes, said):
+    (tmp_path / "fault.py").write_text(FAULTS)
+    flags = arguments(tickets, tmp_path, "run", "-b", "2", "--log-interval", "50")
+    ranks = two_ranks(fault, *flags, program=str(tmp_path / "fault.py"))
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == codes, outputs
+    for output, text in zip(outputs, said, strict=True):
+        assert text in output and "Traceback" not in output, output
+
+
+def test_every_kind_of_head_is_costed_and_trains(tickets, tmp_path):
+    """SigLIP pools by attention."""
+    train(tickets, tmp_path, "siglip", "--model", "vit_base_patch16_siglip_224", "--epochs", 1)
 
 
 def test_timms_optimizer_flags_reach_timm(tickets, tmp_path):
@@ -224,6 +279,50 @@ def test_a_warmup_as_long_as_the_run_is_said(tickets, tmp_path):
     assert "leave --tickets random out" in (
         train(tickets, tmp_path, "t", "--resize-to-tokens", "--tickets", "random", "--tokens", 9, code=1).output
     )
+
+
+def test_flags_that_cannot_be_meant_are_refused_before_anything_is_trained(tickets, tmp_path):
+    def refused(*flags: object, code: int = 1) -> str:
+        output = train(tickets, tmp_path, "bad", *flags, code=code).output
+        assert "Error: " in output and "Traceback" not in output and not (tmp_path / "bad").exists()
+        return output
+
+    small = ("--model-kwargs", "img_size=64", "--tokens", 9)
+    assert "has a 4x4 grid" in refused("--resize-to-tokens", *small)
+    assert "feeds is 3x3 of 16 px" in refused("--resize-to-tokens", "--tokens", 9, "--model-kwargs", "patch_size=8")
+    assert "expected 3 input channels" in refused("--model-kwargs", "in_chans=1")
+    assert "global_pool ''" in refused("--model-kwargs", "global_pool=", "--model-kwargs", "class_token=True")
+    assert "expected cuda or cpu" in refused("--device", "meta")
+    assert "second-order" in refused("--opt", "adahessian")
+    for flags in (("--model-ema-decay", 1), ("--color-jitter", -1), ("--seed", 10**20), ("--clip-grad", -1)):
+        assert "is not in the range" in refused(*flags, code=2)
+    for text, message in (("1: 2", "no such flag: 1"), ("mixup: [1]", "expected one value"), ("epochs: 2.7", "2.7")):
+        (tmp_path / "c.yaml").write_text(text)
+        result = CliRunner().invoke(main, ["-c", str(tmp_path / "c.yaml"), "--shards", str(tickets), *SMALL])
+        assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_a_process_group_that_cannot_be_had_is_one_line(tickets, tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert "WORLD_SIZE 2: no process group" in train(tickets, tmp_path, "bad", code=1).output
+
+
+def test_a_run_that_never_saved_begins_again_with_flags_that_yaml_writes_otherwise(tickets, tmp_path):
+    flags = ["--opt-kwargs", "betas=(0.9,0.95)", "--epochs", 1]
+    train(tickets, tmp_path, "run", *flags)
+    for path in (tmp_path / "run").glob("*.tar"):
+        path.unlink()
+    train(tickets, tmp_path, "run", *flags, "--resume", "latest")
+
+
+def test_the_log_says_when_all_patches_are_fed(tickets, tmp_path):
+    output = train(tickets, tmp_path, "run", "--unmask-epochs", 1).output
+    assert "8 of 16 tokens, the last 1 epochs all;" in output
+    lines = [line for line in output.splitlines() if line.startswith("Train: ")]
+    assert [line.split()[-1] for line in lines] == ["Tokens:", "8/16"][1:] * 6 + ["16/16"] * 6
 
 
 def test_a_remote_tar_is_fetched_once_and_the_longest_unused_copy_goes_first(tmp_path, monkeypatch):

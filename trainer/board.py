@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases, each behind its flag and its extra."""
 
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,39 @@ class Board:
         folder: Path | None = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
+        self._use_tensorboard, self._project = tensorboard, wandb_project
+        self._folder, self._arguments = folder, arguments
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if tensorboard:
+        for wanted, module, extra in (
+            (tensorboard, "torch.utils.tensorboard", "tensorboard"),
+            (wandb_project, "wandb", "wandb"),
+        ):
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                if wanted:
+                    importlib.import_module(module)
             except ImportError:
-                raise TicketSetError("--log-tensorboard: pip install 'datalth[tensorboard]'") from None
-            self._tensorboard = SummaryWriter(str(folder))
-        if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise TicketSetError("--wandb-project: pip install 'datalth[wandb]'") from None
-            assert folder is not None
+                raise TicketSetError(f"this flag needs {extra}: pip install 'datalth[{extra}]'") from None
+
+    def _open(self) -> None:
+        """At the first epoch's end: until then a run's folder holds nothing of theirs."""
+        assert self._folder is not None
+        if self._use_tensorboard and self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._folder))
+        if self._project and self._wandb is None:
+            import wandb
+
             # The run's own id, so that a resumed run goes on in its page.
-            identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+            identity = hashlib.blake2b(str(self._folder.resolve()).encode(), digest_size=6).hexdigest()
             self._wandb = wandb.init(
-                project=wandb_project, name=folder.name, id=identity, resume="allow", config=arguments
+                project=self._project, name=self._folder.name, id=identity, resume="allow", config=self._arguments
             )
 
     def write(self, epoch: int, figures: dict[str, float]) -> None:
         """Log one epoch."""
+        self._open()
         if self._tensorboard is not None:
             for name, value in figures.items():
                 self._tensorboard.add_scalar(name, value, epoch)

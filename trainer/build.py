@@ -3,8 +3,9 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -20,6 +21,7 @@ from trainer.options import Options
 from trainer.ticket_vit import TicketViT
 
 log = logging.getLogger("datalth")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,37 @@ def start_world(options: Options) -> World:
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+        if device.type not in ("cuda", "cpu"):
+            raise RuntimeError("expected cuda or cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise TicketSetError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if size > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise TicketSetError(f"WORLD_SIZE {size}: no process group, {str(error).splitlines()[0]}") from None
     return World(rank, size, device)
+
+
+def on_first_rank(world: World, action: Callable[[], T]) -> T:
+    """Do on rank 0 what touches the disk; all ranks get its result, or raise its error.
+
+    Raises:
+        TicketSetError, OSError: the action's.
+    """
+    answer: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            answer = [action()]
+        except (TicketSetError, OSError) as error:
+            answer = [error]
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
@@ -77,6 +103,8 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
         log.info(f"{split}: {rows.skipped} images of the base have no ticket and are skipped")
     if split != options.train_split:
         return rows
+    if not len(rows):
+        raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
     if len(rows) < options.repeats:
         raise TicketSetError(f"--repeats {options.repeats}: split {split} has only {len(rows)} images")
     views = max(1, opened.manifest["splits"][split]["views"] - 1)
@@ -105,6 +133,8 @@ def build_state(options: Options, wrapped: TicketViT, world: World, lr: float, s
             layer_decay=options.layer_decay,
             **options.opt_kwargs,
         )
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("second-order optimizers are not supported")
         scheduler, _ = create_scheduler_v2(
             optimizer,
             options.sched,

@@ -21,7 +21,9 @@ LAST, RECOVERY, BEST, BEST_WEIGHTS = "last.pth.tar", "recovery.pth.tar", "model_
 COUNTERS = ("epoch", "step", "loss_sum", "loss_count", "seconds", "best", "best_epoch")
 
 
-def save(path: Path, state: State, arguments: dict[str, Any], metric: float | None, ema_is_mature: bool) -> None:
+def save(
+    path: Path, state: State, arguments: dict[str, Any], metric: float | None, classes: list[str], ema_is_mature: bool
+) -> None:
     """Write a checkpoint: plain containers and tensors only, so that weights-only loading takes it.
 
     timm prefers `state_dict_ema` to `state_dict`. An average that has seen too little is no model yet, so it stands
@@ -35,6 +37,7 @@ def save(path: Path, state: State, arguments: dict[str, Any], metric: float | No
         "amp_scaler": state.scaler.state_dict(),
         "version": 2,
         "args": arguments,
+        "classes": classes,
         "metric": metric,
     }
     if state.ema is not None:
@@ -55,7 +58,7 @@ def save_best(folder: Path, state: State, arguments: dict[str, Any], metric: flo
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.vit.state_dict().items()}
     arch = timm_name(arguments["model"])
     content = {"epoch": state.epoch, "arch": arch, "state_dict": weights, "version": 2}
-    _write(folder / BEST, {**content, "args": arguments, "metric": metric})
+    _write(folder / BEST, {**content, "args": arguments, "classes": classes, "metric": metric})
     metadata = {"format": "pt", "arch": arch, "classes": json.dumps(classes)}
     write_atomic(folder / BEST_WEIGHTS, to_bytes(weights, metadata))
 
@@ -82,14 +85,22 @@ def read(path: Path) -> dict[str, Any]:
         raise TicketSetError(f"--resume {path}: no such file") from None
     except Exception as error:  # zip and pickle errors have no common class
         raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
+    if not isinstance(content, dict) or not {"state_dict", "args", "classes"} <= content.keys():
         raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train")
     return content
 
 
-def restore_weights(content: dict[str, Any], state: State) -> None:
-    """Weights alone, for validation; EMA where there are some worth it."""
-    state.vit.load_state_dict(content["state_dict"])
+def restore_weights(path: Path, content: dict[str, Any], state: State) -> None:
+    """Weights alone, for validation; EMA where there are some worth it.
+
+    Raises:
+        TicketSetError: they are of another size than the set asks for.
+    """
+    try:
+        state.vit.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise TicketSetError(f"--resume {path}: does not fit this set: {reason}") from None
     if state.ema is not None and "state_dict_ema" in content:
         state.ema.module.load_state_dict(content["state_dict_ema"])
     else:

@@ -33,16 +33,23 @@ def read_config(context: click.Context, parameter: click.Parameter, path: str | 
     from trainer.options import DERIVED  # args.yaml holds these too
 
     values = {key: value for key, value in values.items() if key not in DERIVED}
-    for key, value in values.items():
-        if isinstance(value, dict):  # model-kwargs: {depth: 2}
-            values[key] = [f"{name}={item!r}" for name, item in value.items()]
-    known = {p.name for p in context.command.params} - {"config"}
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(values.keys() - known)
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = {p.name: p for p in context.command.params if isinstance(p, click.Option) and p.name != "config"}
+    unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise click.BadParameter(f"{path}: no such flag: {unknown[0]}")
+    values = {key: _default(value, known[key], f"{path}: {key}") for key, value in values.items()}
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _default(value: Any, option: click.Option, where: str) -> Any:
+    """What YAML gave, as click would have read it from a command line."""
+    if option.multiple and isinstance(value, dict):  # model-kwargs: {depth: 2}
+        return [f"{name}={item!r}" for name, item in value.items()]
+    if isinstance(value, (list, dict)) and not option.multiple:
+        raise click.BadParameter(f"{where}: expected one value, got {value}")
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -
 
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
-SHARE = click.FloatRange(0, 1)
+SHARE, AMOUNT = click.FloatRange(0, 1), click.FloatRange(min=0)
 OPTIONS: list[Any] = [
     click.option("-c", "--config", metavar="FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help="Defaults for these flags."),
     click.option("--shards", required=True, metavar="DIR", help="Ticket set, plain or linked."),
@@ -81,37 +88,37 @@ OPTIONS: list[Any] = [
     click.option("--drop-path", type=SHARE, default=0.1, show_default=True, help="Stochastic depth."),
     click.option("--grad-checkpointing", is_flag=True, help="Less memory, more time."),
     click.option("-b", "--batch-size", type=POSITIVE, default=128, show_default=True, help="Per device."),
-    click.option("--grad-accum-steps", type=POSITIVE, default=1, show_default=True),
-    click.option("--epochs", type=POSITIVE, default=300, show_default=True),
+    click.option("--grad-accum-steps", type=POSITIVE, default=1, show_default=True, help="Batches summed before an update."),
+    click.option("--epochs", type=POSITIVE, default=300, show_default=True, help="Each as many views as there are images."),
     click.option("--opt", default="adamw", show_default=True, help="A timm optimizer."),
     click.option("--opt-kwargs", multiple=True, callback=key_values, metavar="NAME=VALUE", help="For the optimizer (repeatable)."),
     click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD and the like."),
     click.option("--layer-decay", type=float, metavar="D", help="Learning rate times D a layer down; for fine-tuning."),
-    click.option("--lr", type=float, help="Absolute; overrides --lr-base."),
-    click.option("--lr-base", type=float, default=5e-4, show_default=True, help="Per 512 images of the global batch."),
-    click.option("--weight-decay", type=float, default=0.05, show_default=True),
-    click.option("--clip-grad", type=float, metavar="X", help="Clip gradients at X."),
+    click.option("--lr", type=AMOUNT, help="Absolute; overrides --lr-base."),
+    click.option("--lr-base", type=AMOUNT, default=5e-4, show_default=True, help="Per 512 images of the global batch."),
+    click.option("--weight-decay", type=AMOUNT, default=0.05, show_default=True),
+    click.option("--clip-grad", type=AMOUNT, metavar="X", help="Clip gradients at X."),
     click.option("--clip-mode", type=click.Choice(["norm", "value", "agc"]), default="norm", show_default=True),
     click.option("--sched", default="cosine", show_default=True, help="A timm scheduler."),
     click.option("--warmup-epochs", type=COUNT, default=5, show_default=True),
-    click.option("--warmup-lr", type=float, default=1e-6, show_default=True),
-    click.option("--min-lr", type=float, default=1e-5, show_default=True),
+    click.option("--warmup-lr", type=AMOUNT, default=1e-6, show_default=True),
+    click.option("--min-lr", type=AMOUNT, default=1e-5, show_default=True),
     click.option("--smoothing", type=SHARE, default=0.1, show_default=True, help="Label smoothing."),
-    click.option("--mixup", type=float, default=0.8, show_default=True, help="Alpha; 0: off."),
-    click.option("--cutmix", type=float, default=1.0, show_default=True, help="Alpha; 0: off."),
+    click.option("--mixup", type=AMOUNT, default=0.8, show_default=True, help="Alpha; 0: off."),
+    click.option("--cutmix", type=AMOUNT, default=1.0, show_default=True, help="Alpha; 0: off."),
     click.option("--mixup-prob", type=SHARE, default=1.0, show_default=True),
     click.option("--mixup-switch-prob", type=SHARE, default=0.5, show_default=True),
     click.option("--aa", default="rand-m9-mstd0.5-inc1", show_default=True, help="timm's policy; geometric ops leave the view as it is."),
-    click.option("--color-jitter", type=float, default=0.4, show_default=True, help="Where there is no --aa."),
+    click.option("--color-jitter", type=AMOUNT, default=0.4, show_default=True, help="Where there is no --aa."),
     click.option("--reprob", type=SHARE, default=0.25, show_default=True, help="Random erasing."),
-    click.option("--model-ema/--no-model-ema", default=True, show_default=True),
-    click.option("--model-ema-decay", type=float, default=0.99996, show_default=True),
-    click.option("--amp", is_flag=True),
+    click.option("--model-ema/--no-model-ema", default=True, show_default=True, help="Average the weights over the steps too."),
+    click.option("--model-ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.99996, show_default=True),
+    click.option("--amp", is_flag=True, help="Mixed precision."),
     click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
-    click.option("--torchcompile", is_flag=True),
+    click.option("--torchcompile", is_flag=True, help="torch.compile the model."),
     click.option("--device", help="cuda, cpu.  [default: cuda where there is one]"),
-    click.option("--seed", type=COUNT, default=42, show_default=True),
-    click.option("-j", "--workers", type=COUNT, default=4, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True),
+    click.option("-j", "--workers", type=COUNT, default=4, show_default=True, help="Processes that read and decode."),
     click.option("--log-interval", type=POSITIVE, default=50, show_default=True, metavar="STEPS"),
     click.option("--recovery-interval", type=COUNT, default=0, show_default=True, metavar="STEPS", help="Save within an epoch."),
     click.option("--output", default="output", show_default=True, metavar="DIR", help="Folder of the runs."),
@@ -128,7 +135,8 @@ OPTIONS: list[Any] = [
 def main(**options: Any) -> None:
     """Train a ViT from scratch on the tickets of a set; feed only the kept patches, at their own positions.
 
-    Defaults are DeiT's recipe. Validation reports accuracy on the selector's tickets and on all patches.
+    Defaults are DeiT's recipe for ImageNet; a small set needs another, such as -c recipes/quick.yaml. Validation reports
+    accuracy on the selector's tickets and on all patches.
     """
     from trainer.options import Options
     from trainer.run import run  # imports torch

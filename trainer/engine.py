@@ -98,7 +98,7 @@ def train_epoch(
     state.model.train()
     iterator = iter(batches)
     total = torch.zeros((), device=options.device, dtype=torch.float64)  # so that a stop does not regroup the sum
-    bad = torch.full((), -1, device=options.device)  # the first step whose loss was not finite, without a sync
+    bad = torch.full((), steps, device=options.device)  # the first step whose loss was not finite, without a sync
     pending = seen = 0
     last, waited = time.perf_counter(), 0.0
     while state.step < steps:
@@ -112,7 +112,7 @@ def train_epoch(
             last_micro = micro == options.accum - 1
             loss += train_micro_batch(state, batch, options, update, micro, last_micro)
         apply_update(state, options, update)
-        bad = torch.where((bad < 0) & ~torch.isfinite(loss), state.step, bad)
+        bad = torch.where((bad == steps) & ~torch.isfinite(loss), state.step, bad)
         total += loss.double()
         pending += 1
         state.step += 1
@@ -120,7 +120,9 @@ def train_epoch(
         boundary = due or state.step == steps or state.step % options.log_interval == 0
         stop = options.stop_requested()
         if stop or boundary:
-            check_finite(int(bad), state)  # here the host waits for the device
+            if options.world_size > 1:
+                torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+            check_finite(int(bad), steps, state)  # here the host waits for the device
             losses = mean_over_ranks(torch.stack([total, loss.double()]), options)
             state.loss_sum, state.loss_count = state.loss_sum + losses[0], state.loss_count + pending
             total, pending = torch.zeros_like(total), 0
@@ -214,18 +216,15 @@ def seed_step(seed: int, update: int, micro: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def check_finite(bad: int, state: State) -> None:
-    """Stop before anything that is not finite is saved.
-
-    An update can break the weights though its loss was finite, and another rank's loss breaks everyone's weights: all
-    ranks see that at the same step.
+def check_finite(bad: int, steps: int, state: State) -> None:
+    """Stop before anything that is not finite is saved; an update can break the weights though its loss was finite.
 
     Raises:
-        TicketSetError: the loss of step `bad`, where that is not -1, or a weight.
+        TicketSetError: the loss of step `bad`, the same on all ranks, where that is below `steps`, or a weight.
     """
-    if bad < 0 and not bool(torch.stack([p.isfinite().all() for p in state.vit.parameters()]).all()):
+    if bad == steps and not bool(torch.stack([p.isfinite().all() for p in state.vit.parameters()]).all()):
         bad = state.step - 1
-    if bad >= 0:
+    if bad < steps:
         raise TicketSetError(
             f"loss is not finite at epoch {state.epoch}, step {bad}; the last checkpoint before is kept."
             f" Try a lower --lr-base, --clip-grad 1, or --amp-dtype bfloat16"

@@ -1,6 +1,7 @@
 """Validation under three protocols: the selector's tickets (the paper's), all patches, and random patches."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -25,25 +26,34 @@ class Figures(TypedDict):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], protocols: Sequence[str], tokens: int, images: int, options: StepOptions
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    protocols: Sequence[str],
+    tokens: int,
+    images: int,
+    options: StepOptions,
 ) -> tuple[dict[str, Figures], Tensor]:
-    """Figures of each protocol over all ranks, and the answers: int32 [protocols, images], classes in stored order.
+    """Figures of each model and protocol over all ranks, under the model's name and the protocol's joined.
+
+    Also the answers: int32 [models * protocols, images], classes in stored order.
 
     Args:
-        model: TicketViT; not in DistributedDataParallel, since ranks may hold different numbers of batches.
+        models: TicketViTs by a prefix; not in DistributedDataParallel, since ranks may hold different numbers of batches.
         batches: of an EvalFeed.
         tokens: K.
         images: of the split, over all ranks.
     """
-    model.eval()
-    answers = torch.zeros(len(protocols), images, dtype=torch.int32, device=options.device)
-    sums = torch.zeros(len(protocols), 4, dtype=torch.float64, device=options.device)  # top1, top5, loss, images
+    names = [prefix + protocol for prefix in models for protocol in protocols]
+    answers = torch.zeros(len(names), images, dtype=torch.int32, device=options.device)
+    for model in models.values():
+        model.eval()
+    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=options.device)  # top1, top5, loss, images
     for batch in batches:
         positions = batch["positions"].tolist()
         random = random_rankings(positions, batch["rankings"].shape[1], options.seed)
         batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
         patches = normalise(batch["patches"], options)
-        for row, protocol in enumerate(protocols):
+        for row, (model, protocol) in enumerate(itertools.product(models.values(), protocols)):
             ranking = random.to(options.device) if protocol == "random" else batch["rankings"]
             keep = every(patches) if protocol == "all" else ranking[:, :tokens]
             chosen = patches if protocol == "all" else gather_patches(patches, keep)
@@ -56,7 +66,7 @@ def evaluate(
         torch.distributed.all_reduce(answers)  # each image is one rank's; the others hold 0
     results: dict[str, Figures] = {
         name: {"top1": 100 * a / n, "top5": 100 * b / n, "loss": c / n}
-        for name, (a, b, c, n) in zip(protocols, sums.tolist(), strict=True)
+        for name, (a, b, c, n) in zip(names, sums.tolist(), strict=True)
     }
     return results, answers.cpu()
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import yaml
 from timm.utils import update_summary
 
@@ -25,7 +24,6 @@ from shards.errors import TicketSetError
 from shards.storage import atomic_file, write_atomic
 from trainer import checkpoint
 from trainer.board import Board
-from trainer.build import World
 from trainer.engine import State
 from trainer.options import FREE_TO_CHANGE, Options
 
@@ -34,17 +32,18 @@ ARGUMENTS = "args.yaml"
 
 
 class RunFolder:
-    """The files of one run; opening a run that is there keeps its args.yaml."""
+    """The files of one run, written by rank 0; opening a run that is there keeps its args.yaml."""
 
     def __init__(self, path: Path, arguments: dict[str, Any], classes: list[str], board: Board) -> None:
         self.path, self._arguments, self._classes, self._board = path, arguments, classes, board
         path.mkdir(parents=True, exist_ok=True)
         if not (path / ARGUMENTS).exists():
-            write_atomic(path / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
             write_atomic(path / ARGUMENTS, yaml.safe_dump(arguments, sort_keys=False).encode())
+            write_atomic(path / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
 
     def save_recovery(self, state: State, ema_is_mature: bool) -> None:
-        checkpoint.save(self.path / checkpoint.RECOVERY, state, self._arguments, None, ema_is_mature)
+        path = self.path / checkpoint.RECOVERY
+        checkpoint.save(path, state, self._arguments, None, self._classes, ema_is_mature)
 
     def save_epoch(
         self, state: State, metric: float, train_loss: float, cells: dict[str, Any], lr: float, ema_is_mature: bool
@@ -55,7 +54,8 @@ class RunFolder:
             checkpoint.save_best(self.path, state, self._arguments, metric, self._classes)
         summary = self.path / "summary.csv"
         update_summary(epoch, {"loss": train_loss}, cells, summary, lr=lr, write_header=not summary.exists())
-        checkpoint.save(self.path / checkpoint.LAST, state, self._arguments, metric, ema_is_mature)
+        path = self.path / checkpoint.LAST
+        checkpoint.save(path, state, self._arguments, metric, self._classes, ema_is_mature)
         figures = {name: value for name, value in cells.items() if value != ""}
         self._board.write(epoch, {"train_loss": train_loss, "lr": lr, **figures})
         (self.path / checkpoint.RECOVERY).unlink(missing_ok=True)
@@ -68,28 +68,12 @@ class RunFolder:
         write_atomic(self.path / "final.json", (json.dumps(final, indent=1) + "\n").encode())
 
 
-def find(options: Options, world: World) -> tuple[Path, Path | None]:
+def find(options: Options) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to go on from.
-
-    Rank 0 looks and tells the others: for them the folder may be there because rank 0 has just made it.
 
     Raises:
         TicketSetError: there is a run and --resume was not given, or no checkpoint where one was named.
     """
-    answer: list[Any] = [None]
-    if world.rank == 0:
-        try:
-            answer = [_find(options)]
-        except TicketSetError as error:
-            answer = [error]
-    if world.size > 1:
-        torch.distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], TicketSetError):
-        raise answer[0]
-    return answer[0]
-
-
-def _find(options: Options) -> tuple[Path, Path | None]:
     if options.resume and options.resume != "latest":
         path = Path(options.resume)
         if not path.is_dir():
@@ -126,11 +110,13 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
         raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
         return
+    then, now = (json.loads(json.dumps(arguments)) for arguments in (then, now))  # tuples are lists in a file
     differing = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if differing:
         raise TicketSetError(
             f"--resume {folder}: trained with other arguments: "
             + "; ".join(f"{name}: {then.get(name)} there, {now[name]} here" for name in differing[:5])
+            + f" (-c {folder / ARGUMENTS} gives the run's own)"
         )
 
 

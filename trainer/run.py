@@ -3,19 +3,20 @@
 import gc
 import logging
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
+from tqdm import tqdm
 
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer import checkpoint
 from trainer.board import Board
-from trainer.build import World, build_state, open_rows, open_set, start_world
+from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
 from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import PROTOCOLS, Figures, evaluate
 from trainer.feed import Batch, EvalFeed, FeedOptions, TrainFeed, loader
@@ -40,6 +41,10 @@ def run(options: Options) -> int:
         if options.eval:
             return validate(options, opened, world)
         return train(options, opened, world)
+    except RuntimeError as error:
+        if world.size > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
+            raise TicketSetError(f"rank {world.rank}: another rank stopped; it says why") from None
+        raise
     finally:
         if torch.distributed.is_initialized():
             # The process group joins its threads only when nothing refers to it any more, DDP in reference cycles
@@ -49,7 +54,7 @@ def run(options: Options) -> int:
 
 
 def train(options: Options, opened: TicketSet, world: World) -> int:
-    path, newest = find(options, world)
+    path, newest = on_first_rank(world, lambda: find(options))
     content = checkpoint.read(newest) if newest else None
     run = Run(options, opened, world)
     run.begin(path, newest, content)
@@ -71,15 +76,22 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         raise TicketSetError("--eval: nothing to evaluate; give --resume, --initial-checkpoint or --pretrained")
     content = None
     if options.resume:
-        _, newest = find(options, world)
+        _, newest = find(options)
         if newest is None:
             raise TicketSetError(f"--resume {options.resume}: no checkpoint to evaluate")
         content = checkpoint.read(newest)
+        if content["classes"] != opened.classes:
+            raise TicketSetError(
+                f"--resume {newest}: trained on other classes ({len(content['classes'])}, from {content['classes'][0]})"
+                f" than {opened.url} has ({len(opened.classes)}, from {opened.classes[0]})"
+            )
         options = as_trained(options, content["args"])
         log.info(f"{newest}: {options.model}, trained on {options.tickets}")
-    run = Run(options, opened, world)
+    # Nothing is trained: what training alone would refuse is no matter.
+    run = Run(replace(options, train_split=options.val_split, repeats=1, mixup=0.0, cutmix=0.0), opened, world)
     if content is not None:
-        checkpoint.restore_weights(content, run.state)
+        assert newest is not None
+        checkpoint.restore_weights(newest, content, run.state)
     run.report(run.evaluate(run.final_protocols)[0])
     return 0
 
@@ -109,7 +121,7 @@ class Run:
         self.feed = TrainFeed(open_rows(options, opened, options.train_split), self.feed_options)
         self.val = EvalFeed(open_rows(options, opened, options.val_split), self.feed_options, world.rank, world.size)
         self.steps = self.feed.steps()
-        self.lr = options.lr or options.lr_base * self.feed_options.global_batch / 512
+        self.lr = options.lr_base * self.feed_options.global_batch / 512 if options.lr is None else options.lr
         self.state = build_state(options, self.plain, world, self.lr, self.steps)
         # Signals are agreed on among the hosts: no step waits for a device.
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
@@ -179,18 +191,20 @@ class Run:
         """Open the run's folder, and go on from its checkpoint where there is one."""
         arguments = self._arguments()
         if self.options.resume:
-            check_arguments(path, content, arguments)
+            on_first_rank(self.world, lambda: check_arguments(path, content, arguments))
         if newest is not None and content is not None:
             checkpoint.restore(newest, content, self.state)
             self.state.scheduler.step_update(self._updates())
             log.info(f"resuming {newest}: epoch {self.state.epoch}, step {self.state.step}")
-        if self.world.rank == 0:
-            board = Board(self.options.log_tensorboard, self.options.wandb_project, path, arguments)
-            self.folder = RunFolder(path, arguments, self.opened.classes, board)
-            drop_rows(path, self.state.epoch)
+        on_first_rank(self.world, lambda: self._open_folder(path, arguments))
         self.costs = self._costs()
         self._show()
         log.info(f"output: {path}")
+
+    def _open_folder(self, path: Path, arguments: dict[str, Any]) -> None:
+        board = Board(self.options.log_tensorboard, self.options.wandb_project, path, arguments)
+        self.folder = RunFolder(path, arguments, self.opened.classes, board)
+        drop_rows(path, self.state.epoch)
 
     def _updates(self) -> int:
         return self.state.epoch * self.steps + self.state.step
@@ -234,6 +248,7 @@ class Run:
         ]
         batches = loader(self.feed, places, options.workers, world.device)
         train_loss = train_epoch(state, batches, self.steps, self.step_options, self._log, self._save_recovery)
+        del batches  # its worker processes end before those of validation begin
         lr = state.optimizer.param_groups[0]["lr"]
         is_last = state.epoch == options.epochs - 1
         found = self.evaluate(self.final_protocols if is_last else self.protocols)
@@ -261,17 +276,13 @@ class Run:
 
     def evaluate(self, protocols: tuple[str, ...]) -> tuple[dict[str, Figures], torch.Tensor]:
         """Raw weights under each protocol with their answers, and the figures of EMA weights once they have seen enough."""
-        results, answers = self._evaluate(self.plain, protocols)
+        models = {"": self.plain}
         if self._ema_is_mature():
-            averaged, _ = self._evaluate(TicketViT(self.state.ema.module), protocols)
-            results |= {f"ema_{name}": figures for name, figures in averaged.items()}
-        return results, answers
-
-    def _evaluate(self, model: TicketViT, protocols: tuple[str, ...]) -> tuple[dict[str, Figures], torch.Tensor]:
+            models["ema_"] = TicketViT(self.state.ema.module)
         batches = loader(self.val, range(len(self.val)), self.options.workers, self.world.device)
-        return evaluate(
-            model, self._until_stopped(batches), protocols, self.test_tokens, len(self.val.rows), self.step_options
-        )
+        images = len(self.val.rows)
+        shown = self._until_stopped(batches, -(-images // (self.world.size * self.options.batch_size)))
+        return evaluate(models, shown, protocols, self.test_tokens, images, self.step_options)
 
     def _ema_is_mature(self) -> bool:
         """An average over 1 / (1 - decay) steps; under --eval a checkpoint has said so."""
@@ -279,11 +290,13 @@ class Run:
             return self.state.ema is not None
         return self._updates() > 1 / (1 - self.options.model_ema_decay)
 
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if self.stop:  # the epoch's training is saved
+    def _until_stopped(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        """Batches of validation, with a bar on a terminal; ranks take `count` turns each, though one may have less."""
+        for _ in tqdm(range(count), "Test", leave=False, disable=None if self.world.rank == 0 else True):
+            if self._stop_requested():  # the epoch's training is saved
                 raise Stopped
-            yield batch
+            if (batch := next(batches, None)) is not None:
+                yield batch
 
     def _save_recovery(self, state: State) -> None:
         if self.folder:
@@ -296,7 +309,7 @@ class Run:
             rows, state = self.val.rows, self.state
             cost = {**self.costs, "seconds": state.seconds}
             final = {"epoch": state.epoch - 1, "results": results, "best": state.best, "cost": cost}
-            columns = dict(zip(self.final_protocols, answers.numpy(), strict=True))
+            columns = dict(zip(self.final_protocols, answers.numpy(), strict=False))  # EMA's follow
             self.folder.save_final(final, rows.keys, rows.labels, columns)
         return results
 
@@ -333,8 +346,9 @@ class Run:
         own, dense = costs["train_gmacs"], costs["dense_gmacs"]
         arm = "whole views, resized" if options.resize_to_tokens else options.tickets
         log.info(f"{options.model}: {sum(p.numel() for p in self.plain.parameters()) / 1e6:.1f} M parameters")
+        unmasked = f", the last {options.unmask_epochs} epochs all" if options.unmask_epochs else ""
         log.info(
-            f"{arm}: {self.tokens} of {costs['patches']} tokens, {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"
+            f"{arm}: {self.tokens} of {costs['patches']} tokens{unmasked}; {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"
         )
         log.info(
             f"global batch {self.feed_options.global_batch} = {options.batch_size} x {self.world.size} ranks"
@@ -353,11 +367,13 @@ class Run:
         images = figures["images"] * self.world.size
         mean = state.loss_sum / state.loss_count
         lr = state.optimizer.param_groups[0]["lr"]
+        unmask_from = self.feed_options.unmask_from
+        unmasked = unmask_from is not None and state.epoch >= unmask_from
         log.info(
             f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
             f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / figures['seconds']:.1f}/s"
             f"  LR: {lr:.3e}  Data: {figures['waited'] / figures['seconds']:.0%}"
-            f"  Tokens: {self.tokens}/{self.opened.num_patches}"
+            f"  Tokens: {self.opened.num_patches if unmasked else self.tokens}/{self.opened.num_patches}"
         )
 
     def report(self, results: dict[str, Figures]) -> None:

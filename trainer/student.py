@@ -72,7 +72,7 @@ def gmacs(model: TicketViT, tokens: int) -> float:
 
     Counted on a copy without storage: of the CPU's attention kernel torch counts nothing.
     """
-    model = copy.deepcopy(model).to("meta").eval()
+    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     patches = torch.empty(1, tokens, 3 * model.patch_size**2, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(patches, torch.arange(tokens, device="meta")[None])
@@ -96,13 +96,15 @@ def resolve_tokens(options: Options, opened: TicketSet, model: TicketViT) -> int
     if options.resize_to_tokens:
         if options.tickets not in ("winning", "full"):
             raise TicketSetError(f"--resize-to-tokens shows whole views: leave --tickets {options.tickets} out")
-        return model.grid[0] * model.grid[1]
+        grid = (student_side(options, opened) // patch,) * 2
     if model.grid != grid or model.patch_size != patch:
         raise TicketSetError(
             f"--model {options.model}: has a {model.grid[0]}x{model.grid[1]} grid of {model.patch_size} px patches,"
-            f" but the tickets of {opened.url} are for {grid[0]}x{grid[1]} of {patch} px;"
-            f" mine with --patch-size {model.patch_size}"
+            f" but what {opened.url} feeds is {grid[0]}x{grid[1]} of {patch} px;"
+            f" leave img_size and patch_size out of --model-kwargs, or mine with --patch-size {model.patch_size}"
         )
+    if options.resize_to_tokens:
+        return grid[0] * grid[1]
     if (options.tokens or 1) > opened.num_patches:
         raise TicketSetError(f"--tokens {options.tokens}: expected at most {opened.num_patches}, the patches of a view")
     return opened.num_patches if options.tickets == "full" else options.tokens or opened.k

@@ -106,6 +106,10 @@ def check_model(model: Any) -> None:
     )
     if not linear or size[0] != size[1] or stem.groups != 1:
         raise TicketSetError(f"model {name}: expected a patch stem of one square convolution without overlap")
+    if stem.in_channels != 3:
+        raise TicketSetError(f"model {name}: expected 3 input channels, got {stem.in_channels}")
+    if not model.global_pool:
+        raise TicketSetError(f"model {name}: expected a head that pools the tokens, got global_pool ''")
     if model.patch_embed.grid_size is None:
         raise TicketSetError(f"model {name}: expected a fixed patch grid; build it with img_size")
     if model.pos_drop.p:
