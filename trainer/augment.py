@@ -21,19 +21,31 @@ GEOMETRIC = frozenset(["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY",
 
 
 @contextmanager
-def seeded(*name: object) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generators, seeded by a name inside and as they were after."""
-    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=16).digest()
+def kept_generators() -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generators are afterwards as they were before."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(digest)
-    np.random.seed(int.from_bytes(digest[:4], "little"))
-    torch.default_generator.manual_seed(int.from_bytes(digest[4:12], "little"))  # torch.manual_seed would seed devices
     try:
         yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def seed_generators(*name: object) -> None:
+    """Seed all three by a name."""
+    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=16).digest()
+    random.seed(digest)
+    np.random.seed(int.from_bytes(digest[:4], "little"))
+    torch.default_generator.manual_seed(int.from_bytes(digest[4:12], "little"))  # torch.manual_seed would seed devices
+
+
+@contextmanager
+def seeded(*name: object) -> Iterator[None]:
+    """The generators, seeded by a name inside and as they were after."""
+    with kept_generators():
+        seed_generators(*name)
+        yield
 
 
 class ColorAugment:
@@ -64,10 +76,13 @@ class ColorAugment:
 
             self._jitter = ColorJitter(color_jitter, color_jitter, color_jitter)
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is anything to do."""
+        return self._transform is not None or self._jitter is not None
+
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [S, S, 3] -> uint8 [S, S, 3]; draws from the global generators, see `seeded`."""
-        if self._transform is None and self._jitter is None:
-            return pixels
         image = Image.fromarray(pixels)
         for transform in (self._transform, self._jitter):
             image = transform(image) if transform else image

@@ -19,7 +19,7 @@ from shards.errors import TicketSetError
 from shards.images import render_views
 from shards.rows import Rows
 from trainer.arms import arm_ranking, mixed_ranking
-from trainer.augment import ColorAugment, erasing_box, seeded
+from trainer.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
 from trainer.order import batch_positions, epoch_samples, view_of_visit
 
 Batch = dict[str, torch.Tensor]
@@ -85,7 +85,8 @@ class TrainFeed(Dataset):
         options, samples = self.options, self.samples(epoch)
         positions = batch_positions(step, micro, options.batch_size, options.global_batch, len(samples))
         chosen = samples[positions]
-        pixels, rankings = self._views(chosen, positions, epoch)
+        with kept_generators():  # saving and restoring them for every sample would cost 60 us each
+            pixels, rankings = self._views(chosen, positions, epoch)
         labels = np.array([self.rows.label(shard, row) for shard, row, _ in chosen.tolist()])
         partners, lam = labels, np.ones(len(labels), np.float32)
         if self._mixup is not None:
@@ -105,8 +106,9 @@ class TrainFeed(Dataset):
         }
         if options.reprob:
             boxes = []
-            for position in positions:
-                with seeded("erase", options.seed, epoch, position):
+            with kept_generators():
+                for position in positions:
+                    seed_generators("erase", options.seed, epoch, position)
                     boxes.append(erasing_box(options.reprob, options.img_size))
             batch["erase"] = torch.tensor(boxes, dtype=torch.int64)
         return batch
@@ -126,8 +128,10 @@ class TrainFeed(Dataset):
             rendered = render_views(sample.image, sample.views[numbers], options.img_size, options.exif)
             for slot, number, view in zip(members, numbers, rendered, strict=True):
                 name = (options.seed, epoch, int(positions[slot]))
-                with seeded("color", *name):
-                    pixels[slot] = self.augment(view)
+                if self.augment.draws:
+                    seed_generators("color", *name)
+                    view = self.augment(view)
+                pixels[slot] = view
                 rankings[slot] = arm_ranking(
                     options.arm,
                     sample.rankings[number],
@@ -152,15 +156,15 @@ class TrainFeed(Dataset):
         """Mix neighbours (2i, 2i + 1); a mixed view's ranking is by weighted rank."""
         if share == 1:
             return pixels, rankings
-        other = pixels[swap]
         weight: np.ndarray | float = 1 - share
+        out = np.empty_like(pixels)
         if box is None:
-            mixed = pixels.astype(np.float32) * share + other.astype(np.float32) * (1 - share)
-            out = np.rint(mixed).astype(np.uint8)
+            for i, j in enumerate(swap):  # one view at a time stays in the cache
+                out[i] = np.rint(pixels[i].astype(np.float32) * share + pixels[j].astype(np.float32) * (1 - share))
         else:
             top, bottom, left, right = box
-            out = pixels.copy()
-            out[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+            out[:] = pixels
+            out[:, top:bottom, left:right] = pixels[swap, top:bottom, left:right]
             covered = np.zeros(pixels.shape[1:3], np.float32)
             covered[top:bottom, left:right] = 1
             p, (gh, gw) = self.options.patch_size, self.options.grid
