@@ -19,6 +19,7 @@ Examples:
   datalth-mine --data photos --out tickets
   datalth-mine --data imagenet --out shards --keep-rate 0.8 --amp
   datalth-mine --data shards --images link --keep-rate 0.7 --out shards-r.7
+  datalth-mine --data shards --images link --method none --token-labels dm_nfnet_f6 --out shards-labels
   torchrun --no-python --nproc-per-node 8 datalth-mine --data imagenet --out shards
 """
 
@@ -167,6 +168,12 @@ Examples:
 @click.option("--amp", is_flag=True, help="Run the selector in bfloat16; scores stay float32.")
 @click.option("--torchcompile", is_flag=True, help="torch.compile the selector's blocks.")
 @click.option(
+    "--token-labels",
+    metavar="NAME",
+    help="Also mine the likeliest five classes at 18 x 18 places of every whole image, by this timm classifier of the set's classes.",
+)
+@click.option("--token-label-weights", metavar="FILE", help="Its weights.  [default: timm's pretrained ones]")
+@click.option(
     "--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Images in a shard."
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images of each split, for a try.")
@@ -194,6 +201,7 @@ def main(context: click.Context, **options: Any) -> None:
       cls-attention   the class token's attention at one block, all patches present
       rollout         attention rolled out from the first block
       center, random  controls that use no model
+      none            no tickets: a linked set of token labels alone
       module:function your own; docs/ARCHITECTURE.md shows one
     """
     check_options(options)
@@ -212,6 +220,8 @@ def check_options(options: dict[str, Any]) -> None:
     """Refuse what cannot be meant, before anything slow is imported."""
     if options["tokens"] and options["keep_rate"] is not None:
         raise click.UsageError("--tokens and --keep-rate both say how many patches a ticket has; give one of them")
+    if options["token_label_weights"] and not options["token_labels"]:
+        raise click.UsageError("--token-label-weights: expected --token-labels NAME, the model that they are of")
     if options["img_size"] % options["patch_size"]:
         raise click.UsageError(
             f"--img-size {options['img_size']} is no multiple of --patch-size {options['patch_size']}"

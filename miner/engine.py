@@ -14,7 +14,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,45 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from miner.lane import WHOLE, Flight, Image, Lane
 from miner.plan import Plan, shard_rows
 from miner.selectors import Selector
 from miner.sources import Source
+from miner.token_labels import VIEWS_AN_IMAGE, Labeller
 from shards import format as fmt
+from shards import token_labels
 from shards.errors import ImageError, TicketSetError
-from shards.images import StoredImage, render_pixels, store_image
+from shards.images import render_pixels, store_image
 from shards.views import image_views, view_seed
 from shards.writer import ShardWriter
-
-
-@dataclass(slots=True)
-class Image:
-    """One input on its way: read, then ranked, then written. With an `error` it goes no further."""
-
-    row: dict[str, Any]
-    error: str | None = None
-    stored: StoredImage = field(init=False)
-    views: np.ndarray = field(init=False)  # int32 [V, 5]
-    pixels: np.ndarray | None = None  # uint8 [V, S, S, 3]; None for model-free methods and once ranked
-    rankings: np.ndarray = field(init=False)  # [V, N]
-    mean_score: float | None = None
-    entropy: float | None = None
-
-
-class _Flight:
-    """A batch being ranked; on CUDA its results come back in pinned memory while the next batch runs."""
-
-    def __init__(self, batch: list[tuple[Image, int]], *results: torch.Tensor) -> None:
-        self.batch, self._results, self._event = batch, results, None
-        if results[0].device.type == "cuda":
-            pinned = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in results]
-            self._results = tuple(p.copy_(r, non_blocking=True) for p, r in zip(pinned, results, strict=True))
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def results(self) -> list[np.ndarray]:
-        if self._event is not None:
-            self._event.synchronize()
-        return [r.cpu().numpy() for r in self._results]
 
 
 @dataclass
@@ -94,7 +66,8 @@ class Miner:
         folder: of the ticket set.
         workers: threads that read and decode.
         on_batch: called now and then, for the screen.
-        log_batch: called with the (key, view) pairs of every batch, for tests.
+        log_batch: called with the (key, view) pairs of every batch, for tests; view -1 is the whole image.
+        labeller: makes the token labels that the plan has.
     """
 
     def __init__(
@@ -106,18 +79,16 @@ class Miner:
         workers: int,
         on_batch: Callable[[Progress], None] = lambda progress: None,
         log_batch: Callable[[list[tuple[str, int]]], None] = lambda batch: None,
+        labeller: Labeller | None = None,
     ) -> None:
         self.plan, self.source, self.selector, self.folder = plan, source, selector, folder
-        self.workers, self.on_batch, self.log_batch = workers, on_batch, log_batch
+        self.workers, self.on_batch, self.log_batch, self.labeller = workers, on_batch, log_batch, labeller
         self.progress = Progress()
         common = plan.common["selector"]
         self._size = common["input_size"]
         self._seed = plan.common["seed"]
-        # On the device, as [3, 1, 1]; uint8 crosses, floats are made there.
-        self._mean, self._std = (
-            torch.tensor([255.0 * v for v in common[name] or (0, 0, 0)], device=selector.device).view(3, 1, 1)
-            for name in ("mean", "std")
-        )
+        self._scale = _scale(common["mean"], common["std"], selector.device)
+        self._label_scale = _scale(labeller.mean, labeller.std, labeller.device) if labeller else self._scale
 
     def run(self, todo: list[tuple[str, int]], max_failures: float) -> None:
         """Mine shards in order.
@@ -167,53 +138,44 @@ class Miner:
     def _ranked(self, ahead: Iterator[Image | None]) -> Iterator[Image]:
         """The images of one shard in order, ranked; `ahead` gives None at a shard's end.
 
-        Views are gathered into batches of the plan's size. The last batch of a shard is a short one, so
-        that the plan alone says which views a batch holds. One batch is fetched while the next computes.
+        Views, and whole images for their token labels, are gathered into batches of the plan's sizes. The
+        last batch of a shard is a short one, so that the plan alone says what a batch holds.
         """
         waiting: collections.deque[Image] = collections.deque()  # images not yet given out
-        pending: collections.deque[tuple[Image, int]] = collections.deque()  # views not yet in a batch
-        flying: collections.deque[_Flight] = collections.deque()  # batches whose results are not yet here
-        batch_size = self.plan.common["batch_size"]
+        ranks = Lane(self.plan.common["batch_size"], self._launch, self._land)
+        labels = Lane((self.plan.token_labels or {}).get("batch_size", 1), self._launch_labels, self._land_labels)
         while True:
             with self.progress.waiting("read"):
                 image = next(ahead)
             if image is not None:
                 waiting.append(image)
-                if image.error is None:
-                    pending.extend((image, v) for v in range(len(image.views)))
-            while len(pending) >= batch_size or (image is None and pending):
-                batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
+                if image.error is None and self.plan.k:
+                    ranks.push(image, range(len(image.views)))
+                if image.error is None and self.labeller is not None:
+                    labels.push(image, range(WHOLE, WHOLE + 1))
+            for lane in (ranks, labels):
                 with self.progress.waiting("select"):
-                    flying.append(self._launch(batch))
-                    if len(flying) > 1:
-                        self._land(flying.popleft())
-                self.on_batch(self.progress)
-            while image is None and flying:
-                with self.progress.waiting("select"):
-                    self._land(flying.popleft())
-            busy = flying[0].batch[0][0] if flying else pending[0][0] if pending else None
-            while waiting and waiting[0] is not busy:
+                    for _ in lane.turn(last=image is None):
+                        self.on_batch(self.progress)
+            while waiting and waiting[0] is not ranks.oldest and waiting[0] is not labels.oldest:
                 done = waiting.popleft()
-                done.pixels = None
+                done.pixels = done.whole = None
                 yield done
             if image is None:
                 return
 
-    def _launch(self, batch: list[tuple[Image, int]]) -> "_Flight":
+    def _launch(self, batch: list[tuple[Image, int]]) -> Flight:
         """Put a batch of views on the device and start to rank it."""
         self.log_batch([(image.row["key"], view) for image, view in batch])
         seeds = [view_seed(self._seed, image.row["key"], view) for image, view in batch]
         pixels = None
         if self.selector.model is not None:
-            host = torch.from_numpy(np.stack([image.pixels[view] for image, view in batch if image.pixels is not None]))
-            if self.selector.device.type == "cuda":
-                host = host.pin_memory()
-            pixels = host.to(self.selector.device, non_blocking=True).permute(0, 3, 1, 2)
-            pixels = (pixels.to(self._mean.dtype) - self._mean) / self._std
+            views = [image.pixels[view] for image, view in batch if image.pixels is not None]
+            pixels = _normalised(views, *self._scale)
         rankings, scores = self.selector.rank_and_score(pixels, seeds)
-        return _Flight(batch, rankings.to(torch.int32), scores.float())
+        return Flight(batch, rankings.to(torch.int32), scores.float())
 
-    def _land(self, flight: "_Flight") -> None:
+    def _land(self, flight: Flight) -> None:
         """Wait for a batch and put its rankings into their images."""
         rankings, scores = flight.results()
         self._check(rankings, scores, len(flight.batch))
@@ -223,6 +185,23 @@ class Miner:
                 image.mean_score = float(score[ranking[: self.selector.k]].mean())
                 image.entropy = _entropy_bits(score)
         self.progress.views += len(flight.batch)
+
+    def _launch_labels(self, batch: list[tuple[Image, int]]) -> Flight:
+        """Put a batch of whole images on the device and start to label their places."""
+        assert self.labeller is not None
+        self.log_batch([(image.row["key"], view) for image, view in batch])
+        images = [image.whole for image, _ in batch if image.whole is not None]
+        return Flight(batch, *self.labeller.label(_normalised(images, *self._label_scale)))
+
+    def _land_labels(self, flight: Flight) -> None:
+        """Wait for a batch and put its token labels into their images."""
+        for (image, _), shares, classes in zip(flight.batch, *flight.results(), strict=True):
+            if not np.isfinite(shares).all():
+                raise TicketSetError(
+                    f"--token-labels: expected finite probabilities, got {int((~np.isfinite(shares)).sum())} that are"
+                    f" not for {image.row['source']}; are the model's weights sound?"
+                )
+            image.token_labels = token_labels.encode(shares, classes)
 
     def _check(self, rankings: np.ndarray, scores: np.ndarray, count: int) -> None:
         """What a selector gives is not taken on trust: weights may hold NaN, a method may be a user's own."""
@@ -240,7 +219,7 @@ class Miner:
 
     def _read_ahead(self, todo: list[tuple[str, int]]) -> Generator[Image | None, None, None]:
         """Images of all shards in order, read in threads a bounded number ahead; None after each shard."""
-        views = max((self.plan.splits[split]["views"] for split, _ in todo), default=1)
+        views = max((self.plan.splits[split]["views"] for split, _ in todo if self.plan.k), default=VIEWS_AN_IMAGE)
         window = self.workers + -(-2 * self.plan.common["batch_size"] // views)
         pool = ThreadPoolExecutor(self.workers, "read", initializer=torch.set_num_threads, initargs=(1,))
         futures: collections.deque[Future[Image] | None] = collections.deque()
@@ -278,12 +257,32 @@ class Miner:
             image.views = views
             if self.selector.model is not None:
                 image.pixels = render_pixels(pixels, image.views, self._size)
+            if self.labeller is not None:
+                everything = np.array([[0, 0, image.stored.height, image.stored.width, 0]])
+                image.whole = render_pixels(pixels, everything, self.labeller.input_size)[0]
         except (ImageError, OSError) as error:
             image.error = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
             return image
         n = self.plan.num_patches
         image.rankings = np.empty((len(image.views), n), fmt.ranking_dtype(n))
         return image
+
+
+def _scale(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A model's mean and std in units of uint8, on its device, [3, 1, 1] each; zeros where there is no model."""
+    low, spread = (
+        torch.tensor([255.0 * v for v in values or (0, 0, 0)], device=device).view(3, 1, 1) for values in (mean, std)
+    )
+    return low, spread
+
+
+def _normalised(pixels: list[np.ndarray], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 [S, S, 3] each -> float [B, 3, S, S] on the device; uint8 crosses, floats are made there."""
+    host = torch.from_numpy(np.stack(pixels))
+    if mean.device.type == "cuda":
+        host = host.pin_memory()
+    images = host.to(mean.device, non_blocking=True).permute(0, 3, 1, 2)
+    return (images.to(mean.dtype) - mean) / std
 
 
 def _entropy_bits(scores: np.ndarray) -> float | None:
@@ -344,7 +343,8 @@ class _Writer:
             while (item := self._queue.get())[0] == "begin":
                 split, number = item[1]
                 plan_id = self._plan.splits[split]["plan_id"]
-                with ShardWriter(self._folder, split, number, self._plan.num_patches, plan_id) as shard:
+                n, version = self._plan.num_patches, self._plan.version
+                with ShardWriter(self._folder, split, number, n, plan_id, version) as shard:
                     while (item := self._queue.get())[0] == "add":
                         self._add(shard, item[1])
                     if item[0] != "commit" or self._error:
@@ -370,8 +370,12 @@ class _Writer:
             for field in ("width", "height", "source_width", "source_height", "orientation", "transcoded")
         }
         row |= {"mean_score": image.mean_score, "entropy": image.entropy}
-        row["ticket"] = fmt.pack_ticket(image.rankings[0, : self._plan.k], self._plan.num_patches)
-        members = {fmt.RANKING: fmt.encode_npy(image.rankings), fmt.VIEWS: fmt.encode_npy(image.views)}
+        members: dict[str, bytes] = {}
+        if self._plan.k:
+            row["ticket"] = fmt.pack_ticket(image.rankings[0, : self._plan.k], self._plan.num_patches)
+            members |= {fmt.RANKING: fmt.encode_npy(image.rankings), fmt.VIEWS: fmt.encode_npy(image.views)}
+        if image.token_labels is not None:
+            members[fmt.TOKEN_LABELS] = image.token_labels
         if row["label"] is not None:
             members[fmt.LABEL] = str(row["label"]).encode("ascii")
         if self._plan.common["images"] == "copy":

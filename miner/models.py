@@ -1,15 +1,16 @@
-"""Selector models: built by timm, weights from timm's pretrained tag or from a file."""
+"""Models of selectors and token labels: built by timm, weights from timm's pretrained tag or from a file."""
 
 import argparse
 import hashlib
 import os
+import sys
 from typing import Any
 
 import torch
 
 from shards.errors import TicketSetError
 
-Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
+Model = Any  # a timm model; torch would type each of its attributes Tensor | Module
 ALIASES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
@@ -29,7 +30,7 @@ def patch_size_of(name: str) -> int:
         TicketSetError: timm has no such model, or it is no VisionTransformer with a square patch.
     """
     with torch.device("meta"):
-        model = _create(name, num_classes=0)
+        model = _create_vit(name, num_classes=0)
     return square_patch(model)
 
 
@@ -48,52 +49,119 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> M
     patch = patch_size_of(name)
     size = (grid[0] * patch, grid[1] * patch)
     if weights is None:
-        model = _create(name, num_classes=0, img_size=size, pretrained=True)
+        model = _create_vit(name, num_classes=0, img_size=size, pretrained=True)
     else:
-        model = _create(name, num_classes=0, img_size=size)
+        model = _create_vit(name, num_classes=0, img_size=size)
         load_weights(model, weights)
     return model.eval().requires_grad_(False)
 
 
-def load_weights(model: Model, path: str, flag: str = "--weights") -> list[str]:
-    """Load a checkpoint file into a timm ViT; a classifier that the model lacks, or has for other classes, is left out.
+def build_classifier(name: str, side: int, num_classes: int, weights: str | None = None) -> tuple[Model, int]:
+    """A timm classifier with trained weights, in eval mode, and the input that it should be given.
 
-    Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
-    the one further class, which DeiT-style checkpoints hold. `state_dict_ema`, `model_ema`,
-    `state_dict` and `model` are looked into in this order, as timm does.
+    Args:
+        name: timm model, or an alias.
+        side: places wanted along each side of its final feature map.
+        num_classes: that it must have.
+        weights: .safetensors or .pth; None takes timm's pretrained weights of this model.
+    Returns:
+        The model, and the side in pixels of the square input at which its stride gives `side` places.
+    Raises:
+        TicketSetError: no such model, weights that cannot be had or do not fit it, or other classes.
+    """
+    flag, weights_flag = "--token-labels", "--token-label-weights"
+    with torch.device("meta"):
+        plain = _create(name, flag)
+    try:
+        size = side * plain.feature_info[-1]["reduction"]
+    except (AttributeError, LookupError, TypeError):
+        raise TicketSetError(
+            f"{flag} {name}: expected a model whose stride timm knows, got {type(plain).__name__}"
+        ) from None
+    fixed = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
+    if weights is None:
+        model = _create(name, flag, pretrained=True, **fixed)
+        _check_classes(f"{flag} {name}", num_classes, model.num_classes)
+    else:
+        model = _create(name, flag, num_classes=num_classes, **fixed)
+        state = read_weights(model, weights, weights_flag)
+        classifier = state.get(f"{_classifiers(model)[0]}.weight", ())
+        _check_classes(f"{weights_flag} {weights}", num_classes, len(classifier))
+        fresh = _fit(model, state, f"{weights_flag} {weights}")
+        if fresh:
+            raise TicketSetError(f"{weights_flag} {weights}: expected a whole classifier, found none of {fresh[0]}")
+    return model.eval().requires_grad_(False), size
+
+
+def _check_classes(where: str, expected: int, found: int) -> None:
+    if found != expected:
+        raise TicketSetError(f"{where}: expected a classifier of the set's {expected} classes, got one of {found}")
+
+
+def load_weights(model: Model, path: str, flag: str = "--weights") -> list[str]:
+    """Load a checkpoint file into a timm model; a classifier that the model lacks, or has for other classes, is left out.
 
     Returns:
         Names of the model's tensors that the file does not set: parts of its classifier.
     Raises:
         TicketSetError: not a checkpoint, or not of this model.
     """
+    return _fit(model, read_weights(model, path, flag), f"{flag} {path}")
+
+
+def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint file, renamed and resampled by timm's own filter for this model.
+
+    Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
+    the one further class, which DeiT-style checkpoints hold. `state_dict_ema`, `model_ema`,
+    `state_dict` and `model` are looked into in this order, as timm does.
+
+    Raises:
+        TicketSetError: not a checkpoint.
+    """
     from timm.models import load_state_dict
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     if not os.path.isfile(path):
         raise TicketSetError(f"{flag} {path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_state_dict(path, use_ema=True, device="cpu", weights_only=True)
-        state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        if isinstance(model, VisionTransformer):
+            return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        own_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        return own_filter(state, model) if own_filter else state
     except Exception as error:  # pickle, zip, safetensors and shape errors have no common class
         raise TicketSetError(f"{flag} {path}: not a loadable checkpoint: {_first_line(error)}") from None
+
+
+def _fit(model: Model, state: dict[str, torch.Tensor], where: str) -> list[str]:
+    """Load a state dict, and name the model's tensors that it does not set."""
     own = model.state_dict()
+    heads = ("head", *_classifiers(model))
     # A classifier for other classes: the model keeps its own, freshly drawn.
-    state = {k: v for k, v in state.items() if not (k.startswith("head") and k in own and own[k].shape != v.shape)}
-    extra = [k for k in state if k not in own and not k.startswith(("head", "fc_norm", "pre_logits"))]
-    missing = [k for k in own if k not in state and not k.startswith("head")]
+    state = {k: v for k, v in state.items() if not (k.startswith(heads) and k in own and own[k].shape != v.shape)}
+    extra = [k for k in state if k not in own and not k.startswith((*heads, "fc_norm", "pre_logits"))]
+    missing = [k for k in own if k not in state and not k.startswith(heads)]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if extra or missing or wrong:
         example = (wrong or missing or extra)[0]
         detail = f"{example} {list(own[example].shape)}, got {list(state[example].shape)}" if wrong else example
+        vit = hasattr(model, "blocks") and hasattr(model, "embed_dim")
+        size = f" of depth {len(model.blocks)}, width {model.embed_dim}" if vit else ""
         raise TicketSetError(
-            f"{flag} {path}: do not fit {type(model).__name__} of depth {len(model.blocks)}, width {model.embed_dim}:"
+            f"{where}: do not fit {type(model).__name__}{size}:"
             f" {len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of another shape"
             f" (first: expected {detail})"
         )
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}}, strict=True)
     return [k for k in own if k not in state]
+
+
+def _classifiers(model: Model) -> tuple[str, ...]:
+    """Names of the model's last layers, as timm's configuration has them."""
+    names = model.pretrained_cfg.get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def state_hash(model: Model) -> str:
@@ -105,30 +173,38 @@ def state_hash(model: Model) -> str:
     return sha.hexdigest()
 
 
-def _create(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
-    import timm
+def _create_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
     from timm.models.vision_transformer import VisionTransformer
 
-    full_name = timm_name(name)
-    if not timm.is_model(full_name):
-        import difflib
-
-        near = difflib.get_close_matches(name, [*ALIASES, *timm.list_models(module="vision_transformer")], 3)
-        near_text = f"; near: {', '.join(near)}" if near else ""
-        raise TicketSetError(f"--selector {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
-    try:
-        model = timm.create_model(full_name, pretrained=pretrained, **kwargs)
-    except Exception as error:
-        if not pretrained:
-            raise TicketSetError(f"--selector {name}: timm cannot build it: {_first_line(error)}") from None
-        raise TicketSetError(
-            f"--selector {name}: no pretrained weights here ({type(error).__name__}). Give a file with --weights FILE"
-            f" (.safetensors or .pth), or, where there is a network, run once:"
-            f" python -c \"import timm; timm.create_model('{full_name}', pretrained=True)\""
-        ) from None
+    model = _create(name, "--selector", pretrained, **kwargs)
     if not isinstance(model, VisionTransformer):
         raise TicketSetError(f"--selector {name}: expected a timm VisionTransformer, got {type(model).__name__}")
     return model
+
+
+def _create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Model:
+    import timm
+
+    full_name = timm_name(name)
+    selector = flag == "--selector"
+    if not timm.is_model(full_name):
+        import difflib
+
+        known = [*ALIASES, *timm.list_models(module="vision_transformer" if selector else "")]
+        near = difflib.get_close_matches(name, known, 3)
+        near_text = f"; near: {', '.join(near)}" if near else ""
+        raise TicketSetError(f"{flag} {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
+    try:
+        return timm.create_model(full_name, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        if not pretrained:
+            raise TicketSetError(f"{flag} {name}: timm cannot build it: {_first_line(error)}") from None
+        raise TicketSetError(
+            f"{flag} {name}: no pretrained weights here ({type(error).__name__}). Give a file with"
+            f" {'--weights' if selector else '--token-label-weights'} FILE"
+            f" (.safetensors or .pth), or, where there is a network, run once:"
+            f" python -c \"import timm; timm.create_model('{full_name}', pretrained=True)\""
+        ) from None
 
 
 def square_patch(model: Model) -> int:

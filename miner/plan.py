@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from miner.sources import Source
 from shards import format as fmt
+from shards import token_labels
 from shards.errors import TicketSetError
 from shards.reader import read_parquet
 from shards.storage import write_atomic
@@ -50,6 +51,16 @@ class Plan:
     def num_patches(self) -> int:
         return self.common["grid"][0] * self.common["grid"][1]
 
+    @property
+    def token_labels(self) -> dict[str, Any] | None:
+        """What identifies the model of the token labels; None where none are mined."""
+        return self.common.get("token_labels")
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The format's (major, minor) that its sets need."""
+        return fmt.FORMAT if self.token_labels else fmt.PLAIN_FORMAT
+
     def shards(self) -> list[tuple[str, int]]:
         """(split, number) of every shard."""
         return [(name, i) for name, split in self.splits.items() for i in range(split["shards"])]
@@ -74,6 +85,7 @@ def make_plan(
     batch_size: int,
     shard_size: int,
     limit: int | None,
+    token_labels: dict[str, Any] | None = None,
 ) -> Plan:
     """Resolve a source and options into a plan.
 
@@ -82,6 +94,7 @@ def make_plan(
         selector: what identifies it: method, model, state hash, blocks, counts, dtype, input size, mean, std.
         views: V of every split; None = 16 for train, 1 for the others. Inherited where the source has a base.
         limit: images taken of each split, after permutation.
+        token_labels: what identifies their model, see `miner.token_labels.Labeller.identity`; None where none are mined.
     """
     grid = [img_size // patch_size] * 2
     common = {
@@ -102,6 +115,8 @@ def make_plan(
         "base": source.base.manifest["set_id"] if source.base else None,
         "classes": fmt.digest(source.classes),
     }
+    if token_labels:  # a plan without them stays what it was
+        common["token_labels"] = token_labels
     splits = {}
     for name, table in source.splits.items():
         if source.base:
@@ -226,7 +241,7 @@ def _store(path: Path, plan: Plan, device: str) -> None:
         "device": device,
     }
     content = {
-        "format": list(fmt.FORMAT),
+        "format": list(plan.version),
         "plan_id": plan.plan_id,
         "common": plan.common,
         "splits": plan.splits,
@@ -272,11 +287,14 @@ def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
     """What the manifest says besides what the shards count."""
     n = plan.num_patches
     linked = plan.common["images"] == "link"
-    members = {
-        fmt.RANKING: {"dtype": str(fmt.ranking_dtype(n)), "shape": ["views", n]},
-        fmt.VIEWS: {"dtype": "int32", "shape": ["views", len(fmt.VIEW_COLUMNS)], "columns": list(fmt.VIEW_COLUMNS)},
-        fmt.LABEL: {"dtype": "ascii int", "shape": []},
-    }
+    members: dict[str, Any] = {fmt.LABEL: {"dtype": "ascii int", "shape": []}}
+    if plan.k:
+        columns = list(fmt.VIEW_COLUMNS)
+        members[fmt.RANKING] = {"dtype": str(fmt.ranking_dtype(n)), "shape": ["views", n]}
+        members[fmt.VIEWS] = {"dtype": "int32", "shape": ["views", len(columns)], "columns": columns}
+    if plan.token_labels:
+        shape = token_labels.shape(len(source.classes), plan.token_labels["grid"][0])
+        members[fmt.TOKEN_LABELS] = {"dtype": "uint16", "shape": shape}
     if not linked:
         members["|".join(fmt.IMAGE_MEMBERS)] = {"dtype": "image file", "shape": ["height", "width", 3]}
     base = None
@@ -284,9 +302,10 @@ def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
         base = {"set_id": source.base.manifest["set_id"], "path": _relative(source.base.url, folder)}
     fields = ("selector", "img_size", "patch_size", "grid", "k", "exif", "store_side", "seed")
     return {
-        "format": list(fmt.FORMAT),
+        "format": list(plan.version),
         "plan_id": plan.plan_id,
         **{field: plan.common[field] for field in fields},
+        **({"token_labels": plan.token_labels} if plan.token_labels else {}),
         "classes": source.classes,
         "members": members,
         "base": base,

@@ -23,6 +23,7 @@ from miner.plan import Plan, make_plan, manifest_head, shard_rows, write_plan
 from miner.screen import Screen, show_plan, show_summary
 from miner.selectors import METHODS, MODEL_FREE, Selector, create_selector
 from miner.sources import Source, open_source
+from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
 from shards.errors import TicketSetError
 from shards.writer import finalize, read_shard_json
@@ -66,6 +67,8 @@ class Options:
     device: str | None
     amp: bool
     torchcompile: bool
+    token_labels: str | None
+    token_label_weights: str | None
     shard_size: int
     limit: int | None
     max_failures: float
@@ -95,16 +98,18 @@ def run(options: Options) -> None:
     options = inherit(options, source)
     check_method(options)
     selector, identity = build_selector(options)
-    mined = plan_of(options, source, selector, identity)
+    labeller = token_labeller(options, source)
+    device = labeller.device if labeller else selector.device
+    mined = plan_of(options, source, selector.k, identity, labeller, device)
     if options.overwrite:
         remove_set(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if world == 1:
         for stale in folder.glob("*.json.*.tmp"):
             stale.unlink(missing_ok=True)
-    plan = write_plan(folder, mined, source, selector.device.type, options.retry_failed)
+    plan = write_plan(folder, mined, source, device.type, options.retry_failed)
     if rank == 0:
-        show_plan(plan, source, folder, str(selector.device), list(mined.splits))
+        show_plan(plan, source, folder, str(device), list(mined.splits))
 
     own = [shard for i, shard in enumerate(mined.shards()) if i % world == rank]
     done = committed(folder, plan, own, options.retry_failed)
@@ -117,7 +122,7 @@ def run(options: Options) -> None:
         screen = Screen(shard_images(plan, source, todo)) if rank == 0 else None
         workers = options.workers or min(os.cpu_count() or 1, 16)
         on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
-        miner = Miner(plan, source, selector, folder, workers, on_batch)
+        miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
         allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
         try:
             miner.run(todo, allowed)
@@ -165,7 +170,10 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
     stages = len(blocks) if method == "evit" and blocks else PAPER_STAGES
     rate = DEFAULT_KEEP_RATE if options.keep_rate is None else options.keep_rate
     try:
-        counts = keep_counts_for(n, options.tokens, stages) if options.tokens else keep_counts(n, rate, stages)
+        if method == "none":
+            counts: tuple[int, ...] = (0,)
+        else:
+            counts = keep_counts_for(n, options.tokens, stages) if options.tokens else keep_counts(n, rate, stages)
     except ValueError as error:
         raise TicketSetError(f"--{'tokens' if options.tokens else 'keep-rate'}: {error}") from None
     device = options.device or default_device()
@@ -178,7 +186,7 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         "method": method,
         "model": models.timm_name(options.selector) if model else None,
         "state": state,
-        "keep_rate": None if options.tokens else rate,
+        "keep_rate": None if options.tokens or method == "none" else rate,
         "counts": list(counts),
         "blocks": list(selector.blocks),
         "input_size": grid[0] * models.square_patch(model) if model else None,
@@ -191,6 +199,19 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
     }
 
 
+def token_labeller(options: Options, source: Source) -> Labeller | None:
+    """The model of --token-labels."""
+    if options.token_labels is None:
+        return None
+    device = options.device or default_device()
+    try:
+        return build_labeller(
+            options.token_labels, options.token_label_weights, len(source.classes), device, options.amp
+        )
+    except (RuntimeError, AssertionError) as error:
+        raise TicketSetError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
 def check_method(options: Options) -> None:
     """Refuse an unknown method before weights are loaded, and flags that a model-free one would ignore.
 
@@ -199,9 +220,21 @@ def check_method(options: Options) -> None:
     """
     if options.method not in METHODS and ":" not in options.method:
         raise TicketSetError(f"--method {options.method}: expected one of {', '.join(METHODS)}, or module:function")
-    for name in ("selector", "weights", "drop_blocks", "amp", "torchcompile"):
-        if options.method in MODEL_FREE and name in options.given:
+    unused = ["selector", "weights", "drop_blocks", "torchcompile"] if options.method in MODEL_FREE else []
+    if unused and options.token_labels is None:
+        unused.append("amp")
+    for name in unused:
+        if name in options.given:
             raise TicketSetError(f"--{name.replace('_', '-')}: --method {options.method} uses no model; leave it out")
+    if options.method != "none":
+        return
+    for name in ("keep_rate", "tokens"):
+        if name in options.given:
+            raise TicketSetError(f"--{name.replace('_', '-')}: --method none mines no tickets; leave it out")
+    if options.token_labels is None or options.images != "link":
+        raise TicketSetError(
+            "--method none: mines token labels alone; expected --token-labels and --images link beside it"
+        )
 
 
 def source_hash(function: Callable[..., Any]) -> str:
@@ -233,15 +266,23 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def plan_of(options: Options, source: Source, selector: Selector, identity: dict[str, Any]) -> Plan:
+def plan_of(
+    options: Options,
+    source: Source,
+    k: int,
+    identity: dict[str, Any],
+    labeller: Labeller | None,
+    device: torch.device,
+) -> Plan:
     planned = None if options.overwrite else planned_batch_size(options.out)
-    on_cpu = selector.device.type == "cpu"  # where small batches stay in the caches: measured 1.25 times 128's rate
+    on_cpu = device.type == "cpu"  # where small batches stay in the caches: measured 1.25 times 128's rate
+    batch_size = options.batch_size or planned or (16 if on_cpu else 128)
     return make_plan(
         source,
         identity,
         img_size=options.img_size,
         patch_size=options.patch_size,
-        k=selector.k,
+        k=k,
         views=options.views,
         scale=options.scale,
         ratio=options.ratio,
@@ -251,9 +292,10 @@ def plan_of(options: Options, source: Source, selector: Selector, identity: dict
         images=options.images,
         val_share=options.val_share,
         seed=options.seed,
-        batch_size=options.batch_size or planned or (16 if on_cpu else 128),
+        batch_size=batch_size,
         shard_size=options.shard_size,
         limit=options.limit,
+        token_labels=labeller.identity(max(1, batch_size // VIEWS_AN_IMAGE)) if labeller else None,
     )
 
 

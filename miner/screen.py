@@ -1,5 +1,6 @@
 """What a person sees of a mining run: the resolved plan, progress, and a summary with the next command."""
 
+import math
 import shlex
 import shutil
 import statistics
@@ -37,8 +38,13 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
     rows += [
         ["classes", len(source.classes) or "none: unlabelled"],
         ["selector", how],
-        ["tickets", f"K = {plan.k} of {n} patches ({plan.k / n:.1%}){_rate(selector)}"],
-        ["device", f"{device}, {selector['dtype']}"],
+        ["tickets", f"K = {plan.k} of {n} patches ({plan.k / n:.1%}){_rate(selector)}" if plan.k else "none"],
+    ]
+    if plan.token_labels:
+        model, side, pixels = (plan.token_labels[name] for name in ("model", "grid", "input_size"))
+        rows.append(["token labels", f"{side[0]} x {side[1]} places, by {model} at {pixels} px"])
+    rows += [
+        ["device", f"{device}, {(plan.token_labels or selector)['dtype']}"],
         ["output", f"{folder}, about {size(expected_bytes(plan, source, mined))}"],
     ]
     click.echo(table([[str(v) for v in row] for row in rows]))
@@ -53,11 +59,13 @@ def _rate(selector: dict[str, Any]) -> str:
 
 
 def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
-    """Images as they are, and per sample the ranking, the views and their tar blocks."""
+    """Images as they are, and per sample the ranking, the views, the token labels and their tar blocks."""
     total = 0
     for name in mined:
         split, listed = plan.splits[name], source.splits[name]
-        members = 3 * 1024 + split["views"] * (plan.num_patches + 20)
+        members = 3 * 1024 + split["views"] * (plan.num_patches + 20) if plan.k else 1024
+        if plan.token_labels:
+            members += 1024 + 4 * math.prod((plan.token_labels["top"], *plan.token_labels["grid"]))
         images = 0
         if plan.common["images"] == "copy":
             known = [s for s in listed["size"].to_pylist() if s > 0]
@@ -130,7 +138,8 @@ def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "m
     for line in _advice(opened):
         click.echo(line)
     where = shlex.quote(str(folder))
-    click.echo(f"next: datalth-shards sheet {where} -o sheet.png, then datalth-shards verify {where} --deep")
+    look = f"datalth-shards sheet {where} -o sheet.png, then " if opened.has_tickets else ""
+    click.echo(f"next: {look}datalth-shards verify {where} --deep")
 
 
 def _advice(opened: TicketSet) -> list[str]:

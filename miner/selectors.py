@@ -28,7 +28,7 @@ from shards.views import center_distance
 Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
-MODEL_FREE = {"random", "center"}
+MODEL_FREE = {"random", "center", "none"}
 
 
 def register_method(name: str) -> Callable[[Method], Method]:
@@ -105,8 +105,8 @@ def create_selector(
     """A selector whose arguments fit each other.
 
     Args:
-        method: evit, cls-attention, rollout, random, center, a registered name, or module:function.
-        model: timm VisionTransformer with a class token and this grid; None for random and center.
+        method: evit, cls-attention, rollout, random, center, none, a registered name, or module:function.
+        model: timm VisionTransformer with a class token and this grid; None for random, center and none.
         grid: (gh, gw) of the tickets.
         counts: `miner.drop.keep_counts` of N; for evit one a block.
         blocks: 0-based; None = quarter points for evit, the last block for the others.
@@ -218,6 +218,13 @@ def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Te
     scores = -torch.from_numpy(center_distance(selector.grid)).double()
     scores = scores.expand(len(images if seeds is None else seeds), -1)
     return _descending(scores), scores
+
+
+@register_method("none")
+def none(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """No tickets, for a set of token labels alone; the miner does not even ask."""
+    rows = len(images if seeds is None else seeds)
+    return torch.empty(rows, 0, dtype=torch.int64), torch.empty(rows, 0)
 
 
 def _embed(model: Model, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shards import format as fmt
+from shards import token_labels
 from shards.console import duration, reports_errors, size, table
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -80,8 +81,11 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
         ],
         [
             "tickets",
-            f"K = {opened.k} of {opened.num_patches} patches" + (f", keep rate {rate:g} a stage" if rate else ""),
+            f"K = {opened.k} of {opened.num_patches} patches" + (f", keep rate {rate:g} a stage" if rate else "")
+            if opened.has_tickets
+            else "none: token labels alone",
         ],
+        *_token_labels_row(opened),
         ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest['img_size']} px, patch {manifest['patch_size']}"],
         ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabelled"],
         ["images", _images_text(opened)],
@@ -90,6 +94,15 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
     click.echo()
     head = ["split", "samples", "failed", "views", "shards", "size", "images", "tickets a sample"]
     click.echo(table([_split_row(name, s, opened) for name, s in manifest["splits"].items()], head))
+
+
+def _token_labels_row(opened: TicketSet) -> list[list[str]]:
+    owner = opened if opened.has_token_labels else opened.base
+    if owner is None or not owner.has_token_labels:
+        return []
+    said, shape = owner.manifest["token_labels"], owner.manifest["members"][fmt.TOKEN_LABELS]["shape"]
+    text = f"top {shape[1]} at {shape[2]} x {shape[3]} places, {said['model']} at {said['input_size']} px"
+    return [["token labels", text + ("" if owner is opened else f", in {owner.url}")]]
 
 
 def _images_text(opened: TicketSet) -> str:
@@ -191,18 +204,25 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
     Example: datalth-shards show shards train/bird/000_owl -o owl.png
     """
     opened = TicketSet.open(folder, base)
+    if output:
+        opened.require_tickets()
     split, row = opened.find(key, split)
     row["ticket"] = row["ticket"].hex() if row["ticket"] else None
     sample = next(opened.stream_shard(row["shard"], {key}), None)
     views = [] if sample is None else sample.views.tolist()
     tickets = [] if sample is None else sample.tickets.tolist()
+    center = [] if sample is None else _center_classes(opened, sample)
     if as_json:
         named = [dict(zip(fmt.VIEW_COLUMNS, view, strict=True)) for view in views]
-        _print_json({"split": split, **row, "views": named, "tickets": tickets})
+        content = {"split": split, **row, "views": named, "tickets": tickets}
+        _print_json(content | {"center_classes": center} if center else content)
     else:
-        click.echo(table([[name, str(value)] for name, value in {"split": split, **row}.items() if value is not None]))
+        likeliest = {"center": ", ".join(f"{name} {share:.3f}" for name, share in center) or None}
+        cells = {"split": split, **row, **likeliest}
+        click.echo(table([[name, str(value)] for name, value in cells.items() if value is not None]))
         click.echo()
-        rows = [[i, *view, " ".join(map(str, tickets[i][:8])) + " ..."] for i, view in enumerate(views)]
+        heads = [" ".join(map(str, ticket[:8])) + " ..." if ticket else "-" for ticket in tickets]
+        rows = [[i, *view, heads[i]] for i, view in enumerate(views)]
         click.echo(table(rows, ["view", *fmt.VIEW_COLUMNS, "ticket, most informative first"]))
     if output:
         if sample is None:
@@ -212,6 +232,14 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         tiles = _tiles(opened, sample, range(min(MAX_SHOWN_VIEWS, len(views))))
         title = f"{key}   {_class_name(opened, sample.label)}   K = {opened.k} of {opened.num_patches}"
         _save(draw.page(tiles, ["view", "ticket", "rank"], title), output)
+
+
+def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
+    """(class, probability) at the place in the middle of the image, likeliest first; empty without token labels."""
+    if sample.token_labels is None:
+        return []
+    middle = sample.token_labels[:, :, sample.token_labels.shape[2] // 2, sample.token_labels.shape[3] // 2]
+    return [(opened.classes[number], units / token_labels.UNIT) for units, number in middle.T.tolist()]
 
 
 def _tiles(opened: TicketSet, sample: Any, numbers: Any) -> list[tuple[str, list[Any]]]:
@@ -248,6 +276,7 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
     from shards import draw
 
     opened = TicketSet.open(folder, base)
+    opened.require_tickets()
     split = split or opened.splits[0]
     rows = []
     for label, picked in _pick(opened, split, classes, per_class):

@@ -17,8 +17,10 @@ def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
         images, only_a, only_b, other_views (compared only where the boxes are equal), random {overlap, iou},
         views: one row a view number with count, overlap, iou.
     Raises:
-        TicketSetError: other grids, or no image in common.
+        TicketSetError: other grids, no image in common, or a set of token labels alone.
     """
+    for opened in (a, b):
+        opened.require_tickets()
     if a.grid != b.grid:
         raise TicketSetError(f"diff: expected equal patch grids, got {a.grid} and {b.grid}")
     where = {key: name for name in b.shard_names(split) for key in b.ok_keys(name)}

@@ -1,9 +1,10 @@
-"""Format 1.0 of a ticket set: names, versions, dtypes, and the bytes of its members.
+"""Format 1.1 of a ticket set: names, versions, dtypes, and the bytes of its members.
 
-A sample of `train-000000.tar` is four tar members, in this order (docs/FORMAT.md draws the bytes):
+A sample of `train-000000.tar` is these tar members, sorted by name (docs/FORMAT.md draws the bytes):
 
     KEY.cls           ASCII digits, the label; absent where the image has none
     KEY.jpg|png|webp  the image; absent in a linked set
+    KEY.labels.npy    [2, T, G, G] uint16, token labels (`shards.token_labels`); only since 1.1, only where they were mined
     KEY.ranking.npy   [V, N] uint8 (uint16 where N > 256), most informative patch first
     KEY.views.npy     [V, 5] int32, columns VIEW_COLUMNS
 
@@ -22,7 +23,8 @@ import numpy as np
 from shards.errors import TicketSetError
 
 KIND = "datalth-ticket-set"
-FORMAT = (1, 0)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
+FORMAT = (1, 1)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
+PLAIN_FORMAT = (1, 0)  # what a set without token labels is written as
 
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
@@ -31,7 +33,7 @@ OPEN_CLIP_SIZES = "sizes.json"
 INDEX = "index"
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
-RANKING, VIEWS, LABEL = "ranking.npy", "views.npy", "cls"
+RANKING, VIEWS, LABEL, TOKEN_LABELS = "ranking.npy", "views.npy", "cls", "labels.npy"
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip")
 
 

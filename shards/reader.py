@@ -1,7 +1,8 @@
 """Reading a ticket set: the manifest, the index as tables, the samples as a stream.
 
 A linked set has no images of its own. Its samples take theirs from the base set, found at the path
-its manifest holds (or `base`), joined by key within shards of the same name.
+its manifest holds (or `base`), joined by key within shards of the same name. Token labels may be in the
+set itself, in its base, or in a further link beside it (`shards.rows.Rows`).
 """
 
 import io
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards import format as fmt
-from shards import storage
+from shards import storage, token_labels
 from shards.errors import TicketSetError
 from shards.tar import split_members
 
@@ -31,8 +32,9 @@ class Sample:
         image: encoded, as stored.
         label: class index; None where the image has none.
         views: int32 [V, 5], columns top, left, height, width, flip.
-        rankings: [V, N] patch indices, most informative first.
+        rankings: [V, N] patch indices, most informative first; [V, 0] where the set holds token labels alone.
         k: patches in a ticket.
+        token_labels: uint16 [2, T, G, G] as `shards.token_labels` says; None where neither set nor base has them.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Sample:
     views: np.ndarray
     rankings: np.ndarray
     k: int
+    token_labels: np.ndarray | None = None
 
     @property
     def tickets(self) -> np.ndarray:
@@ -130,6 +133,27 @@ class TicketSet:
         """ "ignore" or "apply": the frame that boxes refer to; pass it to `render_view`."""
         return self.manifest["exif"]
 
+    @property
+    def base_id(self) -> str:
+        """set_id of the set that holds the images: this one, or the one it links to."""
+        return (self.manifest["base"] or self.manifest)["set_id"]
+
+    @property
+    def has_token_labels(self) -> bool:
+        return fmt.TOKEN_LABELS in self.manifest["members"]
+
+    @property
+    def has_tickets(self) -> bool:
+        return fmt.RANKING in self.manifest["members"]
+
+    def require_tickets(self) -> None:
+        """
+        Raises:
+            TicketSetError: the set holds token labels alone.
+        """
+        if not self.has_tickets:
+            raise TicketSetError(f"{self.url}: expected a set with tickets, got one of token labels alone")
+
     def shard_names(self, split: str) -> list[str]:
         """Stems of a split's shards, in order.
 
@@ -218,19 +242,37 @@ class TicketSet:
         image = next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
         if image is None and self.manifest["base"] and self.base is None:
             image = b""  # opened without images
-        if image is None or fmt.RANKING not in members or fmt.VIEWS not in members:
+        boxes = (members if self.has_tickets else pictured).get(fmt.VIEWS)
+        if image is None or boxes is None or (self.has_tickets and fmt.RANKING not in members):
             raise TicketSetError(f"{where}: {key}: expected an image, a ranking and views, got {sorted(pictured)}")
-        rankings, views = fmt.decode_npy(members[fmt.RANKING]), fmt.decode_npy(members[fmt.VIEWS])
-        if rankings.shape != (len(views), self.num_patches):
+        views = fmt.decode_npy(boxes)
+        n = self.num_patches if self.has_tickets else 0
+        rankings = fmt.decode_npy(members[fmt.RANKING]) if n else np.empty((len(views), 0), np.uint8)
+        if rankings.shape != (len(views), n):
             raise TicketSetError(
-                f"{where}: {key}: expected rankings of {len(views)} views and {self.num_patches} patches,"
-                f" got {list(rankings.shape)}"
+                f"{where}: {key}: expected rankings of {len(views)} views and {n} patches, got {list(rankings.shape)}"
             )
         digits = members.get(fmt.LABEL)
         if digits is not None and not digits.isdigit():
             raise TicketSetError(f"{where}: {key}: expected digits in .cls, got {digits[:20]!r}")
         label = None if digits is None else int(digits)
-        return Sample(key, image, label, views, rankings, self.k)
+        labels = self.token_labels(key, members, where)
+        if labels is None and self.base is not None:
+            labels = self.base.token_labels(key, pictured, where)
+        return Sample(key, image, label, views, rankings, self.k, labels)
+
+    def token_labels(self, key: str, members: dict[str, bytes], where: str) -> np.ndarray | None:
+        """uint16 [2, T, G, G] among the members of a sample of this very set; None where the set has none.
+
+        Raises:
+            TicketSetError: the member is missing, or is not what the manifest says.
+        """
+        if not self.has_token_labels:
+            return None
+        if fmt.TOKEN_LABELS not in members:
+            raise TicketSetError(f"{where}: {key}: expected token labels, got {sorted(members)}")
+        expected = self.manifest["members"][fmt.TOKEN_LABELS]
+        return token_labels.decode(members[fmt.TOKEN_LABELS], expected, f"{where}: {key}")
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:

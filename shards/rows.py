@@ -6,6 +6,7 @@ Offsets come from the index, so nothing is scanned; a remote tar is fetched whol
 import functools
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from shards.tar import split_members
 
 OPEN_FILES = 64
 CACHED_TARS = 40  # more than two windows of an epoch's order
+EXTENTS = ("offset", "bytes", "base_offset", "base_bytes", "labels_offset", "labels_bytes")
 
 
 class Rows:
@@ -29,19 +31,34 @@ class Rows:
         sizes: samples of each shard.
         keys: of all samples in stored order.
         labels: int64, -1 where there is none.
+        image_sizes: int32 [samples, 2], height and width in the frame that boxes refer to.
         skipped: samples of the base that a linked set lacks.
+
+    Args:
+        opened: the set.
+        split: its split.
+        cache: folder for copies of remote tars.
+        token_labels: another set over the same images that holds the token labels; it may be opened without images.
+    Raises:
+        TicketSetError: `opened` holds no tickets, or the other set no token labels of its images.
     """
 
-    def __init__(self, opened: TicketSet, split: str, cache: str | None = None) -> None:
-        self._set = opened
+    def __init__(
+        self, opened: TicketSet, split: str, cache: str | None = None, token_labels: TicketSet | None = None
+    ) -> None:
+        opened.require_tickets()
+        if token_labels is not None:
+            check_token_labels(opened, token_labels)
+        self._set, self._token_labels = opened, token_labels
         self._names = opened.shard_names(split)
         self._cache = cache or os.path.join(tempfile.gettempdir(), f"datalth-{os.getuid()}")
-        tables = [_joined(opened, name) for name in self._names]
+        tables = [_joined(opened, name, token_labels) for name in self._names]
         self.sizes = tuple(len(table) for table in tables)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         table = pa.concat_tables(tables).combine_chunks()
         self.keys = table["key"].combine_chunks()
-        self._extents = np.stack([table[c].to_numpy() for c in ("offset", "bytes", "base_offset", "base_bytes")], 1)
+        self._extents = np.stack([table[c].to_numpy() for c in EXTENTS if c in table.column_names], 1)
+        self.image_sizes = np.stack([table[c].to_numpy() for c in ("height", "width")], 1)
         labels = table["label"]
         self.labelled = labels.null_count == 0
         self.labels = pc.fill_null(labels, -1).to_numpy()
@@ -76,7 +93,7 @@ class Rows:
             TicketSetError: the tar is not what the index says.
         """
         position = int(self._starts[shard]) + row
-        offset, size, base_offset, base_size = (int(v) for v in self._extents[position])
+        offset, size, base_offset, base_size, *labelled = (int(v) for v in self._extents[position])
         key, name = self.keys[position].as_py(), self._names[shard]
         tar, url = self._tar(self._set, name)
         members = split_members(tar.read(offset, size), key, url)
@@ -84,7 +101,12 @@ class Rows:
         if self._set.base is not None:
             tar, url = self._tar(self._set.base, name)
             pictured = split_members(tar.read(base_offset, base_size), key, url)
-        return self._set.sample(key, members, pictured, url)
+        sample = self._set.sample(key, members, pictured, url)
+        if self._token_labels is None:
+            return sample
+        tar, url = self._tar(self._token_labels, name)
+        members = split_members(tar.read(*labelled), key, url)
+        return replace(sample, token_labels=self._token_labels.token_labels(key, members, url))
 
     def _tar(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")
@@ -99,8 +121,32 @@ class Rows:
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None
 
 
-def _joined(opened: TicketSet, name: str) -> pa.Table:
-    """key, label, offset, bytes, base_offset, base_bytes of one shard's samples."""
+def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:
+    """
+    Raises:
+        TicketSetError: `labels` holds no token labels, or those of other images than `opened` has.
+    """
+    if not labels.has_token_labels:
+        raise TicketSetError(f"{labels.url}: expected a set with token labels, got one without")
+    if labels.base_id != opened.base_id:
+        raise TicketSetError(
+            f"{labels.url}: its token labels are of the images of set {labels.base_id[:12]}, expected those of"
+            f" {opened.base_id[:12]}, as in {opened.url}"
+        )
+
+
+def _joined(opened: TicketSet, name: str, labels: TicketSet | None) -> pa.Table:
+    """key, label and EXTENTS of one shard's samples; those that `labels` lacks are left out."""
+    own = _with_base(opened, name)
+    if labels is None:
+        return own
+    theirs = _extents(labels, name)
+    own = own.filter(pc.is_in(own["key"], theirs["key"]))
+    found = theirs.take(pc.index_in(own["key"], theirs["key"]))
+    return own.append_column("labels_offset", found["offset"]).append_column("labels_bytes", found["bytes"])
+
+
+def _with_base(opened: TicketSet, name: str) -> pa.Table:
     own = _extents(opened, name)
     if opened.base is None:
         return own.append_column("base_offset", own["offset"]).append_column("base_bytes", own["bytes"])
@@ -115,7 +161,7 @@ def _joined(opened: TicketSet, name: str) -> pa.Table:
 
 def _extents(opened: TicketSet, name: str) -> pa.Table:
     table = opened.shard_table(name)
-    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "offset", "bytes"])
+    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "offset", "bytes", "height", "width"])
 
 
 def fetch(url: str, cache: Path) -> str:

@@ -27,8 +27,9 @@ def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict
     Returns:
         images, without_mask, without_object, mean_object_patches, rows: k, ticket, stderr, center, random.
     Raises:
-        TicketSetError: no image has a mask.
+        TicketSetError: no image has a mask, or the set holds token labels alone.
     """
+    opened.require_tickets()
     n = opened.num_patches
     center = center_ranking(opened.grid)
     hits: list[np.ndarray] = []  # per image [len(tokens), 2]: ticket, center

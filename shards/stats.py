@@ -15,7 +15,10 @@ def statistics(opened: TicketSet, split: str) -> dict[str, Any]:
     Returns:
         samples, failed, k, n, errors {reason: count}, entropy {mean, p5, p50, p95} in bits or None,
         frequency [gh][gw] (share of tickets that hold a patch), per_class {name: {samples, frequency}}.
+    Raises:
+        TicketSetError: the set holds token labels alone.
     """
+    opened.require_tickets()
     table = opened.table(split)
     ok = table.filter(pc.equal(table["status"], "ok"))
     n = opened.num_patches

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards import format as fmt
-from shards import storage
+from shards import storage, token_labels
 from shards.errors import ImageError, TicketSetError
 from shards.images import decode
 from shards.reader import TicketSet, read_parquet
@@ -103,11 +103,24 @@ def _check_plan(opened: TicketSet, plan: dict[str, Any]) -> Iterator[str]:
             for field in ("views", "scale", "ratio", "hflip", "shards"):
                 if split[field] != plan["splits"][name][field]:
                     yield f"{fmt.MANIFEST}: split {name}: {field} is {split[field]}, but {fmt.PLAN} says otherwise"
-        for name in ("k", "grid", "exif", "seed", "img_size", "patch_size", "selector"):
-            if plan["common"][name] != opened.manifest[name]:
-                yield f"{fmt.MANIFEST}: {name} is {opened.manifest[name]}, but {fmt.PLAN} says {plan['common'][name]}"
+        for name in ("k", "grid", "exif", "seed", "img_size", "patch_size", "selector", "token_labels"):
+            said, planned = opened.manifest.get(name), plan["common"].get(name)
+            if said != planned:
+                yield f"{fmt.MANIFEST}: {name} is {said}, but {fmt.PLAN} says {planned}"
+        yield from _check_members(opened, plan["common"])
     except (KeyError, TypeError, AttributeError) as error:
         yield f"{fmt.PLAN}: expected common, splits and plan_id ({type(error).__name__}: {error})"
+
+
+def _check_members(opened: TicketSet, common: dict[str, Any]) -> Iterator[str]:
+    """What the manifest says of tickets and token labels, against what the plan would have made."""
+    labels = common.get("token_labels")
+    shape = labels and token_labels.shape(len(opened.classes), labels["grid"][0])
+    found = opened.manifest["members"].get(fmt.TOKEN_LABELS, {}).get("shape")
+    if found != shape:
+        yield f"{fmt.MANIFEST}: its members have token labels of shape {found}, but {fmt.PLAN} says {shape}"
+    if opened.has_tickets != bool(common["k"]):
+        yield f"{fmt.MANIFEST}: its members do not go with {common['k']} patches a ticket, which {fmt.PLAN} says"
 
 
 def _check_shard(
@@ -215,7 +228,9 @@ def _check_sample(opened: TicketSet, sample: Any, row: dict[str, Any]) -> Iterat
         return
     if (width, height) != (row["width"], row["height"]):
         yield f"expected an image of {row['width']}x{row['height']}, got {width}x{height}"
-    if rankings.dtype != fmt.ranking_dtype(n) or not (np.sort(rankings, axis=1) == np.arange(n)).all():
+    if not opened.has_tickets:
+        yield from [] if row["ticket"] is None else ["expected no ticket in the index"]
+    elif rankings.dtype != fmt.ranking_dtype(n) or not (np.sort(rankings, axis=1) == np.arange(n)).all():
         yield f"expected rankings that are permutations of {n} patches, as {fmt.ranking_dtype(n)}"
     elif row["ticket"] != fmt.pack_ticket(rankings[0, : opened.k], n):
         yield "the index holds another ticket of view 0"
@@ -225,6 +240,8 @@ def _check_sample(opened: TicketSet, sample: Any, row: dict[str, Any]) -> Iterat
         yield f"view {int(np.argmin(inside))} is not inside the {width}x{height} image"
     elif tuple(views[0]) != canonical_view(width, height):
         yield f"expected the canonical view first, got {views[0].tolist()}"
+    if opened.has_token_labels:
+        yield from token_labels.problems(sample.token_labels, len(opened.classes))
     if sample.label != row["label"]:
         yield f"expected label {row['label']} (index), got {sample.label}"
 

@@ -68,10 +68,19 @@ class ShardWriter:
         number: of the shard within the split.
         num_patches: N.
         plan_id: of the split; goes into the parquet and the JSON, so that another plan's shard is noticed.
+        version: of the format, (major, minor).
     """
 
-    def __init__(self, folder: Path, split: str, number: int, num_patches: int, plan_id: str) -> None:
-        self.folder, self.split, self.number = folder, split, number
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        number: int,
+        num_patches: int,
+        plan_id: str,
+        version: tuple[int, int] = fmt.PLAIN_FORMAT,
+    ) -> None:
+        self.folder, self.split, self.number, self._version = folder, split, number, version
         self.name = fmt.shard_name(split, number)
         self._plan_id = plan_id
         self._schema = index_schema(num_patches)
@@ -109,7 +118,7 @@ class ShardWriter:
         write_atomic(self.folder / fmt.INDEX / f"{self.name}.parquet", parquet.getvalue())
         failed = [row for row in self._rows if row["status"] == "failed"]
         stats = {
-            "format": list(fmt.FORMAT),
+            "format": list(self._version),
             "plan_id": self._plan_id,
             "split": self.split,
             "shard": self.number,
