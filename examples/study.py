@@ -1,0 +1,124 @@
+"""The whole story on cluttered digits, through the public commands alone.
+
+    python examples/study.py demo --out .demo         # minutes; what `make demo` runs
+    python examples/study.py results --out .results   # hours; run it again after an interruption, it goes on
+
+Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+AT_ONCE = 2  # trainings
+SELECTOR = "test_vit"  # the student's own model; examples/digits.yaml names it too
+Job = tuple[str, Path, Sequence[object]]  # name of the run, ticket set, further flags
+
+
+def say(text: str) -> None:
+    click.secho(f"\n=== {text}", bold=True)
+
+
+def show(*words: object) -> None:
+    """Print a command, run it, and let it write to the screen.
+
+    Raises:
+        click.ClickException: it failed; it has said why.
+    """
+    texts = [str(word) for word in words]
+    click.echo(f"\n$ {shlex.join(texts)}")
+    program = [sys.executable] if texts[0].endswith(".py") else [str(BIN / texts.pop(0))]
+    if subprocess.run([*program, *texts], check=False).returncode:
+        raise click.ClickException("the command above failed")
+
+
+def train(runs: Path, jobs: Sequence[Job]) -> None:
+    """Train what is not finished, two at a time, and print a line when each is.
+
+    Raises:
+        click.ClickException: one failed; its log says why.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if not (runs / job[0] / "final.json").exists()]
+    click.echo(f"\n{len(todo)} runs to train, {AT_ONCE} at a time; logs: {runs}/NAME.log")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = [pool.submit(train_one, runs, *job) for job in todo]
+        try:
+            for done, future in enumerate(futures, 1):
+                click.echo(f"[{done}/{len(todo)}] {future.result()}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train_one(runs: Path, name: str, tickets: Path, flags: Sequence[object]) -> str:
+    words = ["datalth-train", "--shards", tickets, "-c", HERE / "digits.yaml", *flags]
+    texts = [str(word) for word in [*words, "--output", runs, "--experiment", name]]
+    click.echo(f"$ {shlex.join(texts)}")
+    start = time.perf_counter()
+    with open(runs / f"{name}.log", "ab") as log:
+        command = [str(BIN / texts[0]), *texts[1:], "--resume", "latest"]  # an interrupted run goes on
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, check=False, stdout=log, stderr=log, env=one_thread).returncode
+    if code:
+        raise click.ClickException(f"{name}: exit code {code}; see {runs / name}.log")
+    results = json.loads((runs / name / "final.json").read_text())["results"]
+    figures = ", ".join(f"{protocol} {found['top1']:.1f}" for protocol, found in results.items())
+    return f"{name}: {time.perf_counter() - start:.0f} s, top-1 on {figures}"
+
+
+def mine(out: Path, *flags: object) -> None:
+    """Mine a set; one that is finished is opened and left as it is."""
+    show("datalth-mine", "--img-size", 96, "--out", out, *flags)
+
+
+@click.group()
+def main() -> None:
+    """Mine, look, train, judge: on cluttered digits."""
+
+
+@main.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
+def demo(out: Path) -> None:
+    """Winning tickets, random ones and all patches, two seeds each, at 9 of 36 patches."""
+    start = time.perf_counter()
+    digits, base, tickets, runs = out / "digits", out / "base", out / "tickets", out / "runs"
+    say("Pictures: a digit among fragments of others; where it stands is known, but no model is told")
+    show(HERE / "make_digits.py", "--out", digits)
+    say("A base set: every later set of tickets links to its images")
+    mine(base, "--data", digits, "--method", "center", "--tokens", 9, "--views", 1)
+    say("Models trained on all patches (c); the first one becomes the ticket selector")
+    train(runs, [(f"full-{seed}", base, ["--tickets", "full", "--seed", seed]) for seed in (0, 1)])
+    say("Tickets: the selector looks once at every picture; two ways to rank what it attends to")
+    weights = runs / "full-0" / "model_best.safetensors"
+    for method, name in (("evit", out / "evit"), ("rollout", tickets)):
+        mine(name, "--data", base, "--images", "link", "--method", method, "--selector", SELECTOR,
+             "--weights", weights, "--tokens", 9)  # fmt: skip
+    say("Look: how much of the digits do 9 of 36 patches hold?")
+    for name in (out / "evit", tickets):
+        show("datalth-shards", "score", name, "--masks", digits / "masks")
+    show("datalth-shards", "verify", tickets, "--deep")
+    show("datalth-shards", "sheet", tickets, "-o", out / "tickets.png")
+    say("Students on the rollout's tickets (a) and on random patches (b)")
+    train(runs, [(f"{arm}-{seed}", tickets, ["--tickets", arm, "--seed", seed])
+                 for seed in (0, 1) for arm in ("winning", "random")])  # fmt: skip
+    say("The verdict")
+    show("datalth-verdict", *sorted(p.parent for p in runs.glob("*/final.json")), "-o", out / "verdict")
+    click.echo(
+        f"\nDone in {time.perf_counter() - start:.0f} s. Look at {out}/tickets.png (pictures and their tickets)"
+        f" and {out}/verdict/verdict.png (accuracy against cost)."
+    )
+
+
+if __name__ == "__main__":
+    main()
