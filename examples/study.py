@@ -6,6 +6,7 @@
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -118,6 +119,47 @@ def demo(out: Path) -> None:
         f"\nDone in {time.perf_counter() - start:.0f} s. Look at {out}/tickets.png (pictures and their tickets)"
         f" and {out}/verdict/verdict.png (accuracy against cost)."
     )
+
+
+@main.command()
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; one that is there goes on."
+)
+@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+def results(out: Path, seeds: int) -> None:
+    """Every arm and its controls at three K; how many stored views it takes. What docs/RESULTS.md shows."""
+    digits = out / "digits"
+    if not digits.exists():
+        show(HERE / "make_digits.py", "--out", digits)
+    arms(out, digits, range(seeds))
+
+
+def arms(out: Path, digits: Path, seeds: range) -> None:
+    """One set of tickets; its rankings at K = 14, 9 and 5 are the keep rates 0.7, 0.6 and 0.5 at three stages."""
+    base, tickets, runs = out / "base", out / "tickets", out / "runs"
+    mine(base, "--data", digits, "--method", "center", "--tokens", 9, "--views", 1)
+    full = [(f"full-{seed}", base, ["--tickets", "full", "--seed", seed]) for seed in seeds]
+    train(runs, full)
+    mine(tickets, "--data", base, "--images", "link", "--method", "rollout", "--selector", SELECTOR,
+         "--weights", runs / "full-0" / "model_best.safetensors", "--tokens", 9)  # fmt: skip
+    jobs: list[Job] = []
+    for seed, tokens in itertools.product(seeds, (14, 9, 5)):
+        at = ["--tokens", tokens, "--seed", seed]
+        for arm in ("winning", "random", "center"):
+            jobs.append((f"{arm}-{tokens}-{seed}", tickets, ["--tickets", arm, *at]))
+        for arm in ("winning", "random"):
+            jobs.append((f"{arm}-unmasked-{tokens}-{seed}", tickets, ["--tickets", arm, "--unmask-epochs", 3, *at]))
+    for seed in seeds:
+        for arm in ("random-fixed", "inverse"):
+            jobs.append((f"{arm}-9-{seed}", tickets, ["--tickets", arm, "--tokens", 9, "--seed", seed]))
+        for tokens in (25, 16, 9):
+            jobs.append((f"resized-{tokens}-{seed}", base, ["--resize-to-tokens", "--tokens", tokens, "--seed", seed]))
+    train(runs, jobs)
+    judge(runs, [name for name, _, _ in [*full, *jobs]], out / "arms")
+
+
+def judge(runs: Path, names: Sequence[str], out: Path) -> None:
+    show("datalth-verdict", *(runs / name for name in sorted(names)), "-o", out)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import argparse
 import hashlib
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from shards.errors import TicketSetError
 
+T = TypeVar("T")
 Model = Any  # a timm model; torch would type each of its attributes Tensor | Module
 ALIASES = {
     "deit_tiny": "deit_tiny_patch16_224",
@@ -29,9 +31,16 @@ def patch_size_of(name: str) -> int:
     Raises:
         TicketSetError: timm has no such model, or it is no VisionTransformer with a square patch.
     """
-    with torch.device("meta"):
-        model = _create_vit(name, num_classes=0)
-    return square_patch(model)
+    return square_patch(sketch(lambda: _create_vit(name, num_classes=0)))
+
+
+def sketch(build: Callable[[], T]) -> T:
+    """A model for its shapes alone: without storage where timm can build it so, else a real one (timm 1.0.15)."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TicketSetError):
+        return build()
 
 
 def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> Model:
@@ -70,8 +79,7 @@ def build_classifier(name: str, side: int, num_classes: int, weights: str | None
         TicketSetError: no such model, weights that cannot be had or do not fit it, or other classes.
     """
     flag, weights_flag = "--token-labels", "--token-label-weights"
-    with torch.device("meta"):
-        plain = _create(name, flag)
+    plain = sketch(lambda: _create(name, flag))
     try:
         size = side * plain.feature_info[-1]["reduction"]
     except (AttributeError, LookupError, TypeError):

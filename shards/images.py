@@ -7,6 +7,7 @@ it, so a ticket belongs to exactly the pixels the student sees.
 import functools
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -45,7 +46,8 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
         ImageError: not an image, truncated, too large, or of a kind whose pixels have no fixed range.
     """
     image = _open(data)
-    pixels = _pixels(image, exif)
+    fast = _fast_jpeg(data) if exif == "ignore" else None
+    pixels = _pixels(image, exif) if fast is None else fast
     # Read after decoding, which itself turns a TIFF upright and takes the tag away.
     orientation = _orientation(image)
     source_size = pixels.shape[1::-1]
@@ -68,7 +70,8 @@ def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
     Raises:
         ImageError: as `store_image`.
     """
-    return _pixels(_open(data), exif)
+    pixels = _fast_jpeg(data) if exif == "ignore" else None
+    return _pixels(_open(data), exif) if pixels is None else pixels
 
 
 def render_view(image: bytes, view: np.ndarray, size: int, exif: str = "ignore") -> np.ndarray:
@@ -146,6 +149,32 @@ def _open(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"too large: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     return image
+
+
+def _fast_jpeg(data: bytes) -> np.ndarray | None:
+    """An ordinary JPEG through simplejpeg, where that is installed: the same pixels as Pillow's in less time.
+
+    Whatever it finds odd (other colour spaces, damage, a size that is refused) is left to Pillow, and so are its words.
+    """
+    decoder = _simplejpeg()
+    if decoder is None or data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colour, _ = decoder.decode_jpeg_header(data)
+        if colour != "YCbCr" or height * width > MAX_PIXELS:
+            return None
+        return decoder.decode_jpeg(data)
+    except ValueError:
+        return None
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:  # an extra
+        return None
+    return simplejpeg
 
 
 def _orientation(image: Image.Image) -> int:

@@ -384,3 +384,45 @@ def test_transcoding_is_deterministic():
     data = encode(photo(), "BMP")
     assert store_image(data)[0] == store_image(data)[0]
     assert store_image(data, store_side=30)[0] == store_image(data, store_side=30)[0]
+
+
+def jpegs() -> dict[str, bytes]:
+    """Ordinary JPEGs of every layout, and odd ones."""
+    noise = np.random.default_rng(0).integers(0, 255, (45, 67, 3), np.uint8)
+    out = {}
+    for mode in ("RGB", "L", "CMYK"):
+        for name, options in {
+            "444": {"subsampling": 0},
+            "422": {"subsampling": 1},
+            "420 rough": {"subsampling": 2, "quality": 20},
+            "progressive": {"progressive": True},
+            "restarts": {"restart_marker_blocks": 2},
+        }.items():
+            buffer = io.BytesIO()
+            Image.fromarray(noise).resize((133, 90)).convert(mode).save(buffer, "JPEG", **options)
+            out[f"{mode} {name}"] = buffer.getvalue()
+    return out
+
+
+@pytest.mark.parametrize("name", jpegs())
+def test_the_fast_decoder_gives_pillows_pixels(name, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    data = jpegs()[name]
+    fast = images.decode(data)
+    taken = images._fast_jpeg(data)
+    assert (taken is not None) == name.startswith("RGB")  # other colour spaces are left to Pillow
+    monkeypatch.setattr(images, "_simplejpeg", lambda: None)
+    assert np.array_equal(images.decode(data), fast)
+
+
+@pytest.mark.parametrize("cut", [2, 100, 900, -40])
+def test_the_fast_decoder_leaves_damage_to_pillow(cut, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    data = jpegs()["RGB 420 rough"][:cut]
+    outcomes = []
+    for decoder in (images._simplejpeg(), None):
+        monkeypatch.setattr(images, "_simplejpeg", lambda decoder=decoder: decoder)
+        with pytest.raises(ImageError) as error:
+            images.decode(data)
+        outcomes.append(str(error.value))
+    assert outcomes[0] == outcomes[1]

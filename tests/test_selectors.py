@@ -51,6 +51,16 @@ def vit(**kwargs: object) -> VisionTransformer:
     return VisionTransformer(**{**options, **kwargs})
 
 
+class DiffAttention(nn.Identity):
+    """Has timm's name for one kind of attention that older timms lack."""
+
+
+def other_attention() -> VisionTransformer:
+    model = vit()
+    model.blocks[0].attn = DiffAttention()
+    return model
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "deit": vit,
     "distilled": lambda: VisionTransformerDistilled(
@@ -468,7 +478,7 @@ def test_a_method_may_lie_in_the_folder_where_the_user_works(tmp_path: Path, mon
         ("needs a selector model", {"model": None}),
         ("a class token", {"model": vit(class_token=False, global_pool="avg")}),
         ("a class token", {"model": nn.Linear(1, 1)}),
-        ("and Attention, got DiffAttention", {"model": vit(attn_layer="diff")}),
+        ("and Attention, got DiffAttention", {"model": other_attention()}),
         ("and Attention, got ParallelThingsBlock", {"model": vit(block_fn=ParallelThingsBlock)}),
     ],
 )

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from miner.models import load_weights, timm_name
+from miner.models import load_weights, sketch, timm_name
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer.options import Options
@@ -82,8 +82,7 @@ def gmacs(model: TicketViT, tokens: int) -> float:
 def dense_gmacs(options: Options, opened: TicketSet) -> float:
     """GMACs of the student on all patches at the set's size, also where it is trained on smaller views."""
     plain = replace(options, resize_to_tokens=False, pretrained=False, initial_checkpoint=None)
-    with torch.device("meta"):  # no memory, no arithmetic
-        return gmacs(TicketViT(build_model(plain, opened)), opened.num_patches)
+    return gmacs(sketch(lambda: TicketViT(build_model(plain, opened))), opened.num_patches)
 
 
 def resolve_tokens(options: Options, opened: TicketSet, model: TicketViT) -> int:
