@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
+import numpy as np
+
+from trainer.verdict.statistics import mean, pooled
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -73,9 +76,8 @@ def train_one(runs: Path, name: str, tickets: Path, flags: Sequence[object]) -> 
         code = subprocess.run(command, check=False, stdout=log, stderr=log, env=one_thread).returncode
     if code:
         raise click.ClickException(f"{name}: exit code {code}; see {runs / name}.log")
-    results = json.loads((runs / name / "final.json").read_text())["results"]
-    figures = ", ".join(f"{protocol} {found['top1']:.1f}" for protocol, found in results.items())
-    return f"{name}: {time.perf_counter() - start:.0f} s, top-1 on {figures}"
+    found = ", ".join(f"{protocol} {top1:.1f}" for protocol, top1 in figures(runs / name).items())
+    return f"{name}: {time.perf_counter() - start:.0f} s, top-1 on {found}"
 
 
 def mine(out: Path, *flags: object) -> None:
@@ -132,6 +134,7 @@ def results(out: Path, seeds: int) -> None:
     if not digits.exists():
         show(HERE / "make_digits.py", "--out", digits)
     arms(out, digits, range(seeds))
+    views(out, digits, range(seeds))
 
 
 def arms(out: Path, digits: Path, seeds: range) -> None:
@@ -156,6 +159,39 @@ def arms(out: Path, digits: Path, seeds: range) -> None:
             jobs.append((f"resized-{tokens}-{seed}", base, ["--resize-to-tokens", "--tokens", tokens, "--seed", seed]))
     train(runs, jobs)
     judge(runs, [name for name, _, _ in [*full, *jobs]], out / "arms")
+
+
+def views(out: Path, digits: Path, seeds: range) -> None:
+    """Random crops of half the area and more, 40 epochs, K = 14: V - 1 stored views an image are trained on in turn."""
+    runs, longer = out / "runs", ["--epochs", 40]
+    stored = (2, 4, 8, 16)
+    for count in stored:
+        crops = ["--views", count, "--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--hflip", 0]
+        mine(out / f"base-{count}", "--data", digits, "--method", "center", "--tokens", 14, *crops)
+    train(runs, [("views-selector", out / "base-16", ["--tickets", "full", "--seed", 0, *longer])])
+    weights = runs / "views-selector" / "model_best.safetensors"
+    for count in stored:
+        mine(out / f"tickets-{count}", "--data", out / f"base-{count}", "--images", "link", "--method", "rollout",
+             "--selector", SELECTOR, "--weights", weights, "--tokens", 14)  # fmt: skip
+    names = {count: [f"views-{count}-{seed}" for seed in seeds] for count in stored}
+    train(runs, [(names[count][seed], out / f"tickets-{count}", ["--seed", seed, *longer])
+                 for seed in seeds for count in stored])  # fmt: skip
+    found = {count: [figures(runs / name) for name in names[count]] for count in stored}
+    protocols = ("tickets", "all")
+    samples = {p: [np.array([run[p] for run in found[count]]) for count in stored] for p in protocols}
+    lines = ["| V | trained on | tickets | all |", "|---:|---:|---:|---:|"]
+    for place, count in enumerate(stored):
+        cells = [mean(samples[p][place], pooled(samples[p])) for p in protocols]
+        texts = [f"{cell.value:.1f} ±{cell.half or float('nan'):.1f}" for cell in cells]
+        lines.append(f"| {count} | {count - 1} | {' | '.join(texts)} |")
+    (out / "views.md").write_text("\n".join(lines) + "\n")
+    click.echo("\n" + (out / "views.md").read_text())
+
+
+def figures(run: Path) -> dict[str, float]:
+    """Top-1 by protocol."""
+    results = json.loads((run / "final.json").read_text())["results"]
+    return {protocol: found["top1"] for protocol, found in results.items()}
 
 
 def judge(runs: Path, names: Sequence[str], out: Path) -> None:
