@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ def create_selector(
     device = torch.device(device)
     if model is None:
         raise TicketSetError(f"--method {method}: needs a selector model")
-    _check_model(model, grid)
+    check_model(model, grid)
     depth = len(model.blocks)
     if blocks is None:
         blocks = default_blocks(depth) if method == "evit" else (depth - 1,)
@@ -160,9 +161,9 @@ def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[T
     start = 0
     for block, count in zip(selector.blocks, selector.counts, strict=True):
         x = _run_blocks(model, x, start, block)
-        attention = _cls_attention(model.blocks[block], x)[:, prefix:]
+        attention = class_attention(model.blocks[block], x)[:, prefix:]
         scores.append(attention)
-        order = _descending(attention)
+        order = descending(attention)
         if block == selector.blocks[-1]:
             dropped.append(patches.gather(1, order))  # the kept and the last dropped, by the same attention
             break
@@ -181,8 +182,8 @@ def cls_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -
     """Head-mean attention of the class token at one block, all patches present."""
     (block,) = selector.blocks
     x = _run_blocks(selector.model, _embed(selector.model, images), 0, block)
-    scores = _cls_attention(selector.model.blocks[block], x)[:, selector.model.num_prefix_tokens :]
-    return _descending(scores), scores
+    scores = class_attention(selector.model.blocks[block], x)[:, selector.model.num_prefix_tokens :]
+    return descending(scores), scores
 
 
 @register_method("rollout")
@@ -199,7 +200,7 @@ def rollout(selector: Selector, images: Tensor, seeds: list[int] | None) -> tupl
         if i < last:
             x = _run_blocks(model, x, i, i + 1)
     scores = flow[:, 0, model.num_prefix_tokens :]
-    return _descending(scores), scores
+    return descending(scores), scores
 
 
 @register_method("random")
@@ -209,7 +210,7 @@ def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -
         raise ValueError("random: expected a seed for each row")
     bits = [np.random.Philox(key=seed).random_raw(selector.num_patches) >> 11 for seed in seeds]
     scores = torch.from_numpy(np.stack(bits).astype(np.float64) * 2.0**-53)
-    return _descending(scores), scores
+    return descending(scores), scores
 
 
 @register_method("center")
@@ -217,7 +218,7 @@ def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Te
     """Nearest to the centre of the view first: what a photographer's framing alone is worth."""
     scores = -torch.from_numpy(center_distance(selector.grid)).double()
     scores = scores.expand(len(images if seeds is None else seeds), -1)
-    return _descending(scores), scores
+    return descending(scores), scores
 
 
 @register_method("none")
@@ -238,7 +239,7 @@ def _run_blocks(model: Model, x: Tensor, start: int, stop: int) -> Tensor:
     return x
 
 
-def _cls_attention(block: Model, x: Tensor) -> Tensor:
+def class_attention(block: Model, x: Tensor) -> Tensor:
     """[B, T, D] at a block's input -> head-mean attention of the class token after softmax, [B, T].
 
     Only this row is computed: one query a head and the keys.
@@ -260,7 +261,8 @@ def _softmax(attn: Model, query: Tensor, key: Tensor) -> Tensor:
     bf16 leaves about 33 different scores among 196 patches: the order would be arbitrary.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    # Without storage, where costs are counted, there is no autocast.
+    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         logits = (query.to(dtype) * attn.scale) @ key.to(dtype).transpose(-2, -1)
         return logits.softmax(-1)
 
@@ -281,12 +283,12 @@ def _project(attn: Model, x: Tensor, which: int) -> Tensor:
     return out.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 
-def _descending(scores: Tensor) -> Tensor:
+def descending(scores: Tensor) -> Tensor:
     """Indices by falling score; ties go to the lower index."""
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
-def _check_model(model: Model, grid: tuple[int, int]) -> None:
+def check_model(model: Model, grid: tuple[int, int]) -> None:
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)

@@ -82,6 +82,18 @@ class Rows:
         shard = int(np.searchsorted(self._starts, position, "right")) - 1
         return shard, position - int(self._starts[shard])
 
+    @property
+    def has_token_labels(self) -> bool:
+        """Whether samples come with token labels."""
+        return any(
+            opened is not None and opened.has_token_labels for opened in (self._set, self._set.base, self._token_labels)
+        )
+
+    def image_size(self, shard: int, row: int) -> tuple[int, int]:
+        """Height and width in the frame that boxes refer to."""
+        height, width = self.image_sizes[self._starts[shard] + row].tolist()
+        return height, width
+
     def label(self, shard: int, row: int) -> int:
         """-1 where there is none."""
         return int(self.labels[self._starts[shard] + row])

@@ -267,10 +267,10 @@ def test_equal_scores_rank_by_index() -> None:
 def test_ties_among_some_patches_go_to_the_lower_index() -> None:
     @register_method("two-levels")
     def two_levels(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-        from miner.selectors import _descending
+        from miner.selectors import descending
 
         scores = (torch.arange(N) % 3).double().expand(len(images), -1)
-        return _descending(scores), scores
+        return descending(scores), scores
 
     try:
         row = create_selector("two-levels", sharpened(vit()), GRID, (9,)).rank(torch.zeros(1, 3, 48, 48))[0].tolist()

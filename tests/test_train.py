@@ -148,7 +148,7 @@ def test_evaluation_equals_timms_own_on_all_patches(tickets, whole):
     for sample in opened.stream("val"):
         view = torch.from_numpy(render_view(sample.image, sample.views[0], 64)).permute(2, 0, 1).float()
         expected.append(int(model(((view - mean) / std)[None]).argmax()))
-    step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 4, 3, 0.1, None, "norm", 1, None, 0)
+    step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 3, 0.1, None, "norm", 1, None, 0)
     feed = EvalFeed(rows, options)
     found, answers = evaluate(
         {"": TicketViT(model)}, loader(feed, range(len(feed)), 0, step.device), ("all",), 8, 6, step
@@ -282,7 +282,7 @@ def test_weights_that_an_update_broke_are_never_saved(tickets, tmp_path, monkeyp
     def poisoned(state, options, update):
         updates.append(update)
         if len(updates) == 3:
-            next(state.vit.parameters()).grad.fill_(torch.nan)
+            next(state.student.model.parameters()).grad.fill_(torch.nan)
         apply(state, options, update)
 
     monkeypatch.setattr(engine, "apply_update", poisoned)

@@ -18,7 +18,7 @@ from shards.rows import Rows
 from shards.verify import verify
 from trainer.engine import State
 from trainer.options import Options
-from trainer.ticket_vit import TicketViT
+from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
 T = TypeVar("T")
@@ -96,7 +96,10 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
     Raises:
         TicketSetError: images without a label, or too few images or views for --repeats.
     """
-    rows = Rows(opened, split)
+    labels = None
+    if options.token_labels is not None and split == options.train_split and not options.eval:
+        labels = TicketSet.open(options.token_labels, options.base, images=False)
+    rows = Rows(opened, split, token_labels=labels)
     if not rows.labelled:
         raise TicketSetError(f"{opened.url}: split {split} has images without label")
     if rows.skipped:
@@ -116,13 +119,13 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
     return rows
 
 
-def build_state(options: Options, wrapped: TicketViT, world: World, lr: float, steps: int) -> State:
+def build_state(options: Options, student: TicketModel, world: World, lr: float, steps: int) -> State:
     """Model, optimizer, schedule and averages before the first step, made by timm.
 
     Raises:
         TicketSetError: timm does not know the optimizer or the schedule.
     """
-    model, device = wrapped.model, world.device
+    model, device = student.model, world.device
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -151,7 +154,7 @@ def build_state(options: Options, wrapped: TicketViT, world: World, lr: float, s
         raise TicketSetError(f"--opt {options.opt}, --sched {options.sched}, --lr {lr:g}: {reason}") from None
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
     ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=True) if options.model_ema else None
-    trained: Any = wrapped
+    trained: Any = student
     if options.torchcompile:
         trained = torch.compile(trained)  # before DDP, as timm
     if world.size > 1:
@@ -159,4 +162,4 @@ def build_state(options: Options, wrapped: TicketViT, world: World, lr: float, s
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         ids = [device.index] if device.type == "cuda" else None
         trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
-    return State(trained, model, optimizer, scheduler, scaler, ema)
+    return State(trained, student, optimizer, scheduler, scaler, ema)

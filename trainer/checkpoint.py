@@ -32,7 +32,7 @@ def save(
     content = {
         **{name: getattr(state, name) for name in COUNTERS},
         "arch": timm_name(arguments["model"]),
-        "state_dict": state.vit.state_dict(),
+        "state_dict": state.student.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "amp_scaler": state.scaler.state_dict(),
         "version": 2,
@@ -55,7 +55,7 @@ def save_best(folder: Path, state: State, arguments: dict[str, Any], metric: flo
     from safetensors.torch import save as to_bytes
 
     # No EMA weights in here: timm's checkpoint_path would take them, and the metric is the raw weights'.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.vit.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.student.model.state_dict().items()}
     arch = timm_name(arguments["model"])
     content = {"epoch": state.epoch, "arch": arch, "state_dict": weights, "version": 2}
     _write(folder / BEST, {**content, "args": arguments, "classes": classes, "metric": metric})
@@ -97,7 +97,7 @@ def restore_weights(path: Path, content: dict[str, Any], state: State) -> None:
         TicketSetError: they are of another size than the set asks for.
     """
     try:
-        state.vit.load_state_dict(content["state_dict"])
+        state.student.model.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TicketSetError(f"--resume {path}: does not fit this set: {reason}") from None
@@ -117,7 +117,7 @@ def restore(path: Path, content: dict[str, Any], state: State) -> None:
         raise TicketSetError(
             f"--resume {path}: holds weights alone; take {LAST}, or start anew from it with --initial-checkpoint"
         )
-    state.vit.load_state_dict(content["state_dict"])
+    state.student.model.load_state_dict(content["state_dict"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["amp_scaler"])
     if state.ema is not None:

@@ -68,17 +68,32 @@ def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -
     return out
 
 
+def block_numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """3,6,9"""
+    try:
+        return None if text is None else tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected block numbers such as 3,6,9, got {text!r}") from None
+
+
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
 SHARE, AMOUNT = click.FloatRange(0, 1), click.FloatRange(min=0)
 OPTIONS: list[Any] = [
     click.option("-c", "--config", metavar="FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help="Defaults for these flags."),
     click.option("--shards", required=True, metavar="DIR", help="Ticket set, plain or linked."),
+    click.option("--token-labels", metavar="DIR", help="Set with token labels of the same images, for LV-ViT.  [default: the ticket set's own]"),
     click.option("--base", metavar="DIR", help="Where the base of a linked set is now."),
-    click.option("--model", default="deit_tiny", show_default=True, help="timm ViT, or deit_tiny|deit_small|deit_base."),
+    click.option("--model", default="deit_tiny", show_default=True, help="timm ViT, Swin, Hiera or CNN, lvvit_t|s|m, or deit_tiny|deit_small|deit_base."),
+    click.option("--feed", type=click.Choice(["tokens", "small-dense", "zero", "late", "early", "units"]), help="What a ticket becomes for the model.  [default: by its timm class]"),
     click.option("--tickets", type=click.Choice(["winning", "random", "random-fixed", "center", "inverse", "full"]), default="winning", show_default=True, help="Which patches to train on."),
     click.option("--tokens", type=POSITIVE, metavar="K", help="Another K of the same rankings.  [default: the set's]"),
     click.option("--resize-to-tokens", is_flag=True, help="The control of the same cost: the whole view at K coarser patches."),
     click.option("--unmask-epochs", type=COUNT, default=0, show_default=True, help="Train the last E epochs on all patches."),
+    click.option("--drop-blocks", metavar="B,B,...", callback=block_numbers, help="Train a ticket selector: drop patches inside, at these blocks."),
+    click.option("--keep-rate", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True, help="Of each drop block."),
+    click.option("--fuse-token", is_flag=True, help="EViT's: what a block drops goes on as one token."),
+    click.option("--shrink-start-epoch", type=COUNT, default=0, show_default=True, help="Keep all patches until then."),
+    click.option("--shrink-epochs", type=COUNT, default=0, show_default=True, help="Then go down to --keep-rate over as many epochs."),
     click.option("--repeats", type=POSITIVE, default=3, show_default=True, help="Views replayed per decode (repeated augmentation)."),
     click.option("--train-split", default="train", show_default=True),
     click.option("--val-split", default="val", show_default=True),
@@ -108,6 +123,7 @@ OPTIONS: list[Any] = [
     click.option("--cutmix", type=AMOUNT, default=1.0, show_default=True, help="Alpha; 0: off."),
     click.option("--mixup-prob", type=SHARE, default=1.0, show_default=True),
     click.option("--mixup-switch-prob", type=SHARE, default=0.5, show_default=True),
+    click.option("--mix-token", is_flag=True, help="LV-ViT's own CutMix, on tokens; with --mixup 0 --cutmix 0."),
     click.option("--aa", default="rand-m9-mstd0.5-inc1", show_default=True, help="timm's policy; geometric ops leave the view as it is."),
     click.option("--color-jitter", type=AMOUNT, default=0.4, show_default=True, help="Where there is no --aa."),
     click.option("--reprob", type=SHARE, default=0.25, show_default=True, help="Random erasing."),

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 
 from shards.errors import TicketSetError
 from trainer.augment import erase
 from trainer.feed import Batch
+from trainer.ticket_model import TicketModel
 
 
 @dataclass
@@ -24,8 +25,8 @@ class State:
     """Everything that changes while training; a checkpoint holds it.
 
     Attributes:
-        model: TicketViT, perhaps compiled and in DistributedDataParallel.
-        vit: the timm model inside.
+        model: the student, perhaps compiled and in DistributedDataParallel.
+        student: itself.
         epoch, step: of the next update; step counts within the epoch.
         loss_sum, loss_count: of this epoch so far, over all ranks.
         seconds: spent in training so far, without validation.
@@ -33,7 +34,7 @@ class State:
     """
 
     model: Any
-    vit: nn.Module
+    student: TicketModel
     optimizer: Any
     scheduler: Any
     scaler: Any
@@ -55,7 +56,6 @@ class StepOptions:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     patch_size: int
-    grid_width: int
     num_classes: int
     smoothing: float
     clip_grad: float | None
@@ -67,6 +67,7 @@ class StepOptions:
     world_size: int = 1
     log_interval: int = 50
     recovery_interval: int = 0
+    before_update: Callable[[int], None] = field(default=lambda update: None)
     stop_requested: Callable[[], bool] = field(default=lambda: False)
 
 
@@ -104,6 +105,7 @@ def train_epoch(
     while state.step < steps:
         update = state.epoch * steps + state.step
         loss = torch.zeros((), device=options.device)
+        options.before_update(update)
         for micro in range(options.accum):
             start = time.perf_counter()
             batch = next(iterator)
@@ -141,17 +143,22 @@ def train_micro_batch(
     state: State, batch: Batch, options: StepOptions, update: int, micro: int, last_micro: bool
 ) -> Tensor:
     """Forward and backward of one micro-batch; returns its share of the step's loss, detached."""
+    grid_width = int(batch["grid_width"][0])
     batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
     seed_step(options.seed, update, micro * options.world_size + options.rank)
     patches = normalise(batch["patches"], options)
     if "erase" in batch:
-        patches = erase(patches, batch["keep_indices"], batch["erase"], options.grid_width, options.patch_size, None)
+        places = batch["keep_indices"]
+        if state.student.wants_all:
+            places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+        patches = erase(patches, places, batch["erase"], grid_width, options.patch_size, None)
     targets = soft_targets(batch, options)
     sync = nullcontext() if last_micro or not hasattr(state.model, "no_sync") else state.model.no_sync()
     with sync:
         with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
-            logits = state.model(patches, batch["keep_indices"])
-            loss = soft_cross_entropy(logits, targets) / options.accum
+            extras = {name: batch[name] for name in state.student.extras if name in batch}
+            outputs = state.model(patches, batch["keep_indices"], **extras)
+            loss = state.student.loss(outputs, targets, batch, options.smoothing) / options.accum
         state.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -160,13 +167,13 @@ def apply_update(state: State, options: StepOptions, update: int) -> None:
     """Clip, step, schedule and average."""
     if options.clip_grad:
         state.scaler.unscale_(state.optimizer)
-        parameters = model_parameters(state.vit, exclude_head=options.clip_mode == "agc")
+        parameters = model_parameters(state.student.model, exclude_head=options.clip_mode == "agc")
         dispatch_clip_grad(parameters, options.clip_grad, options.clip_mode)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
     if state.ema is not None:
-        state.ema.update(state.vit, step=update + 1)
+        state.ema.update(state.student.model, step=update + 1)
     state.scheduler.step_update(update + 1)
 
 
@@ -202,11 +209,6 @@ def soft_targets(batch: Batch, options: StepOptions) -> Tensor:
     return both[0] * lam + both[1] * (1 - lam)
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """As timm's SoftTargetCrossEntropy; with smoothed one-hot targets as its LabelSmoothingCrossEntropy."""
-    return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
-
-
 def seed_step(seed: int, update: int, micro: int) -> None:
     """Every random number of a step (drop path, erasing noise) comes from its place alone: resuming is exact.
 
@@ -222,7 +224,7 @@ def check_finite(bad: int, steps: int, state: State) -> None:
     Raises:
         TicketSetError: the loss of step `bad`, the same on all ranks, where that is below `steps`, or a weight.
     """
-    if bad == steps and not bool(torch.stack([p.isfinite().all() for p in state.vit.parameters()]).all()):
+    if bad == steps and not bool(torch.stack([p.isfinite().all() for p in state.student.model.parameters()]).all()):
         bad = state.step - 1
     if bad < steps:
         raise TicketSetError(

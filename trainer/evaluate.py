@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.arms import arm_ranking
+from trainer.dropping_vit import without_drops
 from trainer.engine import StepOptions, normalise
 from trainer.feed import Batch
+from trainer.ticket_model import TicketModel
 from trainer.ticket_vit import gather_patches
 
 PROTOCOLS = ("tickets", "all", "random")
+DROPPING_PROTOCOLS = ("dropped", "all")  # of a selector: with its drop blocks, and without
 
 
 class Figures(TypedDict):
@@ -26,7 +29,7 @@ class Figures(TypedDict):
 
 @torch.inference_mode()
 def evaluate(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, TicketModel],
     batches: Iterable[Batch],
     protocols: Sequence[str],
     tokens: int,
@@ -38,7 +41,7 @@ def evaluate(
     Also the answers: int32 [models * protocols, images], classes in stored order.
 
     Args:
-        models: TicketViTs by a prefix; not in DistributedDataParallel, since ranks may hold different numbers of batches.
+        models: by a prefix; not in DistributedDataParallel, since ranks may hold different numbers of batches.
         batches: of an EvalFeed.
         tokens: K.
         images: of the split, over all ranks.
@@ -53,12 +56,15 @@ def evaluate(
         random = random_rankings(positions, batch["rankings"].shape[1], options.seed)
         batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
         patches = normalise(batch["patches"], options)
+        whole = normalise(batch["whole"], options) if "whole" in batch else patches
         for row, (model, protocol) in enumerate(itertools.product(models.values(), protocols)):
-            ranking = random.to(options.device) if protocol == "random" else batch["rankings"]
-            keep = every(patches) if protocol == "all" else ranking[:, :tokens]
-            chosen = patches if protocol == "all" else gather_patches(patches, keep)
+            if protocol in ("all", "dropped"):
+                chosen, keep = whole, every(whole)
+            else:
+                keep = (random.to(options.device) if protocol == "random" else batch["rankings"])[:, :tokens]
+                chosen = patches if model.wants_all else gather_patches(patches, keep)
             with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
-                logits = model(chosen, keep).float()
+                logits = (model if protocol == "dropped" else without_drops(model))(chosen, keep).float()
             sums[row] += figures(logits, batch["labels"])
             answers[row, batch["positions"]] = logits.argmax(1).int()
     if options.world_size > 1:

@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from shards.errors import TicketSetError
 from shards.images import render_views
+from shards.reader import Sample
 from shards.rows import Rows
 from trainer.arms import arm_ranking, mixed_ranking
 from trainer.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
+from trainer.mix_token import draw_box, mixed_tickets
 from trainer.order import batch_positions, epoch_samples, view_of_visit
 
 Batch = dict[str, torch.Tensor]
@@ -31,7 +33,7 @@ class FeedOptions:
 
     arm: str
     tokens: int
-    img_size: int
+    img_size: int  # of the views that tickets are cut from
     patch_size: int
     exif: str
     seed: int
@@ -47,24 +49,37 @@ class FeedOptions:
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     unmask_from: int | None = None  # from this epoch on all patches
+    whole_size: int | None = None  # of views that are fed whole, where that is another
+    wants_all: bool = False  # all patches go along with a ticket
+    mix_token: bool = False  # LV-ViT's: tokens are mixed on the device, places here
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.img_size // self.patch_size,) * 2
+    def whole(self, epoch: int) -> bool:
+        """Whether an epoch trains on all patches."""
+        return self.arm == "full" or (self.unmask_from is not None and epoch >= self.unmask_from)
+
+    def side(self, whole: bool) -> int:
+        """Pixels of the views rendered."""
+        return self.whole_size or self.img_size if whole else self.img_size
+
+    def grid(self, whole: bool) -> tuple[int, int]:
+        return (self.side(whole) // self.patch_size,) * 2
 
 
 class TrainFeed(Dataset):
     """Batches by (epoch, step, micro-batch of the global batch).
 
-    A batch holds patches uint8 [B, K, C*p*p], keep_indices int64 [B, K], labels and partners int64 [B], lam
-    float32 [B] (share of the own label), and with random erasing erase int64 [B, 4].
+    A batch holds patches uint8 [B, K, C*p*p] ([B, N, C*p*p] where all are wanted), keep_indices int64 [B, K], labels
+    and partners int64 [B], lam float32 [B] (share of the own label), grid_width int64 [B], and with random erasing erase
+    int64 [B, 4].
     """
 
     def __init__(self, rows: Rows, options: FeedOptions) -> None:
         self.rows, self.options = rows, options
         self.augment = ColorAugment(options.aa, options.color_jitter, options.mean)
         mixes = options.mixup > 0 or options.cutmix > 0
-        if mixes and options.batch_size % 2:
+        if mixes and options.mix_token:
+            raise TicketSetError("--mix-token: expected --mixup 0 --cutmix 0 beside it")
+        if (mixes or options.mix_token) and options.batch_size % 2:
             raise TicketSetError(f"mixup and cutmix mix pairs: expected an even --batch-size, got {options.batch_size}")
         self._mixup = (
             Mixup(options.mixup, options.cutmix, prob=options.mixup_prob, switch_prob=options.mixup_switch_prob)
@@ -88,36 +103,57 @@ class TrainFeed(Dataset):
         with kept_generators():  # saving and restoring them for every sample would cost 60 us each
             pixels, rankings = self._views(chosen, positions, epoch)
         labels = np.array([self.rows.label(shard, row) for shard, row, _ in chosen.tolist()])
-        partners, lam = labels, np.ones(len(labels), np.float32)
-        if self._mixup is not None:
-            with seeded("mix", options.seed, epoch, step):
-                share, box = self._draw_mix(pixels.shape[1])
-            swap = np.arange(len(pixels)) ^ 1
-            partners, lam[:] = labels[swap], share
-            pixels, rankings = self._mix(pixels, rankings, swap, share, box)
-        unmasked = options.unmask_from is not None and epoch >= options.unmask_from
-        keep = np.tile(np.arange(len(rankings[0])), (len(rankings), 1)) if unmasked else rankings[:, : options.tokens]
+        whole = options.whole(epoch)
+        everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
+        tokens = rankings.shape[1] if whole else options.tokens
+        with seeded("mix", options.seed, epoch, step):
+            pixels, rankings, mixed = self._mix(pixels, rankings, tokens, whole)
+        keep = mixed.pop("keep") if "keep" in mixed else everything if whole else rankings[:, :tokens]
+        partners = labels[np.arange(len(labels)) ^ 1] if mixed else labels
         batch = {
-            "patches": torch.from_numpy(gather(pixels, keep, options.patch_size)),
-            "keep_indices": torch.from_numpy(np.ascontiguousarray(keep, np.int64)),
-            "labels": torch.from_numpy(labels.astype(np.int64)),
-            "partners": torch.from_numpy(partners.astype(np.int64)),
-            "lam": torch.from_numpy(lam),
+            "patches": gather(pixels, everything if options.wants_all else keep, options.patch_size),
+            "keep_indices": np.ascontiguousarray(keep, np.int64),
+            "labels": labels.astype(np.int64),
+            "partners": partners.astype(np.int64),
+            "lam": np.ones(len(labels), np.float32),
+            "grid_width": np.full(len(labels), options.grid(whole)[1]),
+            **mixed,
+            **self._token_labels(chosen),
         }
         if options.reprob:
-            boxes = []
-            with kept_generators():
-                for position in positions:
-                    seed_generators("erase", options.seed, epoch, position)
-                    boxes.append(erasing_box(options.reprob, options.img_size))
-            batch["erase"] = torch.tensor(boxes, dtype=torch.int64)
-        return batch
+            batch["erase"] = self._erasing_boxes(positions, epoch, options.side(whole))
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _erasing_boxes(self, positions: np.ndarray, epoch: int, side: int) -> np.ndarray:
+        boxes = []
+        with kept_generators():
+            for position in positions:
+                seed_generators("erase", self.options.seed, epoch, position)
+                boxes.append(erasing_box(self.options.reprob, side))
+        return np.array(boxes, np.int64)
+
+    def _token_labels(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """Maps of whole images, and which part of them the views show: see trainer.token_labels.cut."""
+        if not self.rows.has_token_labels:
+            return {}
+        maps, boxes, flips = [], [], []
+        for shard, row, visit in chosen.tolist():
+            sample = self.rows.read(shard, row)
+            number = view_of_visit(self.options.seed, shard, row, visit, len(sample.views))
+            top, left, high, wide, flip = sample.views[number].tolist()
+            height, width = self.rows.image_size(shard, row)
+            maps.append(np.asarray(sample.token_labels, np.int32))
+            boxes.append([top / height, left / width, high / height, wide / width])
+            flips.append(bool(flip))
+        return {"token_labels": np.stack(maps), "boxes": np.array(boxes, np.float32), "flips": np.array(flips)}
 
     def _views(self, chosen: np.ndarray, positions: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Augmented pixels uint8 [B, S, S, 3] and the arm's rankings [B, N]; each image is decoded once."""
         options = self.options
-        pixels = np.empty((len(chosen), options.img_size, options.img_size, 3), np.uint8)
-        rankings = np.empty((len(chosen), options.grid[0] * options.grid[1]), np.int64)
+        whole = options.whole(epoch)
+        size, grid = options.side(whole), options.grid(whole)
+        pixels = np.empty((len(chosen), size, size, 3), np.uint8)
+        rankings = np.empty((len(chosen), grid[0] * grid[1]), np.int64)
         slots: dict[tuple[int, int], list[int]] = {}
         for slot, (shard, row, _) in enumerate(chosen.tolist()):
             slots.setdefault((shard, row), []).append(slot)
@@ -125,7 +161,7 @@ class TrainFeed(Dataset):
             sample = self.rows.read(shard, row)
             visits = chosen[members, 2].tolist()
             numbers = [view_of_visit(options.seed, shard, row, visit, len(sample.views)) for visit in visits]
-            rendered = render_views(sample.image, sample.views[numbers], options.img_size, options.exif)
+            rendered = render_views(sample.image, sample.views[numbers], size, options.exif)
             for slot, number, view in zip(members, numbers, rendered, strict=True):
                 name = (options.seed, epoch, int(positions[slot]))
                 if self.augment.draws:
@@ -133,49 +169,64 @@ class TrainFeed(Dataset):
                     view = self.augment(view)
                 pixels[slot] = view
                 rankings[slot] = arm_ranking(
-                    options.arm,
+                    "full" if whole else options.arm,
                     sample.rankings[number],
-                    options.grid,
+                    grid,
                     fixed_name=f"{options.seed}/{sample.key}/{number}",
                     fresh_name="/".join(map(str, name)),
                 )
         return pixels, rankings
 
-    def _draw_mix(self, size: int) -> tuple[float, tuple[int, int, int, int] | None]:
-        """lambda of one global batch, and CutMix's box (top, bottom, left, right) or None; timm's distribution."""
-        assert self._mixup is not None
-        share, use_cutmix = self._mixup._params_per_batch()
-        if not use_cutmix or share == 1:
-            return float(share), None
-        box, share = cutmix_bbox_and_lam((1, 3, size, size), share)
-        return float(share), tuple(int(v) for v in box)  # type: ignore[return-value]
-
     def _mix(
-        self, pixels: np.ndarray, rankings: np.ndarray, swap: np.ndarray, share: float, box: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mix neighbours (2i, 2i + 1); a mixed view's ranking is by weighted rank."""
+        self, pixels: np.ndarray, rankings: np.ndarray, tokens: int, whole: bool
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Mix neighbours (2i, 2i + 1), by pixels here, or by tokens on the device; a mixed view's ranking is by weighted rank.
+
+        Returns:
+            Pixels, rankings, and what the batch holds otherwise for it; nothing where nothing is mixed.
+        """
+        options, size = self.options, pixels.shape[1]
+        if options.mix_token:
+            cells = draw_box(options.grid(whole))
+            keep, lam = mixed_tickets(rankings, cells, options.grid(whole), tokens)
+            return pixels, rankings, {"box": cells, "keep": keep, "lam": lam}
+        if self._mixup is None:
+            return pixels, rankings, {}
+        share, use_cutmix = self._mixup._params_per_batch()  # timm's distribution
+        box = None
+        if use_cutmix and share < 1:
+            box, share = cutmix_bbox_and_lam((1, 3, size, size), share)
+        mixed = {"lam": np.full(len(pixels), share, np.float32)}
         if share == 1:
-            return pixels, rankings
+            return pixels, rankings, mixed
+        swap = np.arange(len(pixels)) ^ 1
         weight: np.ndarray | float = 1 - share
         out = np.empty_like(pixels)
         if box is None:
             for i, j in enumerate(swap):  # one view at a time stays in the cache
                 out[i] = np.rint(pixels[i].astype(np.float32) * share + pixels[j].astype(np.float32) * (1 - share))
         else:
-            top, bottom, left, right = box
+            top, bottom, left, right = (int(v) for v in box)
             out[:] = pixels
             out[:, top:bottom, left:right] = pixels[swap, top:bottom, left:right]
-            covered = np.zeros(pixels.shape[1:3], np.float32)
-            covered[top:bottom, left:right] = 1
-            p, (gh, gw) = self.options.patch_size, self.options.grid
-            weight = covered.reshape(gh, p, gw, p).mean(axis=(1, 3)).flatten()
-        if self.options.arm == "full":
-            return out, rankings
-        return out, np.stack([mixed_ranking(rankings[i], rankings[j], weight) for i, j in enumerate(swap)])
+            weight = self._covered(size, top, bottom, left, right)
+        if whole:
+            return out, rankings, mixed
+        return out, np.stack([mixed_ranking(rankings[i], rankings[j], weight) for i, j in enumerate(swap)]), mixed
+
+    def _covered(self, size: int, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """The share of each patch that a box of pixels covers: [N]."""
+        covered = np.zeros((size, size), np.float32)
+        covered[top:bottom, left:right] = 1
+        p = self.options.patch_size
+        return covered.reshape(size // p, p, size // p, p).mean(axis=(1, 3)).flatten()
 
 
 class EvalFeed(Dataset):
-    """View 0 of every sample, whole: patches uint8 [B, N, C*p*p], rankings int64 [B, N], labels, positions."""
+    """View 0 of every sample: patches uint8 [B, N, C*p*p], rankings int64 [B, N], labels, positions.
+
+    Where whole views are fed at another size, also those: whole uint8 [B, N', C*p*p].
+    """
 
     def __init__(self, rows: Rows, options: FeedOptions, rank: int = 0, world: int = 1) -> None:
         self.rows, self.options = rows, options
@@ -188,16 +239,22 @@ class EvalFeed(Dataset):
         size = self.options.batch_size
         positions = self._positions[number * size : (number + 1) * size]
         samples = [self.rows.read(*self.rows.locate(int(p))) for p in positions]
-        pixels = np.stack(
-            [render_views(s.image, s.views[:1], self.options.img_size, self.options.exif)[0] for s in samples]
-        )
-        everything = np.tile(np.arange(self.options.grid[0] * self.options.grid[1]), (len(samples), 1))
+        names = {"patches": self.options.side(False)}
+        if self.options.side(True) != self.options.side(False):
+            names["whole"] = self.options.side(True)
         return {
-            "patches": torch.from_numpy(gather(pixels, everything, self.options.patch_size)),
+            **{name: self._patches(samples, side) for name, side in names.items()},
             "rankings": torch.from_numpy(np.stack([s.rankings[0] for s in samples]).astype(np.int64)),
             "labels": torch.from_numpy(self.rows.labels[positions].astype(np.int64)),
             "positions": torch.from_numpy(positions),
         }
+
+    def _patches(self, samples: list[Sample], side: int) -> torch.Tensor:
+        """All patches of each sample's view 0 at a size."""
+        views = [render_views(s.image, s.views[:1], side, self.options.exif)[0] for s in samples]
+        everything = np.arange((side // self.options.patch_size) ** 2)
+        keep = np.tile(everything, (len(samples), 1))
+        return torch.from_numpy(gather(np.stack(views), keep, self.options.patch_size))
 
 
 def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:

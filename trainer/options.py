@@ -9,12 +9,19 @@ class Options:
     """datalth-train's flags; timm's names."""
 
     shards: str
+    token_labels: str | None
     base: str | None
     model: str
+    feed: str | None
     tickets: str
     tokens: int | None
     resize_to_tokens: bool
     unmask_epochs: int
+    drop_blocks: tuple[int, ...] | None
+    keep_rate: float
+    fuse_token: bool
+    shrink_start_epoch: int
+    shrink_epochs: int
     repeats: int
     train_split: str
     val_split: str
@@ -44,6 +51,7 @@ class Options:
     cutmix: float
     mixup_prob: float
     mixup_switch_prob: float
+    mix_token: bool
     aa: str
     color_jitter: float
     reprob: float
@@ -69,8 +77,19 @@ class Options:
 # ranks and steps keeps the samples, but draws other drop paths and erasing noise.
 FREE_TO_CHANGE = frozenset(
     ["resume", "eval", "workers", "device", "torchcompile", "log_interval", "recovery_interval", "output", "experiment"]
-    + ["log_tensorboard", "wandb_project", "shards", "base", "world_size", "grad_accum_steps", "batch_size"]
+    + [
+        "log_tensorboard",
+        "wandb_project",
+        "shards",
+        "base",
+        "token_labels",
+        "world_size",
+        "grad_accum_steps",
+        "batch_size",
+    ]
     + ["initial_checkpoint", "pretrained"]
 )
 # What args.yaml holds beside the flags.
-DERIVED = frozenset(["set_id", "base_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"])
+DERIVED = frozenset(
+    ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"]
+)

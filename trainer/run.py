@@ -1,5 +1,6 @@
 """One datalth-train command: check, build, train epoch by epoch, validate, save."""
 
+import copy
 import gc
 import logging
 import signal
@@ -17,13 +18,14 @@ from shards.reader import TicketSet
 from trainer import checkpoint
 from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
+from trainer.dropping_vit import DroppingViT, keep_rate_at, without_drops
 from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
-from trainer.evaluate import PROTOCOLS, Figures, evaluate
+from trainer.evaluate import DROPPING_PROTOCOLS, PROTOCOLS, Figures, evaluate
 from trainer.feed import Batch, EvalFeed, FeedOptions, TrainFeed, loader
 from trainer.folder import RunFolder, check_arguments, drop_rows, find
 from trainer.options import Options
-from trainer.student import build_model, dense_gmacs, gmacs, resolve_tokens, student_side
-from trainer.ticket_vit import TicketViT
+from trainer.student import build_student, dense_gmacs, gmacs
+from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
 
@@ -88,7 +90,9 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         options = as_trained(options, content["args"])
         log.info(f"{newest}: {options.model}, trained on {options.tickets}")
     # Nothing is trained: what training alone would refuse is no matter.
-    run = Run(replace(options, train_split=options.val_split, repeats=1, mixup=0.0, cutmix=0.0), opened, world)
+    untrained: dict[str, Any] = {"train_split": options.val_split, "repeats": 1}
+    untrained |= {"mixup": 0.0, "cutmix": 0.0, "mix_token": False}
+    run = Run(replace(options, **untrained), opened, world)
     if content is not None:
         assert newest is not None
         checkpoint.restore_weights(newest, content, run.state)
@@ -98,7 +102,19 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
 
 def as_trained(options: Options, then: dict[str, Any]) -> Options:
     """The flags that a checkpoint's model was made with; --tokens may be another."""
-    names = ("model", "model_kwargs", "tickets", "resize_to_tokens", "unmask_epochs", "epochs", "model_ema")
+    names = (
+        "model",
+        "model_kwargs",
+        "feed",
+        "drop_blocks",
+        "keep_rate",
+        "fuse_token",
+        "tickets",
+        "resize_to_tokens",
+        "unmask_epochs",
+        "epochs",
+        "model_ema",
+    )
     return replace(
         options, **{name: then[name] for name in names}, tokens=options.tokens or then["tokens"], pretrained=False
     )
@@ -112,10 +128,12 @@ class Run:
         if options.unmask_epochs > options.epochs:
             raise TicketSetError(f"--unmask-epochs {options.unmask_epochs}: expected at most --epochs {options.epochs}")
         torch.manual_seed(options.seed)
-        self.plain = TicketViT(build_model(options, opened)).to(world.device)
-        self.tokens = resolve_tokens(options, opened, self.plain)
-        # What `full` is tested on under the ticket and random protocols: the set's K, as the other arms.
-        self.test_tokens = self.tokens if options.resize_to_tokens else options.tokens or opened.k
+        self.plain = build_student(options, opened).to(world.device)
+        self.patches = (self.plain.whole_side // opened.manifest["patch_size"]) ** 2  # of a whole view
+        # What `full` too is tested on under the ticket and random protocols.
+        self.test_tokens = options.tokens or opened.k
+        whole = options.resize_to_tokens or options.tickets == "full"
+        self.tokens = self.patches if whole else self.test_tokens
         self.config = resolve_model_data_config(self.plain.model)
         self.feed_options = self._feed_options()
         self.feed = TrainFeed(open_rows(options, opened, options.train_split), self.feed_options)
@@ -126,10 +144,14 @@ class Run:
         # Signals are agreed on among the hosts: no step waits for a device.
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
         self.step_options = self._step_options()
-        self.final_protocols = ("all",) if options.resize_to_tokens else PROTOCOLS
+        self.final_protocols: tuple[str, ...] = ("all",) if options.resize_to_tokens else PROTOCOLS
+        if isinstance(self.plain, DroppingViT):
+            self.final_protocols = DROPPING_PROTOCOLS
         self.protocols = self.final_protocols[:2]
-        whole = self.feed_options.arm == "full" or options.unmask_epochs
-        self.own_protocol = "all" if whole else "tickets"
+        on_whole = self.feed_options.arm == "full" or options.unmask_epochs > 0
+        self.own_protocol = "all" if on_whole else "tickets"
+        if isinstance(self.plain, DroppingViT):
+            self.own_protocol = "dropped"
         self.folder: RunFolder | None = None  # rank 0's, in training
         self.stop = False  # a signal came
 
@@ -138,7 +160,9 @@ class Run:
         return FeedOptions(
             arm="full" if options.resize_to_tokens else options.tickets,
             tokens=self.tokens,
-            img_size=student_side(options, opened),
+            img_size=self.plain.whole_side if options.resize_to_tokens else opened.manifest["img_size"],
+            whole_size=self.plain.whole_side,
+            wants_all=self.plain.wants_all,
             patch_size=opened.manifest["patch_size"],
             exif=opened.exif,
             seed=options.seed,
@@ -153,6 +177,7 @@ class Run:
             cutmix=options.cutmix,
             mixup_prob=options.mixup_prob,
             mixup_switch_prob=options.mixup_switch_prob,
+            mix_token=options.mix_token,
             unmask_from=options.epochs - options.unmask_epochs if options.unmask_epochs else None,
         )
 
@@ -164,7 +189,6 @@ class Run:
             mean=self.config["mean"],
             std=self.config["std"],
             patch_size=self.opened.manifest["patch_size"],
-            grid_width=self.plain.grid[1],
             num_classes=len(self.opened.classes),
             smoothing=options.smoothing,
             clip_grad=options.clip_grad,
@@ -176,8 +200,17 @@ class Run:
             world_size=self.world.size,
             log_interval=options.log_interval,
             recovery_interval=options.recovery_interval,
+            before_update=self._set_keep_rate,
             stop_requested=self._stop_requested,
         )
+
+    def _set_keep_rate(self, update: int) -> None:
+        """Of a selector that learns to drop more and more; a function of the update, so that resuming is exact."""
+        options = self.options
+        if isinstance(self.plain, DroppingViT):
+            first = options.shrink_start_epoch * self.steps
+            last = first + options.shrink_epochs * self.steps
+            self.plain.set_keep_rate(keep_rate_at(update, first, last, options.keep_rate))
 
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks hear it at the same step."""
@@ -233,10 +266,13 @@ class Run:
 
     def _practise(self, feed: TrainFeed) -> None:
         """One micro-batch forward and backward, thrown away, with an optimizer's two numbers a weight in memory."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.plain.buffers()]  # averages of batch norm
         weights = [] if self.state.optimizer.state else [p for p in self.plain.parameters() for _ in range(2)]
         moments = [torch.empty_like(p) for p in weights]
         train_micro_batch(self.state, feed[0, 0, self.world.rank], self.step_options, 0, 0, True)
         self.state.optimizer.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
         del moments
 
     def _epoch(self) -> dict[str, Figures]:
@@ -278,11 +314,17 @@ class Run:
         """Raw weights under each protocol with their answers, and the figures of EMA weights once they have seen enough."""
         models = {"": self.plain}
         if self._ema_is_mature():
-            models["ema_"] = TicketViT(self.state.ema.module)
+            models["ema_"] = self._averaged()
         batches = loader(self.val, range(len(self.val)), self.options.workers, self.world.device)
         images = len(self.val.rows)
         shown = self._until_stopped(batches, -(-images // (self.world.size * self.options.batch_size)))
         return evaluate(models, shown, protocols, self.test_tokens, images, self.step_options)
+
+    def _averaged(self) -> TicketModel:
+        """The student with EMA's weights."""
+        averaged = copy.copy(self.plain)
+        averaged._modules = {**self.plain._modules, "model": self.state.ema.module}
+        return averaged
 
     def _ema_is_mature(self) -> bool:
         """An average over 1 / (1 - decay) steps; under --eval a checkpoint has said so."""
@@ -320,24 +362,31 @@ class Run:
         return arguments | {
             "set_id": opened.manifest["set_id"],
             "base_set_id": (opened.base or opened).manifest["set_id"],
+            "labels_set_id": self._labels_set_id(),
             "set_method": opened.manifest["selector"]["method"],
             "world_size": self.world.size,
             "global_batch": self.feed_options.global_batch,
             "resolved_tokens": self.tokens,
         }
 
+    def _labels_set_id(self) -> str | None:
+        path = self.options.token_labels
+        return TicketSet.open(path, self.options.base, images=False).manifest["set_id"] if path else None
+
     def _costs(self) -> dict[str, Any]:
         """Tokens, and GMACs of a view's forward: in training as the mean over the epochs, and under each protocol."""
-        options, n = self.options, self.plain.grid[0] * self.plain.grid[1]
-        whole = gmacs(self.plain, n)
-        at_k, at_test = gmacs(self.plain, self.tokens), gmacs(self.plain, self.test_tokens)
+        options, student = self.options, self.plain
+        at_k = gmacs(student, self.tokens)
+        dropping = isinstance(student, DroppingViT)
+        at_test = at_k if dropping else gmacs(student, self.test_tokens)  # a selector's tickets are its own
+        whole = gmacs(without_drops(student), self.patches)
         unmasked = options.unmask_epochs / options.epochs
         return {
             "tokens": self.tokens,
             "patches": self.opened.num_patches,
             "train_gmacs": (1 - unmasked) * at_k + unmasked * whole,
             "test_gmacs": {name: whole if name == "all" else at_test for name in self.final_protocols},
-            "dense_gmacs": dense_gmacs(options, self.opened),
+            "dense_gmacs": dense_gmacs(options, self.opened, without_drops(student)),
         }
 
     def _show(self) -> None:
@@ -345,7 +394,9 @@ class Run:
         options, costs = self.options, self.costs
         own, dense = costs["train_gmacs"], costs["dense_gmacs"]
         arm = "whole views, resized" if options.resize_to_tokens else options.tickets
-        log.info(f"{options.model}: {sum(p.numel() for p in self.plain.parameters()) / 1e6:.1f} M parameters")
+        log.info(
+            f"{options.model}: {sum(p.numel() for p in self.plain.parameters()) / 1e6:.1f} M parameters; {self.plain.feed}"
+        )
         unmasked = f", the last {options.unmask_epochs} epochs all" if options.unmask_epochs else ""
         log.info(
             f"{arm}: {self.tokens} of {costs['patches']} tokens{unmasked}; {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"
@@ -367,13 +418,12 @@ class Run:
         images = figures["images"] * self.world.size
         mean = state.loss_sum / state.loss_count
         lr = state.optimizer.param_groups[0]["lr"]
-        unmask_from = self.feed_options.unmask_from
-        unmasked = unmask_from is not None and state.epoch >= unmask_from
+        tokens = self.patches if self.feed_options.whole(state.epoch) else self.tokens
         log.info(
             f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
             f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / figures['seconds']:.1f}/s"
             f"  LR: {lr:.3e}  Data: {figures['waited'] / figures['seconds']:.0%}"
-            f"  Tokens: {self.opened.num_patches if unmasked else self.tokens}/{self.opened.num_patches}"
+            f"  Tokens: {tokens}/{self.opened.num_patches}"
         )
 
     def report(self, results: dict[str, Figures]) -> None:

@@ -2,36 +2,34 @@
 
 import copy
 import logging
-from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from miner.models import load_weights, sketch, timm_name
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from trainer.dropping_vit import DroppingViT
+from trainer.families import feed_of, size_arguments, whole_side, wrap
 from trainer.options import Options
-from trainer.ticket_vit import TicketViT
+from trainer.ticket_model import TicketModel
+from trainer.ticket_zero import TicketZero
 
 log = logging.getLogger("datalth")
 
 
-def build_model(options: Options, opened: TicketSet) -> Any:
-    """The timm model at the student's size; with --resize-to-tokens at the smaller one."""
-    side = student_side(options, opened)
-    arguments = {"num_classes": len(opened.classes), "img_size": side, **options.model_kwargs}
-    try:
-        model: Any = timm.create_model(
-            timm_name(options.model), pretrained=options.pretrained, drop_path_rate=options.drop_path, **arguments
-        )
-    except Exception as error:  # timm's builders and hubs have no common class
-        raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
-    if model.num_classes != len(opened.classes):
-        raise TicketSetError(
-            f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
-        )
+def build_student(options: Options, opened: TicketSet) -> TicketModel:
+    """The timm model at the size that its feed asks for, with its starting weights, ready to take tickets.
+
+    Raises:
+        TicketSetError: timm cannot build it, it cannot take these tickets, or the weights do not fit.
+    """
+    outline = sketch(lambda: _create(options, opened))
+    feed, side = feed_of(outline, options.feed), _side(options, opened, outline)
+    model = _create(options, opened, pretrained=options.pretrained, **size_arguments(outline, side))
     if options.initial_checkpoint:
         fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint")
         if fresh:
@@ -47,63 +45,97 @@ def build_model(options: Options, opened: TicketSet) -> Any:
         )
     if options.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    student = _wrap(feed, model, options, opened, side)
+    _check_grid(options, opened, student, side)
+    return student
+
+
+def _create(options: Options, opened: TicketSet, pretrained: bool = False, **size: Any) -> Any:
+    arguments = {"num_classes": len(opened.classes), **size, **options.model_kwargs}
+    if options.drop_path:
+        arguments["drop_path_rate"] = options.drop_path
+    try:
+        model: Any = timm.create_model(timm_name(options.model), pretrained=pretrained, **arguments)
+    except Exception as error:  # timm's builders and hubs have no common class
+        raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
+    if model.num_classes != len(opened.classes):
+        raise TicketSetError(
+            f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
+        )
     return model
 
 
-def student_side(options: Options, opened: TicketSet) -> int:
-    """Pixels of the student's input.
+def _side(options: Options, opened: TicketSet, outline: Any) -> int:
+    """Pixels of the whole views that the student takes.
 
     Raises:
-        TicketSetError: --resize-to-tokens with a K that is no square.
+        TicketSetError: a K that is no square, where views or tickets of K patches make an image.
     """
+    tokens, patch = options.tokens or opened.k, opened.manifest["patch_size"]
+    if tokens > opened.num_patches:
+        raise TicketSetError(f"--tokens {tokens}: expected at most {opened.num_patches}, the patches of a view")
     if not options.resize_to_tokens:
-        return opened.manifest["img_size"]
-    tokens = options.tokens or opened.k
+        return whole_side(feed_of(outline, options.feed), tokens, opened.manifest["img_size"], patch)
+    if options.tickets not in ("winning", "full"):
+        raise TicketSetError(f"--resize-to-tokens shows whole views: leave --tickets {options.tickets} out")
     side = round(tokens**0.5)
     if side * side != tokens:
         raise TicketSetError(
             f"--resize-to-tokens: {tokens} tokens are no square; the nearest --tokens are {side**2} and {(side + 1) ** 2}"
         )
-    return side * opened.manifest["patch_size"]
+    return side * patch
 
 
-def gmacs(model: TicketViT, tokens: int) -> float:
+def _wrap(feed: str, model: Any, options: Options, opened: TicketSet, side: int) -> TicketModel:
+    patch = opened.manifest["patch_size"]
+    grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
+    student = wrap(feed, model, grid, patch, side)
+    if options.mix_token and "box" not in student.extras:
+        raise TicketSetError(f"--mix-token: {options.model} has none; it is LV-ViT's")
+    if options.drop_blocks is None:
+        return student
+    if feed != "tokens" or options.tickets != "full":
+        raise TicketSetError("--drop-blocks trains a selector: expected a ViT with --tickets full")
+    return DroppingViT(model, options.drop_blocks, options.keep_rate, options.fuse_token)
+
+
+def _check_grid(options: Options, opened: TicketSet, student: TicketModel, side: int) -> None:
+    patch = opened.manifest["patch_size"]
+    grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
+    if student.grid != grid or student.patch_size != patch:
+        raise TicketSetError(
+            f"--model {options.model}: has a {student.grid[0]}x{student.grid[1]} grid of {student.patch_size} px patches,"
+            f" but what {opened.url} feeds is {grid[0]}x{grid[1]} of {patch} px;"
+            f" leave img_size and patch_size out of --model-kwargs, or mine with --patch-size {student.patch_size}"
+        )
+
+
+def gmacs(student: TicketModel, tokens: int) -> float:
     """Multiply-accumulates of one image's forward, in units of 1e9, as torch counts them.
 
     Counted on a copy without storage: of the CPU's attention kernel torch counts nothing.
     """
-    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    patches = torch.empty(1, tokens, 3 * model.patch_size**2, device="meta")
+    try:
+        return _count(copy.deepcopy(student).to("meta"), tokens)
+    except NotImplementedError:  # Hiera's mask counts what is there; the plain kernel is counted on a CPU too
+        with sdpa_kernel(SDPBackend.MATH):
+            return _count(copy.deepcopy(student).cpu(), tokens)
+
+
+def _count(student: TicketModel, tokens: int) -> float:
+    student.eval().requires_grad_(False)
+    device = next(student.parameters()).device
+    given = student.grid[0] * student.grid[1] if student.wants_all else tokens
+    patches = torch.zeros(1, given, 3 * student.patch_size**2, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(patches, torch.arange(tokens, device="meta")[None])
+        student(patches, torch.arange(tokens, device=device)[None])
     return counter.get_total_flops() / 2e9
 
 
-def dense_gmacs(options: Options, opened: TicketSet) -> float:
-    """GMACs of the student on all patches at the set's size, also where it is trained on smaller views."""
-    plain = replace(options, resize_to_tokens=False, pretrained=False, initial_checkpoint=None)
-    return gmacs(sketch(lambda: TicketViT(build_model(plain, opened))), opened.num_patches)
-
-
-def resolve_tokens(options: Options, opened: TicketSet, model: TicketViT) -> int:
-    """K in training.
-
-    Raises:
-        TicketSetError: the model's grid is not the set's, or K larger than N.
-    """
-    grid, patch = opened.grid, opened.manifest["patch_size"]
-    if options.resize_to_tokens:
-        if options.tickets not in ("winning", "full"):
-            raise TicketSetError(f"--resize-to-tokens shows whole views: leave --tickets {options.tickets} out")
-        grid = (student_side(options, opened) // patch,) * 2
-    if model.grid != grid or model.patch_size != patch:
-        raise TicketSetError(
-            f"--model {options.model}: has a {model.grid[0]}x{model.grid[1]} grid of {model.patch_size} px patches,"
-            f" but what {opened.url} feeds is {grid[0]}x{grid[1]} of {patch} px;"
-            f" leave img_size and patch_size out of --model-kwargs, or mine with --patch-size {model.patch_size}"
-        )
-    if options.resize_to_tokens:
-        return grid[0] * grid[1]
-    if (options.tokens or 1) > opened.num_patches:
-        raise TicketSetError(f"--tokens {options.tokens}: expected at most {opened.num_patches}, the patches of a view")
-    return opened.num_patches if options.tickets == "full" else options.tokens or opened.k
+def dense_gmacs(options: Options, opened: TicketSet, student: TicketModel) -> float:
+    """GMACs of the student on whole views of the set's own size, also where it is trained on smaller ones."""
+    side, patch = opened.manifest["img_size"], opened.manifest["patch_size"]
+    if student.whole_side != side:
+        model = _create(options, opened, **size_arguments(student.model, side))
+        student = TicketZero(model, opened.grid, patch, side)
+    return gmacs(student, opened.num_patches)

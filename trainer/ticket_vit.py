@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import TicketSetError
+from trainer.ticket_model import TicketModel
 
 
-class TicketViT(nn.Module):
+class TicketViT(TicketModel):
     """A timm ViT that takes patches and their places instead of an image.
 
     Args:
@@ -27,12 +28,15 @@ class TicketViT(nn.Module):
         TicketSetError: a model that cannot take tickets.
     """
 
+    feed = "patches are gathered before the patch embedding, each at its own position"
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         check_model(model)
         self.model = model
         self.grid = tuple(model.patch_embed.grid_size)
         self.patch_size = model.patch_embed.patch_size[0]
+        self.whole_side = self.grid[0] * self.patch_size
         if _is_eva(model):
             model.patch_drop = _Slot(model.num_prefix_tokens)
 
