@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
-from trainer import checkpoint
+from trainer import checkpoint, screen
 from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
-from trainer.dropping_vit import DroppingViT, keep_rate_at, without_drops
-from trainer.engine import State, StepOptions, Stopped, is_better, train_epoch, train_micro_batch
-from trainer.evaluate import DROPPING_PROTOCOLS, PROTOCOLS, Figures, evaluate
-from trainer.feed import Batch, EvalFeed, FeedOptions, TrainFeed, loader
+from trainer.dropping_vit import DroppingViT, keep_rate_at
+from trainer.engine import State, Stopped, is_better, train_epoch, train_micro_batch
+from trainer.evaluate import Figures, evaluate
+from trainer.feed import Batch, EvalFeed, TrainFeed, loader
 from trainer.folder import RunFolder, check_arguments, drop_rows, find
 from trainer.options import Options
-from trainer.student import build_student, dense_gmacs, gmacs
+from trainer.settings import feed_options, protocols, step_options
+from trainer.student import build_student, costs
 from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
@@ -96,28 +96,16 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
     if content is not None:
         assert newest is not None
         checkpoint.restore_weights(newest, content, run.state)
-    run.report(run.evaluate(run.final_protocols)[0])
+    screen.report(run.state, run.evaluate(run.final_protocols)[0])
     return 0
 
 
 def as_trained(options: Options, then: dict[str, Any]) -> Options:
     """The flags that a checkpoint's model was made with; --tokens may be another."""
-    names = (
-        "model",
-        "model_kwargs",
-        "feed",
-        "drop_blocks",
-        "keep_rate",
-        "fuse_token",
-        "tickets",
-        "resize_to_tokens",
-        "unmask_epochs",
-        "epochs",
-        "model_ema",
-    )
-    return replace(
-        options, **{name: then[name] for name in names}, tokens=options.tokens or then["tokens"], pretrained=False
-    )
+    made_with = ["model", "model_kwargs", "feed", "drop_blocks", "keep_rate", "fuse_token", "model_ema"]
+    trained_as = ["tickets", "resize_to_tokens", "unmask_epochs", "epochs"]
+    then_flags = {name: then[name] for name in [*made_with, *trained_as]}
+    return replace(options, **then_flags, tokens=options.tokens or then["tokens"], pretrained=False)
 
 
 class Run:
@@ -134,8 +122,7 @@ class Run:
         self.test_tokens = options.tokens or opened.k
         whole = options.resize_to_tokens or options.tickets == "full"
         self.tokens = self.patches if whole else self.test_tokens
-        self.config = resolve_model_data_config(self.plain.model)
-        self.feed_options = self._feed_options()
+        self.feed_options = feed_options(options, opened, self.plain, self.tokens, world.size)
         self.feed = TrainFeed(open_rows(options, opened, options.train_split), self.feed_options)
         self.val = EvalFeed(open_rows(options, opened, options.val_split), self.feed_options, world.rank, world.size)
         self.steps = self.feed.steps()
@@ -143,66 +130,11 @@ class Run:
         self.state = build_state(options, self.plain, world, self.lr, self.steps)
         # Signals are agreed on among the hosts: no step waits for a device.
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
-        self.step_options = self._step_options()
-        self.final_protocols: tuple[str, ...] = ("all",) if options.resize_to_tokens else PROTOCOLS
-        if isinstance(self.plain, DroppingViT):
-            self.final_protocols = DROPPING_PROTOCOLS
+        self.step_options = step_options(options, opened, self.plain, world, self._set_keep_rate, self._stop_requested)
+        self.final_protocols, self.own_protocol = protocols(options, self.plain)
         self.protocols = self.final_protocols[:2]
-        on_whole = self.feed_options.arm == "full" or options.unmask_epochs > 0
-        self.own_protocol = "all" if on_whole else "tickets"
-        if isinstance(self.plain, DroppingViT):
-            self.own_protocol = "dropped"
         self.folder: RunFolder | None = None  # rank 0's, in training
         self.stop = False  # a signal came
-
-    def _feed_options(self) -> FeedOptions:
-        options, opened = self.options, self.opened
-        return FeedOptions(
-            arm="full" if options.resize_to_tokens else options.tickets,
-            tokens=self.tokens,
-            img_size=self.plain.whole_side if options.resize_to_tokens else opened.manifest["img_size"],
-            whole_size=self.plain.whole_side,
-            wants_all=self.plain.wants_all,
-            patch_size=opened.manifest["patch_size"],
-            exif=opened.exif,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            global_batch=options.batch_size * self.world.size * options.grad_accum_steps,
-            repeats=options.repeats,
-            aa=options.aa,
-            color_jitter=options.color_jitter,
-            mean=self.config["mean"],
-            reprob=options.reprob,
-            mixup=options.mixup,
-            cutmix=options.cutmix,
-            mixup_prob=options.mixup_prob,
-            mixup_switch_prob=options.mixup_switch_prob,
-            mix_token=options.mix_token,
-            unmask_from=options.epochs - options.unmask_epochs if options.unmask_epochs else None,
-        )
-
-    def _step_options(self) -> StepOptions:
-        options = self.options
-        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[options.amp_dtype]
-        return StepOptions(
-            device=self.world.device,
-            mean=self.config["mean"],
-            std=self.config["std"],
-            patch_size=self.opened.manifest["patch_size"],
-            num_classes=len(self.opened.classes),
-            smoothing=options.smoothing,
-            clip_grad=options.clip_grad,
-            clip_mode=options.clip_mode,
-            accum=options.grad_accum_steps,
-            amp_dtype=dtype if options.amp else None,
-            seed=options.seed,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            log_interval=options.log_interval,
-            recovery_interval=options.recovery_interval,
-            before_update=self._set_keep_rate,
-            stop_requested=self._stop_requested,
-        )
 
     def _set_keep_rate(self, update: int) -> None:
         """Of a selector that learns to drop more and more; a function of the update, so that resuming is exact."""
@@ -230,8 +162,11 @@ class Run:
             self.state.scheduler.step_update(self._updates())
             log.info(f"resuming {newest}: epoch {self.state.epoch}, step {self.state.step}")
         on_first_rank(self.world, lambda: self._open_folder(path, arguments))
-        self.costs = self._costs()
-        self._show()
+        self.costs = costs(self.options, self.opened, self.plain, self.tokens, self.test_tokens, self.final_protocols)
+        screen.show(self.options, self.plain, self.costs, self.feed_options, self.lr, self.steps)
+        if self.feed.augment.skipped:
+            skipped = ", ".join(sorted(set(self.feed.augment.skipped)))
+            log.info(f"--aa: geometry is mined; {skipped} leave the view as it is")
         log.info(f"output: {path}")
 
     def _open_folder(self, path: Path, arguments: dict[str, Any]) -> None:
@@ -262,7 +197,7 @@ class Run:
         results = None
         while state.epoch < options.epochs:
             results = self._epoch()
-        self.report(results or self._finish(self.evaluate(self.final_protocols)))
+        screen.report(self.state, results or self._finish(self.evaluate(self.final_protocols)))
 
     def _practise(self, feed: TrainFeed) -> None:
         """One micro-batch forward and backward, thrown away, with an optimizer's two numbers a weight in memory."""
@@ -340,6 +275,10 @@ class Run:
             if (batch := next(batches, None)) is not None:
                 yield batch
 
+    def _log(self, state: State, steps: int, figures: dict[str, float]) -> None:
+        tokens = self.patches if self.feed_options.whole(state.epoch) else self.tokens
+        screen.progress(state, steps, figures, self.world.size, f"{tokens}/{self.opened.num_patches}")
+
     def _save_recovery(self, state: State) -> None:
         if self.folder:
             self.folder.save_recovery(state, self._ema_is_mature())
@@ -372,62 +311,3 @@ class Run:
     def _labels_set_id(self) -> str | None:
         path = self.options.token_labels
         return TicketSet.open(path, self.options.base, images=False).manifest["set_id"] if path else None
-
-    def _costs(self) -> dict[str, Any]:
-        """Tokens, and GMACs of a view's forward: in training as the mean over the epochs, and under each protocol."""
-        options, student = self.options, self.plain
-        at_k = gmacs(student, self.tokens)
-        dropping = isinstance(student, DroppingViT)
-        at_test = at_k if dropping else gmacs(student, self.test_tokens)  # a selector's tickets are its own
-        whole = gmacs(without_drops(student), self.patches)
-        unmasked = options.unmask_epochs / options.epochs
-        return {
-            "tokens": self.tokens,
-            "patches": self.opened.num_patches,
-            "train_gmacs": (1 - unmasked) * at_k + unmasked * whole,
-            "test_gmacs": {name: whole if name == "all" else at_test for name in self.final_protocols},
-            "dense_gmacs": dense_gmacs(options, self.opened, without_drops(student)),
-        }
-
-    def _show(self) -> None:
-        """What is about to happen, before the first step."""
-        options, costs = self.options, self.costs
-        own, dense = costs["train_gmacs"], costs["dense_gmacs"]
-        arm = "whole views, resized" if options.resize_to_tokens else options.tickets
-        log.info(
-            f"{options.model}: {sum(p.numel() for p in self.plain.parameters()) / 1e6:.1f} M parameters; {self.plain.feed}"
-        )
-        unmasked = f", the last {options.unmask_epochs} epochs all" if options.unmask_epochs else ""
-        log.info(
-            f"{arm}: {self.tokens} of {costs['patches']} tokens{unmasked}; {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"
-        )
-        log.info(
-            f"global batch {self.feed_options.global_batch} = {options.batch_size} x {self.world.size} ranks"
-            f" x {options.grad_accum_steps}, lr {self.lr:.3e}, {options.epochs} epochs of {self.steps} steps"
-        )
-        if options.warmup_epochs >= options.epochs:
-            log.warning(
-                f"--warmup-epochs {options.warmup_epochs}: not less than --epochs {options.epochs}; the learning rate only rises"
-            )
-        if self.feed.augment.skipped:
-            log.info(
-                f"--aa: geometry is mined; {', '.join(sorted(set(self.feed.augment.skipped)))} leave the view as it is"
-            )
-
-    def _log(self, state: State, steps: int, figures: dict[str, float]) -> None:
-        images = figures["images"] * self.world.size
-        mean = state.loss_sum / state.loss_count
-        lr = state.optimizer.param_groups[0]["lr"]
-        tokens = self.patches if self.feed_options.whole(state.epoch) else self.tokens
-        log.info(
-            f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
-            f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / figures['seconds']:.1f}/s"
-            f"  LR: {lr:.3e}  Data: {figures['waited'] / figures['seconds']:.0%}"
-            f"  Tokens: {tokens}/{self.opened.num_patches}"
-        )
-
-    def report(self, results: dict[str, Figures]) -> None:
-        for name, figures in results.items():
-            log.info(f"{name:12s} top-1 {figures['top1']:.2f}  top-5 {figures['top5']:.2f}  loss {figures['loss']:.4f}")
-        if self.state.best is not None:
-            log.info(f"*** Best metric: {self.state.best:.2f} (epoch {self.state.best_epoch})")

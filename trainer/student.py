@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from miner.models import load_weights, sketch, timm_name
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
-from trainer.dropping_vit import DroppingViT
+from trainer.dropping_vit import DroppingViT, without_drops
 from trainer.families import feed_of, size_arguments, whole_side, wrap
 from trainer.options import Options
 from trainer.ticket_model import TicketModel
@@ -139,3 +140,27 @@ def dense_gmacs(options: Options, opened: TicketSet, student: TicketModel) -> fl
         model = _create(options, opened, **size_arguments(student.model, side))
         student = TicketZero(model, opened.grid, patch, side)
     return gmacs(student, opened.num_patches)
+
+
+def costs(
+    options: Options, opened: TicketSet, student: TicketModel, tokens: int, test_tokens: int, names: Sequence[str]
+) -> dict[str, Any]:
+    """Tokens, and GMACs of a view's forward: in training as the mean over the epochs, and under each protocol.
+
+    Args:
+        tokens: K in training.
+        test_tokens: K of the ticket and random protocols.
+        names: of the protocols.
+    """
+    at_k = gmacs(student, tokens)
+    dropping = isinstance(student, DroppingViT)
+    at_test = at_k if dropping else gmacs(student, test_tokens)  # a selector's tickets are its own
+    whole = gmacs(without_drops(student), (student.whole_side // student.patch_size) ** 2)
+    unmasked = options.unmask_epochs / options.epochs
+    return {
+        "tokens": tokens,
+        "patches": opened.num_patches,
+        "train_gmacs": (1 - unmasked) * at_k + unmasked * whole,
+        "test_gmacs": {name: whole if name == "all" else at_test for name in names},
+        "dense_gmacs": dense_gmacs(options, opened, without_drops(student)),
+    }
