@@ -1,0 +1,135 @@
+"""Samples a second of one core: our loader against what users would run, from the same JPEGs.
+
+Every leg draws a random-resized crop (0.08 to 1, 3/4 to 4/3, bicubic with antialiasing) and a flip, and gives uint8
+batches; nothing is normalised. Ours gives the K = 144 kept patches and their places (one row: all 196 patches), the
+others whole 224 px images. All run in the measuring process without workers, so that a core is a core.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import FastCollateMixup, auto_augment, create_dataset, create_loader
+
+from benchmarks.pipelines import PIPELINES, webdataset_batches, write_tars
+from benchmarks.rounds import Leg, Part, Row, speedup, turns
+from benchmarks.setting import Setting
+from benchmarks.strangers import Stranger
+from shards.reader import TicketSet
+from shards.rows import Rows
+from trainer.feed import FeedOptions, TrainFeed, loader
+
+BATCH, SIZE = 64, 224
+LAP = 3  # batches: short laps and three times the rounds, since a lap's images are drawn and differ in size
+DEIT = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0}
+
+
+def measure(setting: Setting) -> Part:
+    part = Part()
+    tars = write_tars(setting.pictures, setting.work / "plain")
+    legs: dict[str, Leg] = {
+        "ours": leg(our_batches(setting.shards), LAP),
+        "ours, all patches": leg(our_batches(setting.shards, arm="full", tokens=196), LAP),
+        "ours, repeats 3": leg(our_batches(setting.shards, repeats=3), LAP),
+        "ours, DeiT": leg(our_batches(setting.shards, **DEIT), LAP),
+        "timm": leg(timm_batches(setting.pictures), LAP),
+        "timm, float32 tensors": leg(timm_batches(setting.pictures, prefetcher=False), LAP),
+        "timm, repeats 3": leg(timm_batches(setting.pictures, repeats=3), LAP),
+        "timm, DeiT": leg(timm_batches(setting.pictures, deit=True), LAP),
+    }
+    for name, decode in PIPELINES.items():
+        if decode is None:
+            part.skip(f"webdataset, {name}", "simplejpeg is not installed")
+        else:
+            legs[f"webdataset, {name}"] = leg(webdataset_batches(tars, decode, BATCH), LAP)
+    strangers = []
+    for name in ("litdata", "streaming"):
+        if setting.peers is None:
+            part.skip(name, "no --peers PYTHON (DATALTH_PEERS)")
+        else:
+            stranger = Stranger(setting.peers, name, setting.pictures, setting.work / name, BATCH)
+            strangers.append(stranger)
+            part.notes.append(stranger.versions)
+            legs[f"{name}, PIL"] = lambda stranger=stranger: stranger.lap(LAP)
+    try:
+        part.laps = turns(legs, 3 * setting.rounds)
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        torch.distributed.destroy_process_group()
+    part.rows = rows(part)
+    return part
+
+
+def rows(part: Part) -> list[Row]:
+    def row(ours: str, theirs: str, wanted: float | None, note: str = "") -> Row:
+        wall, cpu = speedup(part.laps[ours], part.laps[theirs])
+        return Row(f"loader, {ours}", theirs, wall, cpu, wanted and (">=", wanted), note=note)
+
+    peers = [name for name in part.laps if name.endswith("PIL")]
+    best = max(peers, key=lambda name: sum(lap.units / lap.cpu for lap in part.laps[name]))
+    found = [row("ours", "timm", 2.2)]
+    found += [row("ours", name, 1.3 if name == best else None) for name in part.laps if "," in name and name in peers]
+    found += [row("ours", name, None) for name in part.laps if name.startswith("webdataset, uint8")]
+    found += [row("ours", "timm, float32 tensors", None), row("ours, all patches", "timm", None)]
+    found += [row("ours, repeats 3", "timm, repeats 3", 4.2)]
+    note = "drawn geometric operations leave our views as they are; timm's are carried out"
+    return [*found, row("ours, DeiT", "timm, DeiT", 1.5, note)]
+
+
+def leg(batches: Iterator[int], count: int) -> Leg:
+    """Draws the next `count` batches of an endless iterator; the unit is a sample."""
+    return lambda: float(sum(next(batches) for _ in range(count)))
+
+
+def endless(make: Any) -> Iterator[int]:
+    """Samples of every batch, epoch after epoch; `make(epoch)` gives an epoch's batches of full size."""
+    epoch = 0
+    while True:
+        yield from make(epoch)
+        epoch += 1
+
+
+def our_batches(shards: Path, arm: str = "winning", tokens: int = 144, repeats: int = 1, **augment: Any) -> Iterator:
+    options = FeedOptions(
+        arm=arm, tokens=tokens, img_size=SIZE, patch_size=16, exif="ignore", seed=0, batch_size=BATCH,
+        global_batch=BATCH, repeats=repeats, **augment,
+    )  # fmt: skip
+    feed = TrainFeed(Rows(TicketSet.open(str(shards)), "train"), options)
+
+    def make(epoch: int) -> Iterable[int]:
+        places = [(epoch, step, 0) for step in range(feed.steps())]
+        return (len(batch["patches"]) for batch in loader(feed, places, 0, torch.device("cpu")))
+
+    return endless(make)
+
+
+def timm_batches(folder: Path, repeats: int = 0, deit: bool = False, prefetcher: bool = True) -> Iterator:
+    """timm's own loader: uint8 images as they leave it for the device, before its prefetcher normalises them.
+
+    Without the prefetcher it gives normalised float32 tensors.
+    """
+    if repeats:
+        start_group()
+    # timm draws 0 bits now and then, which Pillow 13 refuses.
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: auto_augment.posterize(
+        image, max(1, bits)
+    )
+    mixing = FastCollateMixup(DEIT["mixup"], DEIT["cutmix"], num_classes=1000, label_smoothing=0.1) if deit else None
+    made: Any = create_loader(
+        create_dataset("", root=str(folder), is_training=True), SIZE, BATCH, is_training=True, interpolation="bicubic",
+        color_jitter=0.0, auto_augment=DEIT["aa"] if deit else None, collate_fn=mixing, num_workers=0,
+        num_aug_repeats=repeats, distributed=bool(repeats), persistent_workers=False, device=torch.device("cpu"),
+        use_prefetcher=prefetcher,
+    )  # fmt: skip
+    made = made.loader if prefetcher else made
+    return endless(lambda epoch: (len(images) for images, _ in made))
+
+
+def start_group() -> None:
+    """timm's repeated augmentation asks how many processes there are."""
+    if not torch.distributed.is_initialized():
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1)

@@ -1,0 +1,85 @@
+"""Whether cost follows the number of images: CPU time an image, and peak memory, of mining, reading and training.
+
+Each measurement is a fresh process. Images are small, so that what is counted is all that a count can cost; starting up
+costs the same at any count, so the time of an image is that between two counts.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.pictures import make_small_pictures
+from benchmarks.rounds import Part, Row
+from benchmarks.setting import Setting, one_thread
+
+COUNTS = (1000, 5000, 20000)
+SIDE = 32
+READ = """
+import sys, torch
+torch.set_num_threads(1)
+from shards.reader import TicketSet
+from shards.rows import Rows
+from trainer.feed import FeedOptions, TrainFeed, loader
+feed = TrainFeed(Rows(TicketSet.open(sys.argv[1]), "train"), FeedOptions(arm="winning", tokens=3, img_size=32,
+    patch_size=16, exif="ignore", seed=0, batch_size=50, global_batch=50))
+for batch in loader(feed, [(0, step, 0) for step in range(feed.steps())], 0, torch.device("cpu")):
+    pass
+"""
+# A process's peak memory begins with that of the process it was started from, so a small one starts it.
+LAUNCH = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+sys.exit(code)
+"""
+
+
+def measure(setting: Setting) -> Part:
+    cost: dict[str, list[dict[int, tuple[float, float]]]] = {"mining": [], "reading": [], "training": []}
+    folders = {count: make_small_pictures(setting.work / f"small{count}", count, SIDE) for count in COUNTS}
+    sets = {count: Path(setting.work, f"set{count}") for count in COUNTS}
+    sizes = ["--img-size", str(SIDE), "--views", "2", "--shard-size", "1000"]
+    for number in range(setting.rounds):
+        found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in cost}
+        for count in COUNTS:
+            mining = ["-m", "miner.cli", "--data", str(folders[count]), "--out", str(sets[count]), "--overwrite"]
+            found["mining"][count] = usage([*mining, "--method", "center", "--val-share", "0.01", *sizes])
+            found["reading"][count] = usage(["-c", READ, str(sets[count])])
+            if number == 0 and count != COUNTS[1]:  # memory alone
+                found["training"][count] = usage(training(sets[count], setting.work / f"run{count}"))
+        for name, figures in found.items():
+            cost[name].append(figures)
+    part = Part(notes=["training's memory: one round"])
+    few, some, many = COUNTS
+    for name in ("mining", "reading"):
+        slopes = [
+            ((f[many][0] - f[some][0]) / (many - some)) / ((f[some][0] - f[few][0]) / (some - few)) for f in cost[name]
+        ]
+        against = f"the same from {few} to {some}"
+        part.rows.append(Row(f"{name}: CPU time an image from {some} to {many}", against, slopes, wanted=("<=", 1.15)))
+    for name, rounds in cost.items():
+        memory = [f[many][1] / f[few][1] for f in rounds if f]
+        part.rows.append(Row(f"{name}: peak memory at {many} images", f"at {few}", memory, wanted=("<=", 1.1)))
+    return part
+
+
+def training(shards: Path, output: Path) -> list[str]:
+    """datalth-train for one epoch of a very small model."""
+    flags = {"--shards": shards, "--output": output, "--model": "test_vit", "--epochs": 1, "--warmup-epochs": 0}
+    flags |= {"--repeats": 1, "--mixup": 0, "--cutmix": 0, "-b": 50, "-j": 0, "--device": "cpu"}
+    return ["-m", "trainer.cli", *(str(part) for flag in flags.items() for part in flag)]
+
+
+def usage(arguments: list[str]) -> tuple[float, float]:
+    """CPU seconds and peak bytes of one Python process.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-c", LAUNCH, sys.executable, *arguments]
+    done = subprocess.run(command, env=one_thread(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)[:200]}: {done.stderr.strip()[-500:]}")
+    seconds, peak = map(float, done.stdout.split())
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024)
