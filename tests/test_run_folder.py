@@ -216,7 +216,7 @@ def first_loss(folder: Path) -> float:
 FAULTS = """
 import os, sys
 import torch
-from trainer import engine, run
+from trainer import run, ticket_model
 from trainer.feed import EvalFeed
 
 fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
@@ -227,8 +227,8 @@ if fault == "signal in validation" and rank == 1:
         return evaluate(*arguments)
     run.evaluate = signalled
 if fault == "loss" and rank == 1:
-    cross_entropy = engine.soft_cross_entropy
-    engine.soft_cross_entropy = lambda *arguments: cross_entropy(*arguments) * float("nan")
+    cross_entropy = ticket_model.soft_cross_entropy
+    ticket_model.soft_cross_entropy = lambda *arguments: cross_entropy(*arguments) * float("nan")
 if fault == "image" and rank == 1:
     def broken(*arguments):
         raise OSError("val/bee/bee_0: cannot be read")
