@@ -15,7 +15,7 @@ demo: .venv/installed ## Mine tickets, train on them, judge: the whole story in 
 	@rm -rf $(DEMO)
 	$(BIN)/python examples/study.py demo --out $(DEMO)
 
-results: .venv/installed ## The study of docs/RESULTS.md; takes hours, goes on where it was interrupted
+results: .venv/installed ## The study of docs/RESULTS.md; about an hour; goes on where it was interrupted
 	$(BIN)/python examples/study.py results --out $(RESULTS)
 
 test: .venv/installed ## Run the test suite

@@ -1,7 +1,7 @@
 """The whole story on cluttered digits, through the public commands alone.
 
     python examples/study.py demo --out .demo         # minutes; what `make demo` runs
-    python examples/study.py results --out .results   # hours; run it again after an interruption, it goes on
+    python examples/study.py results --out .results   # about an hour; run again, it goes on
 
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """

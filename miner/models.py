@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 
 T = TypeVar("T")
 Model = Any  # a timm model; torch would type each of its attributes Tensor | Module
@@ -140,7 +140,7 @@ def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
         own_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         return own_filter(state, model) if own_filter else state
     except Exception as error:  # pickle, zip, safetensors and shape errors have no common class
-        raise TicketSetError(f"{flag} {path}: not a loadable checkpoint: {_first_line(error)}") from None
+        raise TicketSetError(f"{flag} {path}: not a loadable checkpoint: {first_line(error)}") from None
 
 
 def _fit(model: Model, state: dict[str, torch.Tensor], where: str) -> list[str]:
@@ -206,7 +206,7 @@ def _create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Mo
         return timm.create_model(full_name, pretrained=pretrained, **kwargs)
     except Exception as error:
         if not pretrained:
-            raise TicketSetError(f"{flag} {name}: timm cannot build it: {_first_line(error)}") from None
+            raise TicketSetError(f"{flag} {name}: timm cannot build it: {first_line(error)}") from None
         raise TicketSetError(
             f"{flag} {name}: no pretrained weights here ({type(error).__name__}). Give a file with"
             f" {'--weights' if selector else '--token-label-weights'} FILE"
@@ -225,7 +225,3 @@ def square_patch(model: Model) -> int:
     if height != width:
         raise TicketSetError(f"selector {type(model).__name__}: expected square patches, got {height}x{width}")
     return height
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

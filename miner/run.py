@@ -25,7 +25,7 @@ from miner.selectors import METHODS, MODEL_FREE, Selector, create_selector
 from miner.sources import Source, open_source
 from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.writer import finalize, read_shard_json
 
 DEFAULT_KEEP_RATE = 0.9
@@ -180,7 +180,7 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
     try:
         selector = create_selector(method, model, grid, counts, blocks, device, options.amp, options.torchcompile)
     except (RuntimeError, AssertionError) as error:  # torch's word on a device that is not there
-        raise TicketSetError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"--device {device}: {first_line(error)}") from None
     config = resolve_model_data_config(model) if model else {"mean": (), "std": ()}
     return selector, {
         "method": method,
@@ -209,7 +209,7 @@ def token_labeller(options: Options, source: Source) -> Labeller | None:
             options.token_labels, options.token_label_weights, len(source.classes), device, options.amp
         )
     except (RuntimeError, AssertionError) as error:
-        raise TicketSetError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"--device {device}: {first_line(error)}") from None
 
 
 def check_method(options: Options) -> None:

@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from miner import models
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.token_labels import MAX_CLASSES, TOP
 
 SIDE = 18  # places, as LV-ViT's maps; a model whose stride does not allow it has others
@@ -137,7 +137,7 @@ def _check_head(model: models.Model, size: int, name: str) -> int:
         square = _places(model, noise).shape[1] == side**2 and side > 1
         fits = square and (whole - mean).abs().max() <= TOLERANCE * (whole - whole.mean()).abs().max()
     except (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError) as error:
-        raise TicketSetError(f"{refusal}; {type(model).__name__}: {str(error).splitlines()[0][:100]}") from None
+        raise TicketSetError(f"{refusal}; {type(model).__name__}: {first_line(error)}") from None
     if not fits:
         raise TicketSetError(f"{refusal}, got {type(model).__name__} with {tuple(noise.shape[1:])} features")
     return side

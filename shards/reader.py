@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from shards import format as fmt
 from shards import storage, token_labels
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.tar import split_members
 
 
@@ -172,7 +172,7 @@ class TicketSet:
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; expected the index of shard {name}") from None
         except pa.ArrowException as error:
-            raise TicketSetError(f"{url}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+            raise TicketSetError(f"{url}: not a readable parquet file: {first_line(error)}") from None
 
     def table(self, split: str) -> pa.Table:
         """The index of a split: the columns of docs/FORMAT.md and `shard`."""

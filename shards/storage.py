@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 
 REMOTE_BLOCK = 16 << 20  # bytes fetched at once from a remote file
 REMOTE_BLOCKS_KEPT = 12  # a shard of ImageNet, so that its samples may be read in any order
@@ -45,7 +45,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise TicketSetError(f"{url}: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"{url}: {first_line(error)}") from None
 
 
 def read_bytes(url: str) -> bytes:

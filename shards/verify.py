@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from shards import format as fmt
 from shards import storage, token_labels
-from shards.errors import ImageError, TicketSetError
+from shards.errors import ImageError, TicketSetError, first_line
 from shards.images import decode
 from shards.reader import TicketSet, read_parquet
 from shards.views import canonical_view
@@ -178,7 +178,7 @@ def _check_index(
     try:
         index = read_parquet(storage.read_bytes(storage.join(opened.url, where)))
     except pa.ArrowException as error:
-        yield f"{where}: not a readable parquet file: {str(error).splitlines()[0]}"
+        yield f"{where}: not a readable parquet file: {first_line(error)}"
         return
     said = {k.decode(): v.decode() for k, v in (index.schema.metadata or {}).items()}
     if said.get("datalth.shard") != name or said.get("datalth.plan_id") != plan_id:

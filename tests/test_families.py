@@ -1,6 +1,7 @@
 """Swin, Hiera and CNNs on tickets: what their models see, by hand, and every arm through datalth-train."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,10 @@ def test_hiera_trains_on_units(photos, tmp_path):
 
 
 def test_what_a_family_cannot_take_is_refused(tickets, tmp_path: Path):
+    refused = train(tickets, tmp_path, "x", "--token-labels", tmp_path / "maps", code=1).output
+    assert "deit_tiny has no use for them; LV-ViT has" in refused
+    refused = train(tickets, tmp_path, "x", "--mix-token", code=1).output
+    assert "--mix-token: deit_tiny has none; it is LV-ViT's" in refused
     swin = flags("swin_tiny_patch4_window7_224")
     refused = train(tickets, tmp_path, "x", *swin, plain=True, code=1).output
     assert "8 tokens are no square, so that they fill no image; choose --tokens 4 or 9" in refused
@@ -212,8 +217,9 @@ def test_the_feed_gives_each_view_its_own_part_of_the_map(tickets, maps):
 
     opened = TicketSet.open(str(tickets))
     rows = Rows(opened, "train", token_labels=TicketSet.open(str(maps), images=False))
-    feed = TrainFeed(rows, FeedOptions("winning", 8, 64, 16, "ignore", 0, 4, 4, repeats=2))
+    feed = TrainFeed(rows, FeedOptions("winning", 8, 64, 16, "ignore", 0, 4, 4, repeats=2, token_labels=True))
     batch = feed[0, 0, 0]
+    assert "token_labels" not in TrainFeed(rows, replace(feed.options, token_labels=False))[0, 0, 0]
     for slot, (shard, row, visit) in enumerate(feed.samples(0)[:4].tolist()):
         sample = rows.read(shard, row)
         top, left, height, width, flip = sample.views[view_of_visit(0, shard, row, visit, 4)].tolist()

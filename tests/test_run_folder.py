@@ -341,3 +341,12 @@ def test_a_remote_tar_is_fetched_once_and_the_longest_unused_copy_goes_first(tmp
     assert Path(fetch("memory://set/0.tar", tmp_path)).read_bytes() == bytes(10)  # the copy, now the newest
     fetch("memory://set/2.tar", tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["0.tar", "2.tar"]
+
+
+def test_a_val_split_without_one_good_image_is_refused_before_an_epoch_is_spent(photos, tmp_path):
+    copy = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for path in (copy / "val").rglob("*.*"):
+        path.write_bytes(b"no image")
+    mine("--data", copy, "--out", tmp_path / "set", "--method", "center", "--max-failures", 1)
+    output = train(tmp_path / "set", tmp_path, "run", "--repeats", 1, code=1).output
+    assert "split val has no image that could be read" in output and not (tmp_path / "run").exists()

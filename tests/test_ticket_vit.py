@@ -128,3 +128,16 @@ def test_the_wrapped_models_state_dict_is_untouched():
 def test_models_that_cannot_take_tickets_are_refused_in_words(name, arguments, reason):
     with pytest.raises(TicketSetError, match=reason):
         TicketViT(timm.create_model(name, **arguments))
+
+
+def test_the_library_name_is_the_class_and_the_package_alone_needs_no_torch():
+    import subprocess
+    import sys
+
+    import trainer
+
+    assert trainer.TicketViT is TicketViT
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        trainer.Other  # noqa: B018
+    code = "import sys, trainer; assert 'torch' not in sys.modules; trainer.TicketViT; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

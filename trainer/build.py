@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from shards.rows import Rows
 from shards.verify import verify
@@ -62,12 +62,12 @@ def start_world(options: Options) -> World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise TicketSetError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"--device {name}: {first_line(error)}") from None
     if size > 1:
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
-            raise TicketSetError(f"WORLD_SIZE {size}: no process group, {str(error).splitlines()[0]}") from None
+            raise TicketSetError(f"WORLD_SIZE {size}: no process group, {first_line(error)}") from None
     return World(rank, size, device)
 
 
@@ -94,20 +94,20 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
     """The samples of a split.
 
     Raises:
-        TicketSetError: images without a label, or too few images or views for --repeats.
+        TicketSetError: no image or images without a label, or too few images or views for --repeats.
     """
     labels = None
     if options.token_labels is not None and split == options.train_split and not options.eval:
         labels = TicketSet.open(options.token_labels, options.base, images=False)
     rows = Rows(opened, split, token_labels=labels)
+    if not len(rows):
+        raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
     if not rows.labelled:
         raise TicketSetError(f"{opened.url}: split {split} has images without label")
     if rows.skipped:
         log.info(f"{split}: {rows.skipped} images of the base have no ticket and are skipped")
     if split != options.train_split:
         return rows
-    if not len(rows):
-        raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
     if len(rows) < options.repeats:
         raise TicketSetError(f"--repeats {options.repeats}: split {split} has only {len(rows)} images")
     views = max(1, opened.manifest["splits"][split]["views"] - 1)
@@ -150,7 +150,7 @@ def build_state(options: Options, student: TicketModel, world: World, lr: float,
         )
         scheduler.step_update(0)
     except (AssertionError, AttributeError, TypeError, ValueError) as error:  # timm's factories, for unknown names
-        reason = str(error).splitlines()[0] if str(error) else "not supported here"
+        reason = first_line(error) if str(error) else "not supported here"
         raise TicketSetError(f"--opt {options.opt}, --sched {options.sched}, --lr {lr:g}: {reason}") from None
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
     ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=True) if options.model_ema else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from miner.models import timm_name
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.storage import atomic_file, write_atomic
 from trainer.engine import State
 
@@ -84,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise TicketSetError(f"--resume {path}: no such file") from None
     except Exception as error:  # zip and pickle errors have no common class
-        raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or not {"state_dict", "args", "classes"} <= content.keys():
         raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train")
     return content

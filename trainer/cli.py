@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from shards.console import reports_errors
+from shards.errors import first_line
 
 EXAMPLES = """
 \b
@@ -27,7 +28,7 @@ def read_config(context: click.Context, parameter: click.Parameter, path: str | 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise click.BadParameter(f"{path}: {str(error).splitlines()[0]}") from None
+        raise click.BadParameter(f"{path}: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{path}: expected lines of flag: value")
     from trainer.options import DERIVED  # args.yaml holds these too

@@ -15,8 +15,8 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from torch.utils.data import DataLoader, Dataset
 
-from shards.errors import TicketSetError
-from shards.images import render_views
+from shards.errors import ImageError, TicketSetError, first_line
+from shards.images import decode, render_pixels, render_views
 from shards.reader import Sample
 from shards.rows import Rows
 from trainer.arms import arm_ranking, mixed_ranking
@@ -51,6 +51,7 @@ class FeedOptions:
     unmask_from: int | None = None  # from this epoch on all patches
     whole_size: int | None = None  # of views that are fed whole, where that is another
     wants_all: bool = False  # all patches go along with a ticket
+    token_labels: bool = False  # the model has a use for them
     mix_token: bool = False  # LV-ViT's: tokens are mixed on the device, places here
 
     def whole(self, epoch: int) -> bool:
@@ -80,7 +81,9 @@ class TrainFeed(Dataset):
         if mixes and options.mix_token:
             raise TicketSetError("--mix-token: expected --mixup 0 --cutmix 0 beside it")
         if (mixes or options.mix_token) and options.batch_size % 2:
-            raise TicketSetError(f"mixup and cutmix mix pairs: expected an even --batch-size, got {options.batch_size}")
+            raise TicketSetError(
+                f"mixup, cutmix and MixToken mix pairs: expected an even --batch-size, got {options.batch_size}"
+            )
         self._mixup = (
             Mixup(options.mixup, options.cutmix, prob=options.mixup_prob, switch_prob=options.mixup_switch_prob)
             if mixes
@@ -101,14 +104,14 @@ class TrainFeed(Dataset):
         positions = batch_positions(step, micro, options.batch_size, options.global_batch, len(samples))
         chosen = samples[positions]
         with kept_generators():  # saving and restoring them for every sample would cost 60 us each
-            pixels, rankings = self._views(chosen, positions, epoch)
+            pixels, rankings, maps = self._views(chosen, positions, epoch)
         labels = np.array([self.rows.label(shard, row) for shard, row, _ in chosen.tolist()])
         whole = options.whole(epoch)
         everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
         tokens = rankings.shape[1] if whole else options.tokens
         with seeded("mix", options.seed, epoch, step):
             pixels, rankings, mixed = self._mix(pixels, rankings, tokens, whole)
-        keep = mixed.pop("keep") if "keep" in mixed else everything if whole else rankings[:, :tokens]
+        keep = mixed.pop("keep", everything if whole else rankings[:, :tokens])
         partners = labels[np.arange(len(labels)) ^ 1] if mixed else labels
         batch = {
             "patches": gather(pixels, everything if options.wants_all else keep, options.patch_size),
@@ -118,7 +121,7 @@ class TrainFeed(Dataset):
             "lam": np.ones(len(labels), np.float32),
             "grid_width": np.full(len(labels), options.grid(whole)[1]),
             **mixed,
-            **self._token_labels(chosen),
+            **maps,
         }
         if options.reprob:
             batch["erase"] = self._erasing_boxes(positions, epoch, options.side(whole))
@@ -132,28 +135,21 @@ class TrainFeed(Dataset):
                 boxes.append(erasing_box(self.options.reprob, side))
         return np.array(boxes, np.int64)
 
-    def _token_labels(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """Maps of whole images, and which part of them the views show: see trainer.token_labels.cut."""
-        if not self.rows.has_token_labels:
-            return {}
-        maps, boxes, flips = [], [], []
-        for shard, row, visit in chosen.tolist():
-            sample = self.rows.read(shard, row)
-            number = view_of_visit(self.options.seed, shard, row, visit, len(sample.views))
-            top, left, high, wide, flip = sample.views[number].tolist()
-            height, width = self.rows.image_size(shard, row)
-            maps.append(np.asarray(sample.token_labels, np.int32))
-            boxes.append([top / height, left / width, high / height, wide / width])
-            flips.append(bool(flip))
-        return {"token_labels": np.stack(maps), "boxes": np.array(boxes, np.float32), "flips": np.array(flips)}
+    def _views(
+        self, chosen: np.ndarray, positions: np.ndarray, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Augmented pixels uint8 [B, S, S, 3] and the arm's rankings [B, N]; each image is read and decoded once.
 
-    def _views(self, chosen: np.ndarray, positions: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Augmented pixels uint8 [B, S, S, 3] and the arm's rankings [B, N]; each image is decoded once."""
+        Where they are wanted and there, also token labels of the whole images, and which part of them the views show:
+        see trainer.token_labels.cut.
+        """
         options = self.options
         whole = options.whole(epoch)
         size, grid = options.side(whole), options.grid(whole)
         pixels = np.empty((len(chosen), size, size, 3), np.uint8)
         rankings = np.empty((len(chosen), grid[0] * grid[1]), np.int64)
+        labelled = options.token_labels and self.rows.has_token_labels
+        maps: list[Any] = [None] * len(chosen)
         slots: dict[tuple[int, int], list[int]] = {}
         for slot, (shard, row, _) in enumerate(chosen.tolist()):
             slots.setdefault((shard, row), []).append(slot)
@@ -168,6 +164,8 @@ class TrainFeed(Dataset):
                     seed_generators("color", *name)
                     view = self.augment(view)
                 pixels[slot] = view
+                if labelled:
+                    maps[slot] = self._map(sample, number, self.rows.image_size(shard, row))
                 rankings[slot] = arm_ranking(
                     "full" if whole else options.arm,
                     sample.rankings[number],
@@ -175,7 +173,14 @@ class TrainFeed(Dataset):
                     fixed_name=f"{options.seed}/{sample.key}/{number}",
                     fresh_name="/".join(map(str, name)),
                 )
-        return pixels, rankings
+        return pixels, rankings, {name: np.stack([m[name] for m in maps]) for name in (maps[0] or {})}
+
+    def _map(self, sample: Sample, number: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Token labels of one image of (height, width) pixels, and the place of a view in it."""
+        top, left, height, width, flip = sample.views[number].tolist()
+        box = np.array([top / size[0], left / size[1], height / size[0], width / size[1]], np.float32)
+        labels = np.asarray(sample.token_labels, np.int32)
+        return {"token_labels": labels, "boxes": box, "flips": np.array(bool(flip))}
 
     def _mix(
         self, pixels: np.ndarray, rankings: np.ndarray, tokens: int, whole: bool
@@ -239,19 +244,20 @@ class EvalFeed(Dataset):
         size = self.options.batch_size
         positions = self._positions[number * size : (number + 1) * size]
         samples = [self.rows.read(*self.rows.locate(int(p))) for p in positions]
-        names = {"patches": self.options.side(False)}
+        sizes = {"patches": self.options.side(False)}
         if self.options.side(True) != self.options.side(False):
-            names["whole"] = self.options.side(True)
+            sizes["whole"] = self.options.side(True)
+        images = [decode(sample.image, self.options.exif) for sample in samples]
         return {
-            **{name: self._patches(samples, side) for name, side in names.items()},
+            **{name: self._patches(images, samples, side) for name, side in sizes.items()},
             "rankings": torch.from_numpy(np.stack([s.rankings[0] for s in samples]).astype(np.int64)),
             "labels": torch.from_numpy(self.rows.labels[positions].astype(np.int64)),
             "positions": torch.from_numpy(positions),
         }
 
-    def _patches(self, samples: list[Sample], side: int) -> torch.Tensor:
-        """All patches of each sample's view 0 at a size."""
-        views = [render_views(s.image, s.views[:1], side, self.options.exif)[0] for s in samples]
+    def _patches(self, images: list[np.ndarray], samples: list[Sample], side: int) -> torch.Tensor:
+        """All patches of each sample's view 0 at a size; `images` are decoded."""
+        views = [render_pixels(image, s.views[:1], side)[0] for image, s in zip(images, samples, strict=True)]
         everything = np.arange((side // self.options.patch_size) ** 2)
         keep = np.tile(everything, (len(samples), 1))
         return torch.from_numpy(gather(np.stack(views), keep, self.options.patch_size))
@@ -280,7 +286,7 @@ class _Reporting(Dataset):
     def __getitem__(self, place: Any) -> Batch | Exception:
         try:
             return self._feed[place]
-        except (ValueError, OSError) as error:
+        except (TicketSetError, ImageError, OSError) as error:
             return error
 
 
@@ -308,4 +314,4 @@ def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> It
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise TicketSetError(f"-j {workers}: {str(error).splitlines()[0]} Out of memory? Try fewer workers") from None
+        raise TicketSetError(f"-j {workers}: {first_line(error)} Out of memory? Try fewer workers") from None

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from miner.models import load_weights, sketch, timm_name
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from trainer.dropping_vit import DroppingViT, without_drops
 from trainer.families import feed_of, size_arguments, whole_side, wrap
@@ -58,7 +58,7 @@ def _create(options: Options, opened: TicketSet, pretrained: bool = False, **siz
     try:
         model: Any = timm.create_model(timm_name(options.model), pretrained=pretrained, **arguments)
     except Exception as error:  # timm's builders and hubs have no common class
-        raise TicketSetError(f"--model {options.model}: timm cannot build it: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"--model {options.model}: timm cannot build it: {first_line(error)}") from None
     if model.num_classes != len(opened.classes):
         raise TicketSetError(
             f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
@@ -91,6 +91,8 @@ def _wrap(feed: str, model: Any, options: Options, opened: TicketSet, side: int)
     patch = opened.manifest["patch_size"]
     grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
     student = wrap(feed, model, grid, patch, side)
+    if options.token_labels is not None and not student.wants_token_labels:
+        raise TicketSetError(f"--token-labels: {options.model} has no use for them; LV-ViT has")
     if options.mix_token and "box" not in student.extras:
         raise TicketSetError(f"--mix-token: {options.model} has none; it is LV-ViT's")
     if options.drop_blocks is None:

@@ -44,6 +44,7 @@ class TicketLVViT(TicketModel):
     """
 
     wants_all = True
+    wants_token_labels = True
     extras = ("box",)
 
     def __init__(self, model: Any, mode: str = "late") -> None:

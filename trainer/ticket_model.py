@@ -1,11 +1,12 @@
 """What the trainer asks of a model that is fed tickets: one subclass a family, in a file of its own."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
 
 
-class TicketModel(nn.Module):
+class TicketModel(nn.Module, ABC):
     """A timm model behind a stem that takes patches and their places.
 
     Attributes:
@@ -16,6 +17,7 @@ class TicketModel(nn.Module):
             a model that packs its tickets into a smaller image.
         wants_all: whether forward is given all N patches of a view beside the places of the K kept ones.
         feed: what a ticket becomes for this model, in words.
+        wants_token_labels: whether `loss` has a use for mined token labels in the batch.
         extras: names of what forward takes of a batch beside patches and places, where the batch has it.
     """
 
@@ -24,9 +26,11 @@ class TicketModel(nn.Module):
     patch_size: int
     whole_side: int
     wants_all = False
+    wants_token_labels = False
     feed = ""
     extras: tuple[str, ...] = ()
 
+    @abstractmethod
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Any:
         """[B, K, C*p*p] normalised pixels ([B, N, C*p*p] where `wants_all`) and [B, K] row-major places in [0, N).
 
@@ -35,7 +39,6 @@ class TicketModel(nn.Module):
         Returns:
             In eval mode logits [B, classes]; in training what `loss` takes.
         """
-        raise NotImplementedError
 
     def loss(self, outputs: Any, targets: Tensor, batch: dict[str, Tensor], smoothing: float) -> Tensor:
         """Mean loss of a batch.

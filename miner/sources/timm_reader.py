@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from miner.sources.source import Entry, Source, class_names, empty_classes, listing
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 
 _ITERABLE = ("wds", "tfds", "hfids")
 _ADVICE = {
@@ -59,7 +59,7 @@ def _create(spec: str, name: str, split: str) -> Any:
     try:
         reader = create_reader(name, root=None, split=split)
     except Exception as error:  # timm, datasets and the network each have their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if isinstance(error, ImportError):
             reason += "; pip install 'datalth[timm-readers]'"
         raise TicketSetError(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.reader import read_parquet
 
 PROTOCOLS = ("tickets", "all", "random")
@@ -89,7 +89,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise TicketSetError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"{path}: not readable: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise TicketSetError(f"{path}: expected names and values, got {type(value).__name__}")
     return value
@@ -108,7 +108,7 @@ def _read_predictions(path: Path, top1: dict[str, float]) -> tuple[pa.Array, dic
     try:
         table = read_parquet(path.read_bytes(), ["key", "label", *top1])
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise TicketSetError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+        raise TicketSetError(f"{path}: damaged: {first_line(error)}") from None
     missing = {"key", "label", *top1} - set(table.column_names)
     if missing or not len(table):
         raise TicketSetError(f"{path}: damaged: {f'no column {min(missing)}' if missing else 'no images'}")
