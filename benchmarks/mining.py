@@ -25,7 +25,7 @@ from shards.views import image_views
 
 SIZE, BATCH, GRID, N = 224, 16, (14, 14), 196
 # Method: model, bottleneck, images, views.
-LEGS = {"evit": ("deit_small", "select", 8, 2), "nothing": ("test_vit", "decode and render", 60, 4)}
+LEGS = {"evit": ("deit_small", "select", 8, 2), "nothing": ("test_vit", "decode and render", 200, 4)}
 
 
 @register_method("nothing")

