@@ -2,6 +2,7 @@
 
     python examples/study.py demo --out .demo         # minutes; what `make demo` runs
     python examples/study.py results --out .results   # about an hour; run again, it goes on
+    python examples/study.py families --out .results  # half an hour more
 
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,6 +28,16 @@ HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 AT_ONCE = 2  # trainings
 SELECTOR = "test_vit"  # the student's own model; examples/digits.yaml names it too
+SWIN = ["embed_dim=24", "depths=(2,2,2)", "num_heads=(1,2,4)"]
+LVVIT = ["embed_dim=64", "depth=4", "num_heads=4", "stem_width=16"]
+MODELS: dict[str, list[Any]] = {  # name: timm's model, its arguments, flags
+    "swin-small-dense": ["swin_tiny_patch4_window7_224", [*SWIN, "window_size=4"], "--tokens", 16],
+    "swin-zero": ["swin_tiny_patch4_window7_224", [*SWIN, "window_size=6"], "--tokens", 16, "--feed", "zero"],
+    "lvvit-late": ["lvvit_t", LVVIT],
+    "lvvit-early": ["lvvit_t", LVVIT, "--feed", "early"],
+    "cnn": ["test_resnet", []],
+    "hiera": ["hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]],
+}
 Job = tuple[str, Path, Sequence[object]]  # name of the run, ticket set, further flags
 
 
@@ -130,21 +142,44 @@ def demo(out: Path) -> None:
 @click.option("--seeds", default=3, show_default=True, help="Of every arm.")
 def results(out: Path, seeds: int) -> None:
     """Every arm and its controls at three K; how many stored views it takes. What docs/RESULTS.md shows."""
-    digits = out / "digits"
-    if not digits.exists():
-        show(HERE / "make_digits.py", "--out", digits)
+    digits = pictures(out)
     arms(out, digits, range(seeds))
     views(out, digits, range(seeds))
 
 
+@main.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of `results`, or a new one.")
+@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+def families(out: Path, seeds: int) -> None:
+    """Swin, LV-ViT, a CNN and Hiera on tickets; a selector that is taught to drop patches."""
+    digits = pictures(out)
+    teach(out, digits, range(seeds))
+    selectors(out, digits, range(seeds))
+    other_models(out, digits, range(seeds))
+
+
+def pictures(out: Path) -> Path:
+    digits = out / "digits"
+    if not digits.exists():
+        show(HERE / "make_digits.py", "--out", digits)
+    return digits
+
+
+def teach(out: Path, digits: Path, seeds: range) -> list[Job]:
+    """Base, models trained on all patches (c), and the tickets of the first; returns its jobs."""
+    base, runs = out / "base", out / "runs"
+    mine(base, "--data", digits, "--method", "center", "--tokens", 9, "--views", 1)
+    full: list[Job] = [(f"full-{seed}", base, ["--tickets", "full", "--seed", seed]) for seed in seeds]
+    train(runs, full)
+    mine(out / "tickets", "--data", base, "--images", "link", "--method", "rollout", "--selector", SELECTOR,
+         "--weights", runs / "full-0" / "model_best.safetensors", "--tokens", 9)  # fmt: skip
+    return full
+
+
 def arms(out: Path, digits: Path, seeds: range) -> None:
     """One set of tickets; its rankings at K = 14, 9 and 5 are the keep rates 0.7, 0.6 and 0.5 at three stages."""
+    full = teach(out, digits, seeds)
     base, tickets, runs = out / "base", out / "tickets", out / "runs"
-    mine(base, "--data", digits, "--method", "center", "--tokens", 9, "--views", 1)
-    full = [(f"full-{seed}", base, ["--tickets", "full", "--seed", seed]) for seed in seeds]
-    train(runs, full)
-    mine(tickets, "--data", base, "--images", "link", "--method", "rollout", "--selector", SELECTOR,
-         "--weights", runs / "full-0" / "model_best.safetensors", "--tokens", 9)  # fmt: skip
     jobs: list[Job] = []
     for seed, tokens in itertools.product(seeds, (14, 9, 5)):
         at = ["--tokens", tokens, "--seed", seed]
@@ -159,6 +194,59 @@ def arms(out: Path, digits: Path, seeds: range) -> None:
             jobs.append((f"resized-{tokens}-{seed}", base, ["--resize-to-tokens", "--tokens", tokens, "--seed", seed]))
     train(runs, jobs)
     judge(runs, [name for name, _, _ in [*full, *jobs]], out / "arms")
+
+
+def selectors(out: Path, digits: Path, seeds: range) -> None:
+    """evit's tickets at K = 9: of the model trained on all patches, and of the same taught to drop for 5 epochs."""
+    base, runs, teacher = out / "base", out / "runs", out / "runs" / "full-0"
+    dropping = ["--tickets", "full", "--drop-blocks", "1,3,4", "--keep-rate", 0.6, "--epochs", 5, "--lr", 3e-4]
+    train(runs, [("dropping", base, [*dropping, "--initial-checkpoint", teacher / "model_best.safetensors"])])
+    names: list[str] = [f"full-{seed}" for seed in seeds]
+    for name, selector in (("evit", teacher), ("evit-dropping", runs / "dropping")):
+        tickets = out / name
+        mine(tickets, "--data", base, "--images", "link", "--method", "evit", "--selector", SELECTOR,
+             "--weights", selector / "model_best.safetensors", "--keep-rate", 0.6)  # fmt: skip
+        show("datalth-shards", "score", tickets, "--masks", digits / "masks")
+        jobs: list[Job] = [
+            (f"{name}-{arm}-{seed}", tickets, ["--tickets", arm, "--seed", seed])
+            for seed in seeds
+            for arm in ("winning", "random")
+        ]
+        train(runs, jobs)
+        names += [job[0] for job in jobs]
+    judge(runs, names, out / "selectors")
+
+
+def other_models(out: Path, digits: Path, seeds: range) -> None:
+    """Small models of each family, 5 epochs, three arms; Hiera on tickets of its own units of 32 px."""
+    runs, units = out / "runs", out / "units"
+    few = ["--epochs", 5]
+    mine(out / "base-32", "--data", digits, "--method", "center", "--tokens", 4, "--views", 1, "--patch-size", 32)
+    coarse = ["--tickets", "full", "--seed", 0, "--model-kwargs", "patch_size=32"]
+    train(
+        runs, [("full-32", out / "base-32", coarse), ("cnn-full-0", out / "tickets", [*family("cnn", "full", 0), *few])]
+    )
+    mine(units, "--data", out / "base-32", "--images", "link", "--method", "rollout", "--selector", SELECTOR,
+         "--weights", runs / "full-32" / "model_best.safetensors", "--patch-size", 32, "--tokens", 4)  # fmt: skip
+    mine(out / "labels", "--data", out / "base", "--images", "link", "--method", "none", "--token-labels",
+         "test_resnet", "--token-label-weights", runs / "cnn-full-0" / "model_best.safetensors")  # fmt: skip
+    for name in MODELS:
+        labels = ["--token-labels", out / "labels", "--mix-token"] if name.startswith("lvvit") else []
+        tickets = units if name == "hiera" else out / "tickets"
+        jobs: list[Job] = [
+            (f"{name}-{arm}-{seed}", tickets, [*family(name, arm, seed), *few, *labels])
+            for seed in seeds
+            for arm in ("winning", "random", "full")
+        ]
+        train(runs, jobs)
+        judge(runs, [job[0] for job in jobs], out / "families" / name)
+
+
+def family(name: str, arm: str, seed: int) -> list[object]:
+    """Flags of a run of one of MODELS."""
+    model, arguments, *flags = MODELS[name]
+    words = [word for argument in arguments for word in ("--model-kwargs", argument)]
+    return ["--model", model, *words, *flags, "--tickets", arm, "--seed", seed]
 
 
 def views(out: Path, digits: Path, seeds: range) -> None:

@@ -1,6 +1,9 @@
 """The drop rule: how many patches survive each stage. The miner's selectors and dropping ViTs share it."""
 
 import math
+from collections.abc import Sequence
+
+from shards.errors import TicketSetError
 
 PAPER_STAGES = 3  # drop blocks of the paper: 3, 6 and 9 of 12
 
@@ -39,3 +42,28 @@ def keep_counts_for(num_patches: int, tokens: int, stages: int = PAPER_STAGES) -
     share = tokens / num_patches
     counts = [math.ceil(num_patches * share ** (i / stages)) for i in range(1, stages)]
     return (*counts, tokens)
+
+
+def parse_blocks(text: str | None) -> tuple[int, ...] | None:
+    """`3,6,9` -> (3, 6, 9)
+
+    Raises:
+        TicketSetError: other text.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise TicketSetError(f"--drop-blocks: expected block numbers like 3,6,9, got {text!r}") from None
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """
+    Raises:
+        TicketSetError: not ascending, or a model of `depth` blocks lacks one.
+    """
+    if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
+        raise TicketSetError(
+            f"--drop-blocks {','.join(map(str, blocks))}: expected ascending block numbers from 0 to {depth - 1}"
+        )

@@ -11,8 +11,6 @@ to be pickled between processes. What waits is bounded, whatever the size of the
 import collections
 import contextlib
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,12 +26,12 @@ from miner.plan import Plan, shard_rows
 from miner.selectors import Selector
 from miner.sources import Source
 from miner.token_labels import VIEWS_AN_IMAGE, Labeller
+from miner.writer_thread import WriterThread
 from shards import format as fmt
 from shards import token_labels
 from shards.errors import ImageError, TicketSetError
 from shards.images import render_pixels, store_image
 from shards.views import image_views, view_seed
-from shards.writer import ShardWriter
 
 
 @dataclass
@@ -101,7 +99,7 @@ class Miner:
             OSError: the disk is full, or the folder cannot be written.
         """
         ahead = self._read_ahead(todo)
-        writer = _Writer(self.plan, self.folder)
+        writer = WriterThread(self.plan, self.folder)
         try:
             for split, number in todo:
                 started = time.perf_counter()
@@ -292,93 +290,3 @@ def _entropy_bits(scores: np.ndarray) -> float | None:
         return None
     share = scores[scores > 0] / scores.sum()
     return float(-(share * np.log2(share)).sum())
-
-
-class _Writer:
-    """A thread that writes shards in the order they are given; at most 64 images wait for it."""
-
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self._plan, self._folder = plan, folder
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(64)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="write", daemon=True)
-        self._thread.start()
-
-    def begin(self, split: str, number: int) -> None:
-        self._put("begin", (split, number))
-
-    def add(self, image: Image) -> None:
-        self._put("add", image)
-
-    def commit(self, timing: dict[str, float]) -> None:
-        self._put("commit", timing)
-
-    def finish(self) -> None:
-        """Wait until everything is on disk."""
-        self._put("stop", None)
-        self._thread.join()
-        self._raise()
-
-    def abort(self) -> None:
-        """Write the shards that are whole, drop the one under way; nothing happens after `finish`."""
-        if self._thread.is_alive():
-            with contextlib.suppress(BaseException):  # the thread's own error ends it as well
-                self._put("stop", None)
-            self._thread.join()
-
-    def _put(self, what: str, value: Any) -> None:
-        self._raise()
-        while True:
-            try:
-                self._queue.put((what, value), timeout=1)
-                return
-            except queue.Full:
-                self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
-        try:
-            while (item := self._queue.get())[0] == "begin":
-                split, number = item[1]
-                plan_id = self._plan.splits[split]["plan_id"]
-                n, version = self._plan.num_patches, self._plan.version
-                with ShardWriter(self._folder, split, number, n, plan_id, version) as shard:
-                    while (item := self._queue.get())[0] == "add":
-                        self._add(shard, item[1])
-                    if item[0] != "commit" or self._error:
-                        raise self._error or RuntimeError("aborted")
-                    shard.commit(item[1])
-        except BaseException as error:  # the main thread raises it
-            self._error = self._error or error
-
-    def _add(self, shard: ShardWriter, image: Image) -> None:
-        row = {
-            "key": image.row["key"],
-            "source": image.row["source"],
-            "label": image.row["label"],
-            "source_bytes": image.row["size"],
-            "k": self._plan.k,
-        }
-        if image.error is not None:
-            shard.add_failure(row, image.error)
-            return
-        stored = image.stored
-        row |= {
-            field: getattr(stored, field)
-            for field in ("width", "height", "source_width", "source_height", "orientation", "transcoded")
-        }
-        row |= {"mean_score": image.mean_score, "entropy": image.entropy}
-        members: dict[str, bytes] = {}
-        if self._plan.k:
-            row["ticket"] = fmt.pack_ticket(image.rankings[0, : self._plan.k], self._plan.num_patches)
-            members |= {fmt.RANKING: fmt.encode_npy(image.rankings), fmt.VIEWS: fmt.encode_npy(image.views)}
-        if image.token_labels is not None:
-            members[fmt.TOKEN_LABELS] = image.token_labels
-        if row["label"] is not None:
-            members[fmt.LABEL] = str(row["label"]).encode("ascii")
-        if self._plan.common["images"] == "copy":
-            members[stored.member] = stored.data
-        shard.add(row, members)

@@ -18,6 +18,7 @@ ALIASES = {
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
 }
+WEIGHTS = {"--selector": "--weights", "--token-labels": "--token-label-weights", "--model": "--initial-checkpoint"}
 
 
 def timm_name(name: str) -> str:
@@ -79,7 +80,7 @@ def build_classifier(name: str, side: int, num_classes: int, weights: str | None
         TicketSetError: no such model, weights that cannot be had or do not fit it, or other classes.
     """
     flag, weights_flag = "--token-labels", "--token-label-weights"
-    plain = sketch(lambda: _create(name, flag))
+    plain = sketch(lambda: create(name, flag))
     try:
         size = side * plain.feature_info[-1]["reduction"]
     except (AttributeError, LookupError, TypeError):
@@ -88,10 +89,10 @@ def build_classifier(name: str, side: int, num_classes: int, weights: str | None
         ) from None
     fixed = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
     if weights is None:
-        model = _create(name, flag, pretrained=True, **fixed)
+        model = create(name, flag, pretrained=True, **fixed)
         _check_classes(f"{flag} {name}", num_classes, model.num_classes)
     else:
-        model = _create(name, flag, num_classes=num_classes, **fixed)
+        model = create(name, flag, num_classes=num_classes, **fixed)
         state = read_weights(model, weights, weights_flag)
         classifier = state.get(f"{_classifiers(model)[0]}.weight", ())
         _check_classes(f"{weights_flag} {weights}", num_classes, len(classifier))
@@ -184,21 +185,25 @@ def state_hash(model: Model) -> str:
 def _create_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
     from timm.models.vision_transformer import VisionTransformer
 
-    model = _create(name, "--selector", pretrained, **kwargs)
+    model = create(name, "--selector", pretrained, **kwargs)
     if not isinstance(model, VisionTransformer):
         raise TicketSetError(f"--selector {name}: expected a timm VisionTransformer, got {type(model).__name__}")
     return model
 
 
-def _create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Model:
+def create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Model:
+    """timm.create_model, whose every failure is one line about a flag: --selector, --token-labels or --model.
+
+    Raises:
+        TicketSetError: no such model, arguments that it does not take, or no pretrained weights to be had.
+    """
     import timm
 
     full_name = timm_name(name)
-    selector = flag == "--selector"
     if not timm.is_model(full_name):
         import difflib
 
-        known = [*ALIASES, *timm.list_models(module="vision_transformer" if selector else "")]
+        known = [*ALIASES, *timm.list_models(module="vision_transformer" if flag == "--selector" else "")]
         near = difflib.get_close_matches(name, known, 3)
         near_text = f"; near: {', '.join(near)}" if near else ""
         raise TicketSetError(f"{flag} {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
@@ -208,8 +213,7 @@ def _create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Mo
         if not pretrained:
             raise TicketSetError(f"{flag} {name}: timm cannot build it: {first_line(error)}") from None
         raise TicketSetError(
-            f"{flag} {name}: no pretrained weights here ({type(error).__name__}). Give a file with"
-            f" {'--weights' if selector else '--token-label-weights'} FILE"
+            f"{flag} {name}: no pretrained weights here ({type(error).__name__}). Give a file with {WEIGHTS[flag]} FILE"
             f" (.safetensors or .pth), or, where there is a network, run once:"
             f" python -c \"import timm; timm.create_model('{full_name}', pretrained=True)\""
         ) from None

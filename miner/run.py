@@ -17,7 +17,7 @@ import torch
 from timm.data import resolve_model_data_config
 
 from miner import models
-from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_for
+from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_for, parse_blocks
 from miner.engine import Miner, Progress
 from miner.plan import Plan, make_plan, manifest_head, shard_rows, write_plan
 from miner.screen import Screen, show_plan, show_summary
@@ -247,16 +247,6 @@ def source_hash(function: Callable[..., Any]) -> str:
         return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
     except (TypeError, OSError):
         raise TicketSetError(f"--method: expected a function in a Python file, got {function!r}") from None
-
-
-def parse_blocks(text: str | None) -> tuple[int, ...] | None:
-    """`3,6,9` -> (3, 6, 9)"""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise TicketSetError(f"--drop-blocks: expected block numbers like 3,6,9, got {text!r}") from None
 
 
 def default_device() -> str:

@@ -14,15 +14,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from miner.drop import default_blocks
+from miner.attention import check_model, class_attention, descending, mean_attention
+from miner.drop import check_blocks, default_blocks
 from shards.errors import TicketSetError
 from shards.views import center_distance
 
@@ -130,10 +130,7 @@ def create_selector(
     depth = len(model.blocks)
     if blocks is None:
         blocks = default_blocks(depth) if method == "evit" else (depth - 1,)
-    if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
-        raise TicketSetError(
-            f"--drop-blocks {','.join(map(str, blocks))}: expected ascending block numbers from 0 to {depth - 1}"
-        )
+    check_blocks(blocks, depth)
     if method == "evit" and len(counts) != len(blocks):
         raise TicketSetError(f"evit: expected a keep count for each of {len(blocks)} blocks, got {len(counts)}")
     if method in ("cls-attention", "rollout") and len(blocks) != 1:
@@ -194,7 +191,7 @@ def rollout(selector: Selector, images: Tensor, seeds: list[int] | None) -> tupl
     identity = torch.eye(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     flow = identity
     for i in range(last + 1):
-        attention = _attention(model.blocks[i], x)  # [B, T, T]
+        attention = mean_attention(model.blocks[i], x)  # [B, T, T]
         with torch.autocast(x.device.type, enabled=False):
             flow = (attention + identity) / 2 @ flow
         if i < last:
@@ -237,69 +234,6 @@ def _run_blocks(model: Model, x: Tensor, start: int, stop: int) -> Tensor:
     for block in model.blocks[start:stop]:
         x = block(x)
     return x
-
-
-def class_attention(block: Model, x: Tensor) -> Tensor:
-    """[B, T, D] at a block's input -> head-mean attention of the class token after softmax, [B, T].
-
-    Only this row is computed: one query a head and the keys.
-    """
-    x = block.norm1(x)
-    query, key = _queries(block.attn, x[:, :1]), _keys(block.attn, x)
-    return _softmax(block.attn, query, key)[:, :, 0].mean(1)
-
-
-def _attention(block: Model, x: Tensor) -> Tensor:
-    """Head-mean attention after softmax, [B, T, T]."""
-    x = block.norm1(x)
-    return _softmax(block.attn, _queries(block.attn, x), _keys(block.attn, x)).mean(1)
-
-
-def _softmax(attn: Model, query: Tensor, key: Tensor) -> Tensor:
-    """[B, h, Q, d], [B, h, T, d] -> [B, h, Q, T], never in less than float32.
-
-    bf16 leaves about 33 different scores among 196 patches: the order would be arbitrary.
-    """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    # Without storage, where costs are counted, there is no autocast.
-    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
-        logits = (query.to(dtype) * attn.scale) @ key.to(dtype).transpose(-2, -1)
-        return logits.softmax(-1)
-
-
-def _queries(attn: Model, x: Tensor) -> Tensor:
-    return attn.q_norm(_project(attn, x, 0))
-
-
-def _keys(attn: Model, x: Tensor) -> Tensor:
-    return attn.k_norm(_project(attn, x, 1))
-
-
-def _project(attn: Model, x: Tensor, which: int) -> Tensor:
-    """One third of the fused qkv projection: [B, T, D] -> [B, h, T, d]; 0 queries, 1 keys."""
-    weight = attn.qkv.weight.chunk(3)[which]
-    bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[which]
-    out = nn.functional.linear(x, weight, bias)
-    return out.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-
-
-def descending(scores: Tensor) -> Tensor:
-    """Indices by falling score; ties go to the lower index."""
-    return scores.sort(dim=1, descending=True, stable=True).indices
-
-
-def check_model(model: Model, grid: tuple[int, int]) -> None:
-    from timm.models.vision_transformer import Attention, Block, VisionTransformer
-
-    name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
-    if not isinstance(model, VisionTransformer) or model.cls_token is None:
-        raise TicketSetError(f"selector {name}: expected a timm VisionTransformer with a class token")
-    odd = next((b for b in model.blocks if type(b) is not Block or type(b.attn) is not Attention), None)
-    if odd is not None:
-        got = type(odd.attn if type(odd) is Block else odd).__name__  # other blocks may have no attn
-        raise TicketSetError(f"selector {name}: expected blocks of timm's Block and Attention, got {got}")
-    if tuple(model.patch_embed.grid_size) != tuple(grid):
-        raise TicketSetError(f"selector {name}: expected a patch grid of {grid}, got {model.patch_embed.grid_size}")
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import SELECTOR, contents, mine
-from miner.engine import _Writer
 from shards.errors import TicketSetError
 from shards.format import MANIFEST
 from shards.reader import TicketSet
@@ -148,9 +147,9 @@ def test_shards_before_too_many_failures_are_kept_and_a_higher_limit_goes_on(cop
     source = spoil_last_shard(copy, tmp_path)
     out = tmp_path / "out"
     gate = threading.Event()  # nothing is written before the run has stopped: the worst case
-    add, abort = ShardWriter.add, _Writer.abort
+    add, abort = ShardWriter.add, WriterThread.abort
     monkeypatch.setattr(ShardWriter, "add", lambda self, *a: gate.wait(30) and add(self, *a))
-    monkeypatch.setattr(_Writer, "abort", lambda self: (gate.set(), abort(self)))
+    monkeypatch.setattr(WriterThread, "abort", lambda self: (gate.set(), abort(self)))
     line = failure("--data", copy, "--out", out, *CENTER, "--max-failures", 0)
     assert source in line
     assert {f"train-{i:06d}" for i in range(4)} <= set(shards_done(out))

@@ -178,7 +178,7 @@ def test_without_dropping_it_is_timms_model(family: str) -> None:
         dropping = DroppingViT(model, BLOCKS, 1.0, fuse)
         assert (dropping(patches, at) - model(images)).abs().max() < 1e-10
         assert_same(plain, gradients(model, lambda: dropping(patches, at)))  # noqa: B023
-    dropping.set_keep_rate(0.7)
+    dropping.set_rate(0.7)
     some = dropping(patches, at)
     assert (some - model(images)).abs().max() > 1e-4
     dropping.drops = False

@@ -144,7 +144,7 @@ def test_the_forward_is_the_plain_one_on_all_tokens_and_on_some(name, skip_lam):
     model, images = build(name, skip_lam=skip_lam) if skip_lam == 3 else build(name)
     state = model.state_dict()
     with torch.no_grad():
-        tokens = model.stem(images)
+        tokens = model.patch_embed(images)
         assert (tokens - plain_stem(state, images)).abs().max() < 1e-12
         everything = [list(range(PATCHES))] * 3
         assert (model(images) - plain_tokens(state, tokens, everything, 2, skip_lam)).abs().max() < 1e-12
@@ -170,7 +170,7 @@ def test_gradients_reach_every_parameter_and_checkpointing_leaves_them():
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
-        class_logits, dense_logits = model.forward_tokens(gather(model.stem(images), places), places)
+        class_logits, dense_logits = model.forward_tokens(gather(model.patch_embed(images), places), places)
         (class_logits.logsumexp(1).sum() + dense_logits.square().sum()).backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

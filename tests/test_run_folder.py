@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from shards.reader import TicketSet
 from shards.rows import fetch
 from trainer import run as run_module
 from trainer.cli import main
-from training import SMALL, arguments, same, train, weights_of
+from training import SMALL, arguments, same, train, two_ranks, weights_of
 
 
 def test_resume_latest_begins_a_run_that_has_not_begun(tickets, whole, tmp_path):
@@ -162,24 +161,6 @@ def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainFeed, "_views", dies)
     output = train(tickets, tmp_path, "run", "-j", 1, code=1).output
     assert "Error: -j 1: DataLoader worker" in output and "Traceback" not in output
-
-
-def two_ranks(*flags: str, program: str | None = None) -> list[subprocess.Popen]:
-    start = [program] if program else ["-m", "trainer.cli"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, *start, *flags],
-            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
 
 
 def wait_for(path: Path, rank: subprocess.Popen) -> None:

@@ -267,7 +267,7 @@ def test_equal_scores_rank_by_index() -> None:
 def test_ties_among_some_patches_go_to_the_lower_index() -> None:
     @register_method("two-levels")
     def two_levels(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-        from miner.selectors import descending
+        from miner.attention import descending
 
         scores = (torch.arange(N) % 3).double().expand(len(images), -1)
         return descending(scores), scores

@@ -57,10 +57,10 @@ def test_all_patches_equal_the_models_own_forward(mode):
 
 def test_late_is_the_stem_on_the_whole_view_then_gathering():
     wrapped, model, images, keep = build("late")
-    class_logits, dense = model.forward_tokens(gather_patches(model.stem(images), keep), keep)
+    class_logits, dense = model.forward_tokens(gather_patches(model.patch_embed(images), keep), keep)
     assert (wrapped(patchify(images, 16), keep) - LVViT.combine(class_logits, dense)).abs().max() < 1e-12
     wrapped.train()
-    tokens = gather_patches(model.stem(images), keep)
+    tokens = gather_patches(model.patch_embed(images), keep)
     expected = model.forward_tokens(tokens, keep)
     outputs = wrapped(patchify(images, 16), keep)
     assert outputs[1].shape == (B, K, C)
@@ -133,7 +133,7 @@ def test_mix_token_against_a_loop(mode, box):
     _, box_tensor, keep, lam = tickets(box)
     wrapped.train()
     views = loop_views(images, keep, box) if mode == "early" else images
-    stemmed = model.stem(views)  # in training mode: BatchNorm sees the whole batch at once
+    stemmed = model.patch_embed(views)  # in training mode: BatchNorm sees the whole batch at once
     class_targets = torch.randn(B, C, dtype=torch.float64).softmax(-1)
     dense_targets = torch.randn(B, N, C, dtype=torch.float64).softmax(-1)
     tokens, labels, mixed = [], [], []

@@ -118,7 +118,7 @@ def test_unmasked_epochs_and_the_resized_control_train(tickets, tmp_path):
     output = train(tickets, tmp_path, "resize", "--resize-to-tokens", "--tokens", 9, "--epochs", 1).output
     assert "whole views, resized: 9 of 16 tokens" in output
     refused = train(tickets, tmp_path, "odd", "--resize-to-tokens", code=1).output
-    assert "8 tokens are no square; the nearest --tokens are 9 and 16" in refused
+    assert "8 tokens are no square, so that they fill no image; choose --tokens 4 or 9" in refused
 
 
 def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):
@@ -172,7 +172,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tickets, whole, tmp_path, c
     assert "expected at most 16" in refused("--tokens", 17)
     assert "has 3 training views" in refused("--repeats", 4)
     assert "8x8 grid of 8 px patches" in refused("--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8")
-    assert "timm cannot build it" in refused("--model", "vit_tyni")
+    assert "expected a timm model or one of" in refused("--model", "vit_tyni")
     assert "cannot take tickets" in refused("--model", "beit_base_patch16_224", "--model-kwargs", "depth=1")
     assert "expected a split of" in refused("--val-split", "dev")
     assert "nothing to evaluate" in refused("--eval")

@@ -33,6 +33,7 @@ def write_run(folder: Path, top1: tuple[float, float, float], seed: int = 0, **c
     args = {**ARGS, "experiment": folder.name, "seed": seed, **changed}
     whole = args["tickets"] == "full" and not args["resize_to_tokens"]
     tokens = N if whole else args["tokens"] or K
+    tokens = args.pop("resolved", tokens)  # of a model that packs its tickets, also in full
     args["resolved_tokens"] = tokens
     names = ["all"] if args["resize_to_tokens"] else ["tickets", "all", "random"]
     found = dict(zip(["tickets", "all", "random"], top1, strict=True))
@@ -369,3 +370,25 @@ def test_starts_without_torch_or_plots() -> None:
     code = "import sys; from trainer.verdict import claim, cli, files, report; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_selectors_run_is_named_for_what_it_is(tmp_path):
+    run = write_run(tmp_path / "selector", FLAT["full"], tickets="full", drop_blocks=[3, 6, 9])
+    assert "a ticket selector's run (--drop-blocks), which is of no arm" in verdict(run, code=1)
+
+
+def test_full_runs_of_packed_tickets_are_held_against_tickets_of_their_own_k(tmp_path):
+    """Swin's small-dense: full at 16 tokens is another, smaller model than full at 25."""
+    runs = []
+    for tokens, full in ((16, 40), (25, 70)):
+        for arm, (top1, _, _) in FLAT.items():
+            for seed in (0, 1):
+                figures = (top1, full + seed, 44) if arm == "full" else (top1 + seed, 50 + seed, 44)
+                folder = tmp_path / f"{arm}-{tokens}-{seed}"
+                run = write_run(folder, figures, seed, tickets=arm, tokens=tokens, resolved=tokens)
+                runs.append(run)
+    found = verdict(*runs, "-o", tmp_path / "out")
+    claims = json.loads((tmp_path / "out/verdict.json").read_text())
+    text = json.dumps(claims)
+    assert "+23.00" in found and "-7.00" in found, found
+    assert text

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,22 @@ def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
         apply(*args)
 
     monkeypatch.setattr(engine, "apply_update", counted)
+
+
+def two_ranks(*flags: str, program: str | None = None) -> list[subprocess.Popen]:
+    """datalth-train, or a script in its place, as two gloo ranks."""
+    start = [program] if program else ["-m", "trainer.cli"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, *start, *flags],
+            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]

@@ -97,7 +97,7 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
         TicketSetError: no image or images without a label, or too few images or views for --repeats.
     """
     labels = None
-    if options.token_labels is not None and split == options.train_split and not options.eval:
+    if options.token_labels not in (None, "none") and split == options.train_split and not options.eval:
         labels = TicketSet.open(options.token_labels, options.base, images=False)
     rows = Rows(opened, split, token_labels=labels)
     if not len(rows):

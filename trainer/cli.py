@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from miner.drop import parse_blocks
 from shards.console import reports_errors
-from shards.errors import first_line
+from shards.errors import TicketSetError, first_line
 
 EXAMPLES = """
 \b
@@ -48,6 +49,8 @@ def _default(value: Any, option: click.Option, where: str) -> Any:
     """What YAML gave, as click would have read it from a command line."""
     if option.multiple and isinstance(value, dict):  # model-kwargs: {depth: 2}
         return [f"{name}={item!r}" for name, item in value.items()]
+    if isinstance(value, list) and option.name == "drop_blocks":  # as args.yaml has it
+        return ",".join(map(str, value))
     if isinstance(value, (list, dict)) and not option.multiple:
         raise click.BadParameter(f"{where}: expected one value, got {value}")
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -72,9 +75,9 @@ def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -
 def block_numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """3,6,9"""
     try:
-        return None if text is None else tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"expected block numbers such as 3,6,9, got {text!r}") from None
+        return parse_blocks(text)
+    except TicketSetError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
@@ -82,16 +85,16 @@ SHARE, AMOUNT = click.FloatRange(0, 1), click.FloatRange(min=0)
 OPTIONS: list[Any] = [
     click.option("-c", "--config", metavar="FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help="Defaults for these flags."),
     click.option("--shards", required=True, metavar="DIR", help="Ticket set, plain or linked."),
-    click.option("--token-labels", metavar="DIR", help="Set with token labels of the same images, for LV-ViT.  [default: the ticket set's own]"),
+    click.option("--token-labels", metavar="DIR|none", help="Set with token labels of the same images, for LV-ViT; none: use none.  [default: the ticket set's own]"),
     click.option("--base", metavar="DIR", help="Where the base of a linked set is now."),
     click.option("--model", default="deit_tiny", show_default=True, help="timm ViT, Swin, Hiera or CNN, lvvit_t|s|m, or deit_tiny|deit_small|deit_base."),
-    click.option("--feed", type=click.Choice(["tokens", "small-dense", "zero", "late", "early", "units"]), help="What a ticket becomes for the model.  [default: by its timm class]"),
+    click.option("--feed", metavar="NAME", help="What a ticket becomes: small-dense or zero for Swin, late or early for LV-ViT; other models have one way.  [default: the first]"),
     click.option("--tickets", type=click.Choice(["winning", "random", "random-fixed", "center", "inverse", "full"]), default="winning", show_default=True, help="Which patches to train on."),
     click.option("--tokens", type=POSITIVE, metavar="K", help="Another K of the same rankings.  [default: the set's]"),
     click.option("--resize-to-tokens", is_flag=True, help="The control of the same cost: the whole view at K coarser patches."),
     click.option("--unmask-epochs", type=COUNT, default=0, show_default=True, help="Train the last E epochs on all patches."),
     click.option("--drop-blocks", metavar="B,B,...", callback=block_numbers, help="Train a ticket selector: drop patches inside, at these blocks."),
-    click.option("--keep-rate", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True, help="Of each drop block."),
+    click.option("--keep-rate", type=click.FloatRange(0, 1, min_open=True), help="Of each drop block.  [default: 0.9]"),
     click.option("--fuse-token", is_flag=True, help="EViT's: what a block drops goes on as one token."),
     click.option("--shrink-start-epoch", type=COUNT, default=0, show_default=True, help="Keep all patches until then."),
     click.option("--shrink-epochs", type=COUNT, default=0, show_default=True, help="Then go down to --keep-rate over as many epochs."),
@@ -143,7 +146,7 @@ OPTIONS: list[Any] = [
     click.option("--resume", metavar="PATH|latest", help="Go on from a run's folder or checkpoint; latest: from --experiment's, if it has begun."),
     click.option("--log-tensorboard", is_flag=True, help="Also write TensorBoard events; pip install 'datalth[tensorboard]'."),
     click.option("--wandb-project", metavar="NAME", help="Also log to Weights & Biases; pip install 'datalth[wandb]'."),
-    click.option("--eval", is_flag=True, help="Only validate, under all three protocols."),
+    click.option("--eval", is_flag=True, help="Only validate, under all protocols that apply."),
 ]  # fmt: skip
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from miner.drop import default_blocks, keep_counts
-from miner.selectors import check_model, class_attention, descending
+from miner.attention import check_model, class_attention, descending
+from miner.drop import check_blocks, default_blocks, keep_counts
 from shards.errors import TicketSetError
 from trainer.ticket_model import TicketModel
 from trainer.ticket_vit import TicketViT, gather_patches, scatter_patches
 
 FUSED = -1  # the place of a fused token, which has none
+KEEP_RATE = 0.9  # where none is given, as the miner's
 
 
 class DroppingViT(TicketViT):
@@ -38,7 +39,7 @@ class DroppingViT(TicketViT):
         fuse_token: append the attention-weighted sum of the dropped, and carry it on.
     Attributes:
         drops: False: what it is given passes all blocks, as in a TicketViT; that may be a ticket.
-        keep_rate: see `set_keep_rate`.
+        keep_rate: as given; `set_rate` may let it keep more for a while.
     Raises:
         TicketSetError: a model that cannot take tickets or has no class token, blocks that it lacks, a bad keep rate.
     """
@@ -50,17 +51,15 @@ class DroppingViT(TicketViT):
         check_model(model, self.grid)
         depth = len(model.blocks)
         blocks = default_blocks(depth) if drop_blocks is None else tuple(drop_blocks)
-        if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
-            raise TicketSetError(
-                f"--drop-blocks {','.join(map(str, blocks))}: expected ascending block numbers from 0 to {depth - 1}"
-            )
+        check_blocks(blocks, depth)
         self.feed = f"patches, of which blocks {', '.join(map(str, blocks))} drop some"
         self.drop_blocks = blocks
         self.fuse_token = fuse_token
         self.drops = True
-        self.set_keep_rate(keep_rate)
+        self.keep_rate = keep_rate
+        self.set_rate(keep_rate)
 
-    def set_keep_rate(self, rate: float) -> None:
+    def set_rate(self, rate: float) -> None:
         """Of every drop block, from the next forward on.
 
         Raises:
@@ -70,7 +69,7 @@ class DroppingViT(TicketViT):
             keep_counts(1, rate)
         except ValueError as error:
             raise TicketSetError(f"--keep-rate {rate}: {error}") from None
-        self.keep_rate = rate
+        self._rate = rate
 
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
         """As TicketViT's: [B, N, C*p*p] normalised pixels and [B, N] row-major places -> logits [B, classes].
@@ -137,7 +136,7 @@ class DroppingViT(TicketViT):
 
     def _count(self, number: int, candidates: int) -> int:
         """How many of its candidates a block keeps."""
-        return keep_counts(candidates, self.keep_rate, 1)[0] if number in self.drop_blocks else candidates
+        return keep_counts(candidates, self._rate, 1)[0] if number in self.drop_blocks else candidates
 
     def _scores(self, block: Any, x: Tensor) -> Tensor:
         """[B, P + n, D] at a block's input -> [B, n], at least float32; a fused token alone gives them gradients."""
@@ -172,8 +171,8 @@ def without_drops(student: TicketModel) -> TicketModel:
     return plain
 
 
-def keep_rate_at(update: int, first: int, last: int, keep_rate: float) -> float:
-    """EViT's schedule: 1 before update `first`, then half a cosine down to keep_rate, which holds from `last` on.
+def keep_rate_at(update: float, first: int, last: int, keep_rate: float) -> float:
+    """EViT's schedule: 1 before update (or epoch) `first`, then half a cosine down to keep_rate, which holds from `last` on.
 
     EViT trains from scratch with 300 epochs, first = 10 and last = 110 of them; it fine-tunes with first = last = 0.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.models import model_parameters
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
 
 from shards.errors import TicketSetError
@@ -118,6 +118,8 @@ def train_epoch(
         total += loss.double()
         pending += 1
         state.step += 1
+        if state.step == steps and options.world_size > 1:
+            share_batch_norm(state, options)
         due = bool(options.recovery_interval) and state.step % options.recovery_interval == 0
         boundary = due or state.step == steps or state.step % options.log_interval == 0
         stop = options.stop_requested()
@@ -137,6 +139,12 @@ def train_epoch(
             if stop:
                 raise Stopped
     return state.loss_sum / max(1, state.loss_count)
+
+
+def share_batch_norm(state: State, options: StepOptions) -> None:
+    """Give all ranks the mean of their running averages: validation and checkpoints are then of one model."""
+    for model in [state.student.model, *([state.ema.module] if state.ema is not None else [])]:
+        distribute_bn(model, options.world_size, reduce=True)
 
 
 def train_micro_batch(

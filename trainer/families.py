@@ -1,15 +1,15 @@
 """Which models can take tickets, and what a ticket becomes for each: the registry. A family is a file and a line here."""
 
-import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from shards.errors import TicketSetError
 from trainer.ticket_hiera import TicketHiera
 from trainer.ticket_lvvit import TicketLVViT  # registers its models with timm
 from trainer.ticket_model import TicketModel
-from trainer.ticket_swin import TicketSwin, packed_side
+from trainer.ticket_swin import TicketSwin
 from trainer.ticket_vit import TicketViT
 from trainer.ticket_zero import TicketZero
 
@@ -20,30 +20,22 @@ class Family(NamedTuple):
     Attributes:
         name: for people.
         timm_class: name of timm's class, or of one that the model's class derives from.
-        feeds: names of --feed; the first is the default.
+        feeds: names of --feed, the first is the default, and what takes tickets for the model there.
     """
 
     name: str
     timm_class: str
-    feeds: tuple[str, ...]
+    feeds: dict[str, type[TicketModel]]
 
 
 FAMILIES = (
-    Family("LV-ViT", "LVViT", ("late", "early")),
-    Family("ViT (DeiT, DeiT-III, CLIP, SigLIP, ...)", "VisionTransformer", ("tokens",)),
-    Family("Eva (rotary positions)", "Eva", ("tokens",)),
-    Family("Swin", "SwinTransformer", ("small-dense", "zero")),
-    Family("Hiera", "Hiera", ("units",)),
+    Family("LV-ViT", "LVViT", {"late": TicketLVViT, "early": TicketLVViT}),
+    Family("ViT (DeiT, DeiT-III, CLIP, SigLIP, ...)", "VisionTransformer", {"tokens": TicketViT}),
+    Family("Eva (rotary positions)", "Eva", {"tokens": TicketViT}),
+    Family("Swin", "SwinTransformer", {"small-dense": TicketSwin, "zero": TicketZero}),
+    Family("Hiera", "Hiera", {"units": TicketHiera}),
 )
-CNN = Family("CNNs", "", ("zero",))
-FEEDS: dict[str, type[TicketModel]] = {
-    "tokens": TicketViT,
-    "small-dense": TicketSwin,
-    "zero": TicketZero,
-    "units": TicketHiera,
-    "late": TicketLVViT,
-    "early": TicketLVViT,
-}
+CNN = Family("CNNs", "", {"zero": TicketZero})
 
 
 def family_of(model: nn.Module) -> Family:
@@ -56,45 +48,35 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if family.timm_class in classes:
             return family
-    parts = " ".join(type(part).__name__ for part in model.modules())
-    if "Conv2d" in parts and not re.search("Att|XCA|Mixer|Vision", parts):
+    if _keeps_a_map(model):
         return CNN
     known = "; ".join(f"{family.name}: {', '.join(family.feeds)}" for family in (*FAMILIES, CNN))
     raise TicketSetError(f"model {type(model).__name__}: cannot take tickets. What can, and its --feed: {known}")
 
 
-def feed_of(model: nn.Module, wanted: str | None) -> str:
-    """The --feed of a model: the wanted one, or its family's first.
+def feed_of(model: nn.Module, wanted: str | None) -> tuple[str, type[TicketModel]]:
+    """The --feed of a model and what takes tickets there: the wanted one, or its family's first.
 
     Raises:
-        TicketSetError: the family has no such feed.
+        TicketSetError: no family, or it has no such feed.
     """
     family = family_of(model)
     if wanted is not None and wanted not in family.feeds:
         raise TicketSetError(f"--feed {wanted}: {family.name} take {', '.join(family.feeds)}")
-    return wanted or family.feeds[0]
+    name = wanted or next(iter(family.feeds))
+    return name, family.feeds[name]
 
 
-def whole_side(feed: str, tokens: int, img_size: int, patch_size: int) -> int:
-    """Pixels of the whole views that a model of this feed takes, for tickets of K tokens cut from img_size pixels."""
-    if feed == "small-dense":
-        return packed_side(tokens, (img_size // patch_size) ** 2) * patch_size
-    return img_size
-
-
-def size_arguments(model: nn.Module, side: int) -> dict[str, Any]:
-    """What timm.create_model needs to be told of the images' size; nothing for models of any size."""
-    return {} if family_of(model) is CNN else {"img_size": side}
-
-
-def wrap(feed: str, model: Any, grid: tuple[int, int], patch_size: int, side: int) -> TicketModel:
-    """A timm model that takes tickets of (gh, gw) patches, and whole views of `side` pixels.
-
-    Raises:
-        TicketSetError: it cannot take these.
-    """
-    if feed == "tokens":
-        return TicketViT(model)
-    if FEEDS[feed] is TicketLVViT:
-        return TicketLVViT(model, feed)
-    return FEEDS[feed](model, grid, patch_size, side)  # type: ignore[call-arg]
+@torch.no_grad()
+def _keeps_a_map(model: nn.Module) -> bool:
+    """Whether a model's last features are a map, [B, ., ., .], as those of CNNs of every kind; other families' are tokens."""
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    training = model.training
+    try:
+        device = next(model.parameters()).device
+        features = model.eval().forward_features(torch.zeros(1, *size, device=device))  # type: ignore[operator]
+    except Exception:  # whatever else it is
+        return False
+    finally:
+        model.train(training)
+    return isinstance(features, torch.Tensor) and features.ndim == 4

@@ -77,7 +77,13 @@ class TrainFeed(Dataset):
     def __init__(self, rows: Rows, options: FeedOptions) -> None:
         self.rows, self.options = rows, options
         self.augment = ColorAugment(options.aa, options.color_jitter, options.mean)
+        self.labelled = options.token_labels and rows.has_token_labels
         mixes = options.mixup > 0 or options.cutmix > 0
+        if mixes and self.labelled:
+            raise TicketSetError(
+                "token labels are of images that are not mixed by pixels: expected --mixup 0 --cutmix 0, with or without"
+                " --mix-token; or --token-labels none"
+            )
         if mixes and options.mix_token:
             raise TicketSetError("--mix-token: expected --mixup 0 --cutmix 0 beside it")
         if (mixes or options.mix_token) and options.batch_size % 2:
@@ -148,7 +154,6 @@ class TrainFeed(Dataset):
         size, grid = options.side(whole), options.grid(whole)
         pixels = np.empty((len(chosen), size, size, 3), np.uint8)
         rankings = np.empty((len(chosen), grid[0] * grid[1]), np.int64)
-        labelled = options.token_labels and self.rows.has_token_labels
         maps: list[Any] = [None] * len(chosen)
         slots: dict[tuple[int, int], list[int]] = {}
         for slot, (shard, row, _) in enumerate(chosen.tolist()):
@@ -164,7 +169,7 @@ class TrainFeed(Dataset):
                     seed_generators("color", *name)
                     view = self.augment(view)
                 pixels[slot] = view
-                if labelled:
+                if self.labelled:
                     maps[slot] = self._map(sample, number, self.rows.image_size(shard, row))
                 rankings[slot] = arm_ranking(
                     "full" if whole else options.arm,

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from shards.errors import TicketSetError
 
-STEM_CHANNELS = 64
-
 
 class ConvStem(PatchEmbed):
     """Three convolutions at half resolution, then patches of the result: the public code's p_emb 4_2.
@@ -30,10 +28,16 @@ class ConvStem(PatchEmbed):
     """
 
     def __init__(
-        self, img_size: Any = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384, **kwargs: Any
+        self,
+        img_size: Any = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        width: int = 64,
+        **kwargs: Any,
     ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
-        width, half = STEM_CHANNELS, patch_size // 2
+        half = patch_size // 2
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -74,6 +78,7 @@ class LVViT(VisionTransformer):
 
     Args:
         skip_lam: what residual branches are divided by.
+        stem_width: channels of the stem's convolutions.
         drop_rate: dropout before both heads.
         The others are timm's VisionTransformer's.
     """
@@ -92,6 +97,7 @@ class LVViT(VisionTransformer):
         num_heads: int = 6,
         mlp_ratio: float = 3.0,
         skip_lam: float = 2.0,
+        stem_width: int = 64,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
@@ -107,7 +113,7 @@ class LVViT(VisionTransformer):
             qkv_bias=False,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
-            embed_layer=ConvStem,
+            embed_layer=partial(ConvStem, width=stem_width),
             norm_layer=nn.LayerNorm,  # eps 1e-5 as in the public code; timm's ViTs have 1e-6
         )
         for block in self.blocks if skip_lam != 1 else ():
@@ -132,15 +138,11 @@ class LVViT(VisionTransformer):
         nn.init.zeros_(head.bias)
         return head.to(self.pos_embed).train(self.training)
 
-    def stem(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised -> tokens [B, N, D] without positions."""
-        return self.patch_embed(images)
-
     def forward_tokens(self, tokens: Tensor, keep_indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Everything after the stem.
 
         Args:
-            tokens: [B, K, D] of `stem`.
+            tokens: [B, K, D] of `patch_embed`, without positions.
             keep_indices: int64 [B, K] row-major places of the tokens in [0, N); None: all N, in order.
         Returns:
             class logits [B, C] and dense logits [B, K, C], one row a token, in the tokens' order.
@@ -148,7 +150,7 @@ class LVViT(VisionTransformer):
         first, table = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         places = table if keep_indices is None else table[0][keep_indices]
         x = torch.cat([(self.cls_token + first).expand(len(tokens), -1, -1), tokens + places], dim=1)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
         return self._heads(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ class Options:
     resize_to_tokens: bool
     unmask_epochs: int
     drop_blocks: tuple[int, ...] | None
-    keep_rate: float
+    keep_rate: float | None
     fuse_token: bool
     shrink_start_epoch: int
     shrink_epochs: int

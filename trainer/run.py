@@ -24,7 +24,7 @@ from trainer.feed import Batch, EvalFeed, TrainFeed, loader
 from trainer.folder import RunFolder, check_arguments, drop_rows, find
 from trainer.options import Options
 from trainer.settings import feed_options, protocols, step_options
-from trainer.student import build_student, costs
+from trainer.student import build_student, check_flags, costs
 from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
@@ -36,6 +36,7 @@ def run(options: Options) -> int:
     Raises:
         TicketSetError: whatever a person can mend.
     """
+    check_flags(options)
     opened = open_set(options)
     world = start_world(options)
     logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
@@ -91,7 +92,7 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         log.info(f"{newest}: {options.model}, trained on {options.tickets}")
     # Nothing is trained: what training alone would refuse is no matter.
     untrained: dict[str, Any] = {"train_split": options.val_split, "repeats": 1}
-    untrained |= {"mixup": 0.0, "cutmix": 0.0, "mix_token": False}
+    untrained |= {"mixup": 0.0, "cutmix": 0.0, "mix_token": False, "token_labels": "none", "drop_path": 0.0}
     run = Run(replace(options, **untrained), opened, world)
     if content is not None:
         assert newest is not None
@@ -142,7 +143,7 @@ class Run:
         if isinstance(self.plain, DroppingViT):
             first = options.shrink_start_epoch * self.steps
             last = first + options.shrink_epochs * self.steps
-            self.plain.set_keep_rate(keep_rate_at(update, first, last, options.keep_rate))
+            self.plain.set_rate(keep_rate_at(update, first, last, self.plain.keep_rate))
 
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks hear it at the same step."""
@@ -163,7 +164,7 @@ class Run:
             log.info(f"resuming {newest}: epoch {self.state.epoch}, step {self.state.step}")
         on_first_rank(self.world, lambda: self._open_folder(path, arguments))
         self.costs = costs(self.options, self.opened, self.plain, self.tokens, self.test_tokens, self.final_protocols)
-        screen.show(self.options, self.plain, self.costs, self.feed_options, self.lr, self.steps)
+        screen.show(self.options, self.plain, self.costs, self.feed_options, self.lr, self.steps, self.feed.labelled)
         if self.feed.augment.skipped:
             skipped = ", ".join(sorted(set(self.feed.augment.skipped)))
             log.info(f"--aa: geometry is mined; {skipped} leave the view as it is")
@@ -246,7 +247,12 @@ class Run:
         }
 
     def evaluate(self, protocols: tuple[str, ...]) -> tuple[dict[str, Figures], torch.Tensor]:
-        """Raw weights under each protocol with their answers, and the figures of EMA weights once they have seen enough."""
+        """Raw weights under each protocol with their answers, and the figures of EMA weights once they have seen enough.
+
+        A selector that learns to drop by and by is tested as it will be used, at its final keep rate.
+        """
+        if isinstance(self.plain, DroppingViT):
+            self.plain.set_rate(self.plain.keep_rate)
         models = {"": self.plain}
         if self._ema_is_mature():
             models["ema_"] = self._averaged()
@@ -310,4 +316,6 @@ class Run:
 
     def _labels_set_id(self) -> str | None:
         path = self.options.token_labels
-        return TicketSet.open(path, self.options.base, images=False).manifest["set_id"] if path else None
+        if path in (None, "none"):
+            return path
+        return TicketSet.open(path, self.options.base, images=False).manifest["set_id"]

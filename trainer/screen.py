@@ -13,14 +13,22 @@ log = logging.getLogger("datalth")
 
 
 def show(
-    options: Options, student: TicketModel, costs: dict[str, Any], feed: FeedOptions, lr: float, steps: int
+    options: Options,
+    student: TicketModel,
+    costs: dict[str, Any],
+    feed: FeedOptions,
+    lr: float,
+    steps: int,
+    labelled: bool,
 ) -> None:
-    """Before the first step."""
+    """Before the first step; `labelled`: token labels are in use."""
     own, dense = costs["train_gmacs"], costs["dense_gmacs"]
     arm = "whole views, resized" if options.resize_to_tokens else options.tickets
     unmasked = f", the last {options.unmask_epochs} epochs all" if options.unmask_epochs else ""
     ranks = feed.global_batch // options.batch_size // options.grad_accum_steps
     log.info(f"{options.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; {student.feed}")
+    if labelled:
+        log.info(f"token labels: of {options.token_labels or options.shards}; the images' own labels are not used")
     log.info(
         f"{arm}: {costs['tokens']} of {costs['patches']} tokens{unmasked};"
         f" {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"

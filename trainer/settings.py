@@ -23,7 +23,7 @@ def feed_options(options: Options, opened: TicketSet, student: TicketModel, toke
         img_size=student.whole_side if options.resize_to_tokens else opened.manifest["img_size"],
         whole_size=student.whole_side,
         wants_all=student.wants_all,
-        token_labels=student.wants_token_labels,
+        token_labels=student.wants_token_labels and options.token_labels != "none",
         patch_size=opened.manifest["patch_size"],
         exif=opened.exif,
         seed=options.seed,

@@ -3,20 +3,21 @@
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from miner.models import load_weights, sketch, timm_name
+from miner.models import create, load_weights, sketch
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
-from trainer.dropping_vit import DroppingViT, without_drops
-from trainer.families import feed_of, size_arguments, whole_side, wrap
+from trainer.dropping_vit import KEEP_RATE, DroppingViT, keep_rate_at, without_drops
+from trainer.families import feed_of
 from trainer.options import Options
 from trainer.ticket_model import TicketModel
+from trainer.ticket_swin import square_side
 from trainer.ticket_zero import TicketZero
 
 log = logging.getLogger("datalth")
@@ -29,8 +30,10 @@ def build_student(options: Options, opened: TicketSet) -> TicketModel:
         TicketSetError: timm cannot build it, it cannot take these tickets, or the weights do not fit.
     """
     outline = sketch(lambda: _create(options, opened))
-    feed, side = feed_of(outline, options.feed), _side(options, opened, outline)
-    model = _create(options, opened, pretrained=options.pretrained, **size_arguments(outline, side))
+    feed, kind = feed_of(outline, options.feed)
+    side, patch = _side(options, opened, kind), opened.manifest["patch_size"]
+    grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
+    model = _create(options, opened, pretrained=options.pretrained, **kind.size_arguments(outline, side))
     if options.initial_checkpoint:
         fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint")
         if fresh:
@@ -45,20 +48,54 @@ def build_student(options: Options, opened: TicketSet) -> TicketModel:
             f" but {opened.url} has {model.num_classes}; train first"
         )
     if options.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    student = _wrap(feed, model, options, opened, side)
-    _check_grid(options, opened, student, side)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise TicketSetError(f"--grad-checkpointing: {options.model} has none: {first_line(error)}") from None
+    student = kind.wrap(model, feed, grid, patch, side)
+    if options.drop_blocks is not None:
+        if feed != "tokens":
+            raise TicketSetError(f"--drop-blocks trains a ticket selector: expected a ViT, got {options.model}")
+        student = DroppingViT(model, options.drop_blocks, options.keep_rate or KEEP_RATE, options.fuse_token)
+    _check_student(options, opened, student, grid)
     return student
+
+
+def check_flags(options: Options) -> None:
+    """Flags that would be without effect beside the others.
+
+    Raises:
+        TicketSetError: names them.
+    """
+    selectors = {"--keep-rate": options.keep_rate, "--fuse-token": options.fuse_token}
+    selectors |= {"--shrink-start-epoch": options.shrink_start_epoch, "--shrink-epochs": options.shrink_epochs}
+    unused = [flag for flag, value in selectors.items() if value]
+    if options.drop_blocks is None:
+        if unused:
+            raise TicketSetError(
+                f"{unused[0]}: of a selector that drops patches inside; give --drop-blocks too."
+                " How much of a view a ticket holds is mined; --tokens takes another K of its ranking"
+            )
+        return
+    if options.tickets != "full" or options.resize_to_tokens:
+        raise TicketSetError("--drop-blocks trains a ticket selector: expected --tickets full beside it")
+    if options.tokens or options.unmask_epochs:
+        flag = "--tokens" if options.tokens else "--unmask-epochs"
+        raise TicketSetError(f"{flag}: of students; a selector sees all patches and drops by --keep-rate")
 
 
 def _create(options: Options, opened: TicketSet, pretrained: bool = False, **size: Any) -> Any:
     arguments = {"num_classes": len(opened.classes), **size, **options.model_kwargs}
     if options.drop_path:
         arguments["drop_path_rate"] = options.drop_path
+    if arguments.get("in_chans", 3) != 3:
+        raise TicketSetError(f"--model-kwargs: expected 3 input channels, got {arguments['in_chans']}")
     try:
-        model: Any = timm.create_model(timm_name(options.model), pretrained=pretrained, **arguments)
-    except Exception as error:  # timm's builders and hubs have no common class
-        raise TicketSetError(f"--model {options.model}: timm cannot build it: {first_line(error)}") from None
+        model: Any = create(options.model, "--model", pretrained, **arguments)
+    except TicketSetError as error:
+        if "drop_path_rate" in str(error):
+            raise TicketSetError(f"--model {options.model}: has no stochastic depth; give --drop-path 0") from None
+        raise
     if model.num_classes != len(opened.classes):
         raise TicketSetError(
             f"--model-kwargs num_classes: expected {len(opened.classes)}, the set's, got {model.num_classes}"
@@ -66,7 +103,7 @@ def _create(options: Options, opened: TicketSet, pretrained: bool = False, **siz
     return model
 
 
-def _side(options: Options, opened: TicketSet, outline: Any) -> int:
+def _side(options: Options, opened: TicketSet, kind: type[TicketModel]) -> int:
     """Pixels of the whole views that the student takes.
 
     Raises:
@@ -76,35 +113,18 @@ def _side(options: Options, opened: TicketSet, outline: Any) -> int:
     if tokens > opened.num_patches:
         raise TicketSetError(f"--tokens {tokens}: expected at most {opened.num_patches}, the patches of a view")
     if not options.resize_to_tokens:
-        return whole_side(feed_of(outline, options.feed), tokens, opened.manifest["img_size"], patch)
+        return kind.side_of(tokens, opened.manifest["img_size"], patch)
     if options.tickets not in ("winning", "full"):
         raise TicketSetError(f"--resize-to-tokens shows whole views: leave --tickets {options.tickets} out")
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise TicketSetError(
-            f"--resize-to-tokens: {tokens} tokens are no square; the nearest --tokens are {side**2} and {(side + 1) ** 2}"
-        )
-    return side * patch
+    return square_side(tokens, opened.num_patches, "--resize-to-tokens") * patch
 
 
-def _wrap(feed: str, model: Any, options: Options, opened: TicketSet, side: int) -> TicketModel:
+def _check_student(options: Options, opened: TicketSet, student: TicketModel, grid: tuple[int, int]) -> None:
     patch = opened.manifest["patch_size"]
-    grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
-    student = wrap(feed, model, grid, patch, side)
-    if options.token_labels is not None and not student.wants_token_labels:
+    if options.token_labels not in (None, "none") and not student.wants_token_labels:
         raise TicketSetError(f"--token-labels: {options.model} has no use for them; LV-ViT has")
     if options.mix_token and "box" not in student.extras:
         raise TicketSetError(f"--mix-token: {options.model} has none; it is LV-ViT's")
-    if options.drop_blocks is None:
-        return student
-    if feed != "tokens" or options.tickets != "full":
-        raise TicketSetError("--drop-blocks trains a selector: expected a ViT with --tickets full")
-    return DroppingViT(model, options.drop_blocks, options.keep_rate, options.fuse_token)
-
-
-def _check_grid(options: Options, opened: TicketSet, student: TicketModel, side: int) -> None:
-    patch = opened.manifest["patch_size"]
-    grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
     if student.grid != grid or student.patch_size != patch:
         raise TicketSetError(
             f"--model {options.model}: has a {student.grid[0]}x{student.grid[1]} grid of {student.patch_size} px patches,"
@@ -139,9 +159,24 @@ def dense_gmacs(options: Options, opened: TicketSet, student: TicketModel) -> fl
     """GMACs of the student on whole views of the set's own size, also where it is trained on smaller ones."""
     side, patch = opened.manifest["img_size"], opened.manifest["patch_size"]
     if student.whole_side != side:
-        model = _create(options, opened, **size_arguments(student.model, side))
+        if "window_size" in options.model_kwargs:  # Swin's is of the smaller image; timm's own is of the whole
+            kept = {name: value for name, value in options.model_kwargs.items() if name != "window_size"}
+            options = replace(options, model_kwargs=kept)
+        model = _create(options, opened, **TicketZero.size_arguments(student.model, side))
         student = TicketZero(model, opened.grid, patch, side)
     return gmacs(student, opened.num_patches)
+
+
+def _selector_gmacs(options: Options, student: DroppingViT, tokens: int) -> float:
+    """In training, as the mean over the epochs; a keep rate that falls is looked at 16 times."""
+    first, last = options.shrink_start_epoch, options.shrink_start_epoch + options.shrink_epochs
+    points, total = 16 if last else 1, 0.0
+    shrinking = copy.copy(student)
+    for point in range(points):
+        epoch = (point + 0.5) / points * options.epochs
+        shrinking.set_rate(keep_rate_at(epoch, first, last, student.keep_rate))
+        total += gmacs(shrinking, tokens)
+    return total / points
 
 
 def costs(
@@ -154,9 +189,10 @@ def costs(
         test_tokens: K of the ticket and random protocols.
         names: of the protocols.
     """
-    at_k = gmacs(student, tokens)
-    dropping = isinstance(student, DroppingViT)
-    at_test = at_k if dropping else gmacs(student, test_tokens)  # a selector's tickets are its own
+    if isinstance(student, DroppingViT):  # its tickets are its own, and it may learn to drop by and by
+        at_k, at_test = _selector_gmacs(options, student, tokens), gmacs(student, tokens)
+    else:
+        at_k, at_test = gmacs(student, tokens), gmacs(student, test_tokens)
     whole = gmacs(without_drops(student), (student.whole_side // student.patch_size) ** 2)
     unmasked = options.unmask_epochs / options.epochs
     return {

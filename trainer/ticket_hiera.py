@@ -14,12 +14,12 @@ class TicketHiera(TicketModel):
     """Hiera drops the units that its mask leaves out before its first block; dropped pixels are not even given.
 
     Raises:
-        TicketSetError: the set's patches are not the model's mask units.
+        TicketSetError: the set's patches are not the model's mask units, or the model drops units at random itself.
     """
 
     feed = "Hiera's own mask units"
 
-    def __init__(self, model: Any, grid: tuple[int, int], patch_size: int, whole_side: int) -> None:
+    def __init__(self, model: Any, patch_size: int, whole_side: int) -> None:
         super().__init__()
         self.model, self.patch_size, self.whole_side = model, patch_size, whole_side
         self.grid = tuple(model.mask_spatial_shape)
@@ -29,6 +29,12 @@ class TicketHiera(TicketModel):
                 f"Hiera of {whole_side} px: expected tickets of its {self.grid[0]}x{self.grid[1]} mask units of {unit} px,"
                 f" got patches of {patch_size} px; mine with --patch-size {unit}"
             )
+        if model.patch_drop_rate:
+            raise TicketSetError("model Hiera: patch_drop_rate drops units at random beside the tickets; leave it 0")
+
+    @classmethod
+    def wrap(cls, model: Any, feed: str, grid: tuple[int, int], patch_size: int, side: int) -> "TicketHiera":
+        return cls(model, patch_size, side)
 
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
         images = scatter_patches(patches, keep_indices, self.grid, self.patch_size)

@@ -21,6 +21,7 @@ from shards.errors import TicketSetError
 from shards.token_labels import UNIT
 from trainer.lvvit import LVViT
 from trainer.ticket_model import TicketModel, soft_cross_entropy
+from trainer.ticket_vit import gather_patches, unpatchify
 from trainer.token_labels import cut, smoothed
 
 FEEDS = {
@@ -60,6 +61,10 @@ class TicketLVViT(TicketModel):
         self.grid, self.patch_size = tuple(stem.grid_size), stem.patch_size[0]
         self.whole_side = self.grid[0] * self.patch_size
 
+    @classmethod
+    def wrap(cls, model: Any, feed: str, grid: tuple[int, int], patch_size: int, side: int) -> "TicketLVViT":
+        return cls(model, feed)
+
     def forward(self, patches: Tensor, keep_indices: Tensor, box: Tensor | None = None) -> Tensor | Pair:
         """
         Args:
@@ -79,7 +84,8 @@ class TicketLVViT(TicketModel):
         source = sources(keep_indices, box, self.grid[1])
         if self.mode == "early":
             patches = blank_unused(patches, keep_indices, source)
-        tokens = self.model.stem(unpatchify(patches, self.grid, self.patch_size))[source, keep_indices]
+        tokens = self.model.patch_embed(unpatchify(patches, self.grid, self.patch_size))
+        tokens = gather_patches(tokens, keep_indices) if box is None else tokens[source, keep_indices]
         logits = self.model.forward_tokens(tokens, keep_indices)
         return logits if self.model.training else LVViT.combine(*logits)
 
@@ -156,11 +162,3 @@ def ticket_targets(
     partner = (own ^ 1).clamp_max(len(own) - 1)  # the last of an odd batch, which cannot be mixed, has none
     mixed = share * class_targets + (1 - share) * class_targets[partner]
     return mixed, dense_targets[source, keep_indices]
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """[B, N, F] -> [B, 3, H, W]"""
-    batch, _, size = patches.shape
-    (gh, gw), p = grid, patch_size
-    cells = patches.reshape(batch, gh, gw, size // p**2, p, p)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, gh * p, gw * p)

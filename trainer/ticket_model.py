@@ -30,6 +30,31 @@ class TicketModel(nn.Module, ABC):
     feed = ""
     extras: tuple[str, ...] = ()
 
+    @classmethod
+    def side_of(cls, tokens: int, img_size: int, patch_size: int) -> int:
+        """Pixels of the whole views that a model is built for, where tickets are K patches of views of img_size pixels.
+
+        Raises:
+            TicketSetError: no model can take tickets of so many patches.
+        """
+        return img_size
+
+    @classmethod
+    def size_arguments(cls, model: Any, side: int) -> dict[str, Any]:
+        """What timm.create_model must be told for whole views of `side` pixels; `model` is one of another size."""
+        return {"img_size": side}
+
+    @classmethod
+    def wrap(cls, model: Any, feed: str, grid: tuple[int, int], patch_size: int, side: int) -> "TicketModel":
+        """A timm model that takes tickets of views of (gh, gw) patches, and whole views of `side` pixels.
+
+        Args:
+            feed: the name under which trainer.families knows this class.
+        Raises:
+            TicketSetError: it cannot take these.
+        """
+        return cls(model)
+
     @abstractmethod
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Any:
         """[B, K, C*p*p] normalised pixels ([B, N, C*p*p] where `wants_all`) and [B, K] row-major places in [0, N).

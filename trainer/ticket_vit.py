@@ -84,8 +84,7 @@ class _Slot(nn.Module):
         if keep is None:
             return x, None
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        kept = patches.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))
-        return torch.cat([prefix, kept], dim=1), keep
+        return torch.cat([prefix, gather_patches(patches, keep)], dim=1), keep
 
 
 def check_model(model: Any) -> None:
@@ -137,10 +136,15 @@ def gather_patches(patches: Tensor, keep_indices: Tensor) -> Tensor:
 def scatter_patches(patches: Tensor, keep_indices: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """The inverse of patchify and gather: [B, K, C*p*p] -> [B, C, H, W], zero where a patch was dropped."""
     b, _, size = patches.shape
-    p, c = patch_size, size // patch_size**2
     blank = patches.new_zeros(b, grid[0] * grid[1], size)
-    whole = blank.scatter(1, keep_indices[:, :, None].expand(-1, -1, size), patches)
-    return whole.reshape(b, *grid, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid[0] * p, grid[1] * p)
+    return unpatchify(blank.scatter(1, keep_indices[:, :, None].expand(-1, -1, size), patches), grid, patch_size)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The inverse of patchify: [B, N, C*p*p] -> [B, C, H, W]"""
+    b, p = len(patches), patch_size
+    cells = patches.reshape(b, *grid, -1, p, p)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, grid[0] * p, grid[1] * p)
 
 
 def _is_eva(model: Any) -> bool:

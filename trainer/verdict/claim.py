@@ -83,8 +83,8 @@ class Judge:
         return mean(group.top1(name), self.spreads[protocol])
 
     def reference(self, group: Group) -> Group | None:
-        """The full runs (c) that a group is held against."""
-        return _choose(self.full, group)
+        """The full runs (c) that a group is held against; of a model that packs its tickets, those at its own K."""
+        return _choose([c for c in self.full if c.tokens in (group.tokens, self.patches)], group)
 
     def share(self, group: Group) -> float:
         """Training cost of a group against full's, in multiply-accumulates; without full runs, against what they would cost."""

@@ -66,6 +66,8 @@ def read_run(folder: Path) -> Run:
     args = _mapping(folder / "args.yaml")
     _expect(folder / "args.yaml", args, ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"])
     _expect(folder / "args.yaml", args, ["epochs", "set_id", "set_method", "base_set_id", "resolved_tokens"])
+    if args.get("drop_blocks"):
+        raise TicketSetError(f"{folder}: a ticket selector's run (--drop-blocks), which is of no arm; leave it out")
     if not (folder / "final.json").is_file():
         raise TicketSetError(f"{folder}: not finished: no final.json; datalth-train --resume {folder} goes on")
     path = folder / "final.json"
