@@ -15,8 +15,9 @@ demo: .venv/installed ## Mine tickets, train on them, judge: the whole story in 
 	@rm -rf $(DEMO)
 	$(BIN)/python examples/study.py demo --out $(DEMO)
 
-results: .venv/installed ## The study of docs/RESULTS.md; about an hour; goes on where it was interrupted
+results: .venv/installed ## The study of docs/RESULTS.md; some hours; goes on where it was interrupted
 	$(BIN)/python examples/study.py results --out $(RESULTS)
+	$(BIN)/python examples/study.py families --out $(RESULTS)
 
 test: .venv/installed ## Run the test suite
 	$(BIN)/python -m pytest

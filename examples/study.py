@@ -1,7 +1,7 @@
 """The whole story on cluttered digits, through the public commands alone.
 
     python examples/study.py demo --out .demo         # minutes; what `make demo` runs
-    python examples/study.py results --out .results   # about an hour; run again, it goes on
+    python examples/study.py results --out .results   # two hours; run again, it goes on
     python examples/study.py families --out .results  # half an hour more
 
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
@@ -139,7 +139,7 @@ def demo(out: Path) -> None:
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; one that is there goes on."
 )
-@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+@click.option("--seeds", default=5, show_default=True, help="Of every arm.")
 def results(out: Path, seeds: int) -> None:
     """Every arm and its controls at three K; how many stored views it takes. What docs/RESULTS.md shows."""
     digits = pictures(out)

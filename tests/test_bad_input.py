@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import SELECTOR, contents, mine
+from miner.writer_thread import WriterThread
 from shards.errors import TicketSetError
 from shards.format import MANIFEST
 from shards.reader import TicketSet
