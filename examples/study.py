@@ -7,6 +7,7 @@
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """
 
+import csv
 import itertools
 import json
 import os
@@ -240,6 +241,28 @@ def other_models(out: Path, digits: Path, seeds: range) -> None:
         ]
         train(runs, jobs)
         judge(runs, [job[0] for job in jobs], out / "families" / name)
+    lines = ["| family | K | a | b | c | a - c | a - b | loss of a, first to last epoch | MMACs of c's |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|", *(row(out, name) for name in MODELS)]
+    (out / "families.md").write_text("\n".join(lines) + "\n")
+    click.echo("\n" + (out / "families.md").read_text())
+
+
+def row(out: Path, name: str) -> str:
+    """One family in the table: each arm in its own protocol, from its verdict and its first run's summary."""
+    found = json.loads((out / "families" / name / "verdict.json").read_text())["models"][0]
+    groups = {group["arm"]: group for group in found["groups"]}
+    own = [
+        f"{g['value']:.1f} ±{g['half']:.1f}" for g in (groups[a]["top1"]["own"] for a in ("winning", "random", "full"))
+    ]
+    verdict = found["verdicts"][0]
+    differences = [
+        f"{d['value']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})" for d in (verdict["a_minus_c"], verdict["a_minus_b"])
+    ]
+    with open(out / "runs" / f"{name}-winning-0" / "summary.csv", newline="") as file:
+        losses = [float(line["train_loss"]) for line in csv.DictReader(file)]
+    loss = f"{losses[0]:.2f} to {losses[-1]:.2f}"
+    share = groups["winning"]["train_gmacs"] / groups["full"]["train_gmacs"]
+    return f"| {' | '.join([name, str(verdict['tokens']), *own, *differences, loss, f'{share:.0%}'])} |"
 
 
 def family(name: str, arm: str, seed: int) -> list[object]:
