@@ -241,7 +241,7 @@ def other_models(out: Path, digits: Path, seeds: range) -> None:
         ]
         train(runs, jobs)
         judge(runs, [job[0] for job in jobs], out / "families" / name)
-    lines = ["| family | K | a | b | c | a - c | a - b | loss of a, first to last epoch | MMACs of c's |"]
+    lines = ["| family | K | a | b | c | a - c | a - b | loss of a, first to last epoch | its MACs, of dense |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|", *(row(out, name) for name in MODELS)]
     (out / "families.md").write_text("\n".join(lines) + "\n")
     click.echo("\n" + (out / "families.md").read_text())
@@ -261,7 +261,8 @@ def row(out: Path, name: str) -> str:
     with open(out / "runs" / f"{name}-winning-0" / "summary.csv", newline="") as file:
         losses = [float(line["train_loss"]) for line in csv.DictReader(file)]
     loss = f"{losses[0]:.2f} to {losses[-1]:.2f}"
-    share = groups["winning"]["train_gmacs"] / groups["full"]["train_gmacs"]
+    cost = json.loads((out / "runs" / f"{name}-winning-0" / "final.json").read_text())["cost"]
+    share = cost["train_gmacs"] / cost["dense_gmacs"]
     return f"| {' | '.join([name, str(verdict['tokens']), *own, *differences, loss, f'{share:.0%}'])} |"
 
 
