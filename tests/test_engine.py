@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import miner.engine
+import miner.writer_thread
 from conftest import SELECTOR, contents, mine
 from miner.engine import Miner
 from miner.plan import make_plan, shard_rows
@@ -411,7 +412,7 @@ def test_images_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     # 18 read ahead and 2 in threads, 8 in flight and 8 gathered for the next batch, 64 before the writer, 1 in it.
     assert peak_in_flight(monkeypatch, tmp_path / "a", patience=0.5) <= 105
     # The negative control: a queue without an end lets everything in.
-    monkeypatch.setattr(miner.engine, "queue", SimpleNamespace(Queue=lambda size: Queue(), Full=OverflowError))
+    monkeypatch.setattr(miner.writer_thread, "queue", SimpleNamespace(Queue=lambda size: Queue(), Full=OverflowError))
     assert peak_in_flight(monkeypatch, tmp_path / "b", patience=30) > 390
 
 
