@@ -22,8 +22,7 @@ def measure(setting: Setting) -> Part:
         for tokens in TOKENS:
             legs |= {f"ours {tokens}": steps.ours(tokens), f"patch_drop {tokens}": steps.patch_drop(tokens)}
         for rate in RATES:
-            legs[f"in step {rate}"] = steps.in_step(teacher, rate, recorded=False)
-            legs[f"in step {rate}, recorded"] = steps.in_step(teacher, rate, recorded=True)
+            legs[f"in step {rate}"] = steps.in_step(teacher, rate)
         laps = turns(legs, setting.rounds)
         part.laps |= {f"{name}, {leg}": found for leg, found in laps.items()}
         dense = steps.macs(N)
@@ -40,6 +39,4 @@ def measure(setting: Setting) -> Part:
         for rate, (tokens, wanted) in RATES.items():
             figures = speedup(laps[f"ours {tokens}"], laps[f"in step {rate}"])
             part.rows.append(Row(f"{name} step, r = {rate}", "selector in the step", *figures, (">=", wanted)))
-            figures = speedup(laps[f"ours {tokens}"], laps[f"in step {rate}, recorded"])
-            part.rows.append(Row(f"{name} step, r = {rate}", "the same as the paper's code, recording it", *figures))
     return part

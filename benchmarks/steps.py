@@ -3,8 +3,8 @@
 All take the same uint8 views of a batch, share one timm model and one AdamW, and end with the updated weights. Ours is
 given what its loader gives: kept patches and their places. The paper's is Data-LTH's as its public code runs: the EViT
 teacher's whole forward in every step, at the student's keep rate, then three successive gathers of the embedded patches.
-It is shown at its best, without recording the teacher for gradients that nobody takes, and as the authors' code runs, which
-records it; both with fused attention wherever scores are not needed.
+It is shown at its best: without gradients of the teacher (the authors' code records them), and with fused attention
+wherever scores are not needed.
 """
 
 from collections.abc import Callable
@@ -86,15 +86,9 @@ class Steps:
 
         return step
 
-    def in_step(self, teacher: Any, rate: float, recorded: bool) -> Callable[[], float]:
+    def in_step(self, teacher: Any, rate: float) -> Callable[[], float]:
         counts, blocks = keep_counts(N, rate), default_blocks(len(teacher.blocks))
-
-        def forward(images: Tensor) -> Tensor:
-            with torch.set_grad_enabled(recorded):
-                stages = evit_stages(teacher, images, blocks, counts)
-            return gathered_forward(self.model, images, stages)
-
-        return lambda: self._step(forward)
+        return lambda: self._step(lambda images: lottery_forward(self.model, teacher, images, blocks, counts))
 
     def _step(self, forward: Callable[[Tensor], Tensor]) -> float:
         images = (self.images.float() - self.mean) / self.std
@@ -116,8 +110,9 @@ def cut(images: Tensor) -> Tensor:
     return cells.reshape(b, N, c * PATCH * PATCH)
 
 
-def gathered_forward(student: Any, images: Tensor, stages: list[Tensor]) -> Tensor:
-    """The student embeds everything and gathers before its first block what the teacher has ranked."""
+def lottery_forward(student: Any, teacher: Any, images: Tensor, blocks: tuple[int, ...], counts: tuple) -> Tensor:
+    """The teacher ranks, the student embeds everything and gathers before its first block."""
+    stages = evit_stages(teacher, images, blocks, counts)
     x = student._pos_embed(student.patch_embed(images))
     tokens = x[:, 1:]
     for kept in stages:  # each relative to what the one before left
@@ -126,6 +121,7 @@ def gathered_forward(student: Any, images: Tensor, stages: list[Tensor]) -> Tens
     return student.forward_head(student.norm(student.blocks(x)))
 
 
+@torch.no_grad()
 def evit_stages(teacher: Any, images: Tensor, blocks: tuple[int, ...], counts: tuple) -> list[Tensor]:
     """EViT's forward to the logits: in each drop block after attention, the patches the class token attends to most."""
     x = teacher.norm_pre(teacher._pos_embed(teacher.patch_embed(images)))
