@@ -230,7 +230,8 @@ def other_models(out: Path, digits: Path, seeds: range) -> None:
     mine(units, "--data", out / "base-32", "--images", "link", "--method", "rollout", "--selector", SELECTOR,
          "--weights", runs / "full-32" / "model_best.safetensors", "--patch-size", 32, "--tokens", 4)  # fmt: skip
     mine(out / "labels", "--data", out / "base", "--images", "link", "--method", "none", "--token-labels",
-         "test_resnet", "--token-label-weights", runs / "cnn-full-0" / "model_best.safetensors")  # fmt: skip
+         "test_resnet", "--token-label-weights", runs / "cnn-full-0" / "model_best.safetensors",
+         "--token-label-size", 128)  # fmt: skip
     for name in MODELS:
         labels = ["--token-labels", out / "labels", "--mix-token"] if name.startswith("lvvit") else []
         tickets = units if name == "hiera" else out / "tickets"

@@ -170,9 +170,15 @@ Examples:
 @click.option(
     "--token-labels",
     metavar="NAME",
-    help="Also mine the likeliest five classes at 18 x 18 places of every whole image, by this timm classifier of the set's classes.",
+    help="Also mine the likeliest five classes at every place (18 x 18) of every whole image, by this timm classifier of the set's classes.",
 )
 @click.option("--token-label-weights", metavar="FILE", help="Its weights.  [default: timm's pretrained ones]")
+@click.option(
+    "--token-label-size",
+    type=click.IntRange(min=1),
+    metavar="PX",
+    help="Side of the whole image as it sees it; near the size that it was trained at.  [default: that of 18 places]",
+)
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Images in a shard."
 )
@@ -220,8 +226,10 @@ def check_options(options: dict[str, Any]) -> None:
     """Refuse what cannot be meant, before anything slow is imported."""
     if options["tokens"] and options["keep_rate"] is not None:
         raise click.UsageError("--tokens and --keep-rate both say how many patches a ticket has; give one of them")
-    if options["token_label_weights"] and not options["token_labels"]:
-        raise click.UsageError("--token-label-weights: expected --token-labels NAME, the model that they are of")
+    for name in ("token_label_weights", "token_label_size"):
+        if options[name] and not options["token_labels"]:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag}: expected --token-labels NAME beside it, the model that it is of")
     if options["img_size"] % options["patch_size"]:
         raise click.UsageError(
             f"--img-size {options['img_size']} is no multiple of --patch-size {options['patch_size']}"

@@ -66,7 +66,9 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> M
     return model.eval().requires_grad_(False)
 
 
-def build_classifier(name: str, side: int, num_classes: int, weights: str | None = None) -> tuple[Model, int]:
+def build_classifier(
+    name: str, side: int, num_classes: int, weights: str | None = None, size: int | None = None
+) -> tuple[Model, int]:
     """A timm classifier with trained weights, in eval mode, and the input that it should be given.
 
     Args:
@@ -74,20 +76,21 @@ def build_classifier(name: str, side: int, num_classes: int, weights: str | None
         side: places wanted along each side of its final feature map.
         num_classes: that it must have.
         weights: .safetensors or .pth; None takes timm's pretrained weights of this model.
+        size: side in pixels of the square input; None: that at which the model's stride gives `side` places.
     Returns:
-        The model, and the side in pixels of the square input at which its stride gives `side` places.
+        The model, and the side in pixels of its input.
     Raises:
         TicketSetError: no such model, weights that cannot be had or do not fit it, or other classes.
     """
     flag, weights_flag = "--token-labels", "--token-label-weights"
     plain = sketch(lambda: create(name, flag))
     try:
-        size = side * plain.feature_info[-1]["reduction"]
+        size = size or side * plain.feature_info[-1]["reduction"]
     except (AttributeError, LookupError, TypeError):
         raise TicketSetError(
             f"{flag} {name}: expected a model whose stride timm knows, got {type(plain).__name__}"
         ) from None
-    fixed = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
+    fixed: dict[str, Any] = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
     if weights is None:
         model = create(name, flag, pretrained=True, **fixed)
         _check_classes(f"{flag} {name}", num_classes, model.num_classes)

@@ -69,6 +69,7 @@ class Options:
     torchcompile: bool
     token_labels: str | None
     token_label_weights: str | None
+    token_label_size: int | None
     shard_size: int
     limit: int | None
     max_failures: float
@@ -206,7 +207,12 @@ def token_labeller(options: Options, source: Source) -> Labeller | None:
     device = options.device or default_device()
     try:
         return build_labeller(
-            options.token_labels, options.token_label_weights, len(source.classes), device, options.amp
+            options.token_labels,
+            options.token_label_weights,
+            len(source.classes),
+            device,
+            options.amp,
+            options.token_label_size,
         )
     except (RuntimeError, AssertionError) as error:
         raise TicketSetError(f"--device {device}: {first_line(error)}") from None

@@ -72,18 +72,22 @@ class Labeller:
         }
 
 
-def build_labeller(name: str, weights: str | None, num_classes: int, device: str, amp: bool) -> Labeller:
+def build_labeller(
+    name: str, weights: str | None, num_classes: int, device: str, amp: bool, size: int | None = None
+) -> Labeller:
     """A labeller for a set of `num_classes` classes.
 
     Args:
         name: timm model, or an alias.
         weights: .safetensors or .pth; None takes timm's pretrained ones.
+        size: pixels a side of its input; None gives SIDE places. A model that was trained at another scale answers
+            badly: 576 px of a model of 96 px gave one class everywhere.
     Raises:
         TicketSetError: the set has no classes, the model others, or none of its heads fits a single place.
     """
     if not 2 <= num_classes <= MAX_CLASSES:
         raise TicketSetError(f"--token-labels {name}: expected a set of 2 to {MAX_CLASSES} classes, got {num_classes}")
-    model, size = models.build_classifier(name, SIDE, num_classes, weights)
+    model, size = models.build_classifier(name, SIDE, num_classes, weights, size)
     side = _check_head(model, size, name)
     config = resolve_model_data_config(model)
     placed = torch.device(device)
