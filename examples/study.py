@@ -36,9 +36,11 @@ MODELS: dict[str, list[Any]] = {  # name: timm's model, its arguments, flags
     "swin-zero": ["swin_tiny_patch4_window7_224", [*SWIN, "window_size=6"], "--tokens", 16, "--feed", "zero"],
     "lvvit-late": ["lvvit_t", LVVIT],
     "lvvit-early": ["lvvit_t", LVVIT, "--feed", "early"],
+    "lvvit-labels": ["lvvit_t", LVVIT, "--mix-token"],
     "cnn": ["test_resnet", []],
     "hiera": ["hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]],
 }
+CROPS = ["--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--hflip", 0]
 Job = tuple[str, Path, Sequence[object]]  # name of the run, ticket set, further flags
 
 
@@ -224,16 +226,17 @@ def other_models(out: Path, digits: Path, seeds: range) -> None:
     few = ["--epochs", 5]
     mine(out / "base-32", "--data", digits, "--method", "center", "--tokens", 4, "--views", 1, "--patch-size", 32)
     coarse = ["--tickets", "full", "--seed", 0, "--model-kwargs", "patch_size=32"]
-    train(
-        runs, [("full-32", out / "base-32", coarse), ("cnn-full-0", out / "tickets", [*family("cnn", "full", 0), *few])]
-    )
+    # A classifier of digits anywhere and at any size, for token labels: the digits of `tickets` stand on a grid.
+    mine(out / "crops", "--data", digits, "--method", "center", "--tokens", 9, "--views", 8, *CROPS)
+    labeller = ["--model", "test_resnet", "--tickets", "full", "--seed", 0, "--epochs", 15]
+    train(runs, [("full-32", out / "base-32", coarse), ("labeller", out / "crops", labeller)])
     mine(units, "--data", out / "base-32", "--images", "link", "--method", "rollout", "--selector", SELECTOR,
          "--weights", runs / "full-32" / "model_best.safetensors", "--patch-size", 32, "--tokens", 4)  # fmt: skip
     mine(out / "labels", "--data", out / "base", "--images", "link", "--method", "none", "--token-labels",
-         "test_resnet", "--token-label-weights", runs / "cnn-full-0" / "model_best.safetensors",
+         "test_resnet", "--token-label-weights", runs / "labeller" / "model_best.safetensors",
          "--token-label-size", 128)  # fmt: skip
     for name in MODELS:
-        labels = ["--token-labels", out / "labels", "--mix-token"] if name.startswith("lvvit") else []
+        labels = ["--token-labels", out / "labels"] if "labels" in name else []
         tickets = units if name == "hiera" else out / "tickets"
         jobs: list[Job] = [
             (f"{name}-{arm}-{seed}", tickets, [*family(name, arm, seed), *few, *labels])
@@ -279,8 +282,7 @@ def views(out: Path, digits: Path, seeds: range) -> None:
     runs, longer = out / "runs", ["--epochs", 40]
     stored = (2, 4, 8, 16)
     for count in stored:
-        crops = ["--views", count, "--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--hflip", 0]
-        mine(out / f"base-{count}", "--data", digits, "--method", "center", "--tokens", 14, *crops)
+        mine(out / f"base-{count}", "--data", digits, "--method", "center", "--tokens", 14, "--views", count, *CROPS)
     train(runs, [("views-selector", out / "base-16", ["--tickets", "full", "--seed", 0, *longer])])
     weights = runs / "views-selector" / "model_best.safetensors"
     for count in stored:
