@@ -189,6 +189,14 @@ def test_other_models_mine_as_well(center_set: Path, tmp_path: Path, folder: Pat
     assert "sound" in inspect("verify", out, "--deep").output
 
 
+def test_a_labeller_of_another_size_has_as_many_places_as_its_stride_gives(center_set, tmp_path, flags) -> None:
+    out = tmp_path / "labels"
+    link = ("--data", center_set, "--images", "link", "--method", "none", "--split", "val", "--out", out)
+    assert "4 x 4 places, by test_resnet at 128 px" in mine(*link, *flags, "--token-label-size", 128).output
+    assert json.loads((out / "plan.json").read_bytes())["common"]["token_labels"]["input_size"] == 128
+    assert "sound" in inspect("verify", out, "--deep").output
+
+
 # --- the format
 
 
@@ -522,8 +530,10 @@ def test_bad_words_are_refused_in_one_line(center_set: Path, photos: Path, tmp_p
     ]:  # fmt: skip
         assert expected in refused(*words), words
     assert not (tmp_path / "x").exists()
-    usage = refused(*link, "--token-label-weights", "w.pth", code=2)
-    assert "--token-label-weights: expected --token-labels NAME" in usage
+    for name, value in (("--token-label-weights", "w.pth"), ("--token-label-size", 96)):
+        assert f"{name}: expected --token-labels NAME" in refused(*link, name, value, code=2)
+    small = refused(*link, "--method", "none", *flags, "--token-label-size", 32)  # one place is no map
+    assert "over the mean of a square feature map" in small
 
 
 def test_unlabelled_images_have_no_classes(photos: Path, tmp_path: Path, flags: list[object]) -> None:
