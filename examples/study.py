@@ -1,8 +1,8 @@
 """The whole story on cluttered digits, through the public commands alone.
 
     python examples/study.py demo --out .demo         # minutes; what `make demo` runs
-    python examples/study.py results --out .results   # two hours; run again, it goes on
-    python examples/study.py families --out .results  # half an hour more
+    python examples/study.py results --out .results   # an hour and more; run again, it goes on
+    python examples/study.py families --out .results  # another hour
 
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """

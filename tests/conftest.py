@@ -4,10 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 SELECTOR = "test_vit"  # timm's own small ViT: width 64, depth 6
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_torch_thread() -> None:
+    """Models this small are slower with more threads, by far where others use the cores too."""
+    torch.set_num_threads(1)
 
 
 def write_image(path: Path, number: int, size: tuple[int, int] = (80, 60)) -> None:

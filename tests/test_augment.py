@@ -25,11 +25,6 @@ GEOMETRIC = ("Rotate", "Shear", "Translate")
 Log = list[tuple[str, tuple]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def operations(transform: Any) -> list[Any]:
     return transform.ops if hasattr(transform, "ops") else [op for policy in transform.policy for op in policy]
 

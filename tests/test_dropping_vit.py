@@ -1,7 +1,7 @@
 """DroppingViT: what survives in it is the miner's ticket; its forward against EViT written naively in float64."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -17,14 +17,6 @@ from trainer.dropping_vit import FUSED, DroppingViT, keep_rate_at
 from trainer.ticket_vit import TicketViT, patchify
 
 BLOCKS = (1, 3, 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def places(images: Tensor) -> Tensor:

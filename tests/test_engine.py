@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -40,15 +40,6 @@ from shards.writer import ShardWriter
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 Arguments = list[str]
 Pairs = list[tuple[str, int]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Models this small are slower with more threads, by far where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

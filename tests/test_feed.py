@@ -32,11 +32,6 @@ RICH = replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """21 photos, 4 views with random rankings, shards of 6, 6, 6 and 3."""

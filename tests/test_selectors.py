@@ -5,7 +5,7 @@ import hashlib
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,15 +25,6 @@ from shards.errors import TicketSetError
 
 GRID = (6, 6)
 N = 36
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Models this small are slower with more threads, by far where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sharpened(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,6 @@ from shards.rows import Rows
 
 MODELS = {"test_resnet": {}, "test_nfnet": {}, "test_convnext": {}, "test_vit": {"global_pool": "avg"}}
 CLASSES = 3  # of `photos`
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def classifier(name: str, num_classes: int = CLASSES, **kwargs: object) -> torch.nn.Module:

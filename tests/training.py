@@ -24,7 +24,6 @@ def arguments(tickets: Path, output: Path, name: str, *more: object, plain: bool
 
 
 def train(tickets: Path, output: Path, name: str, *more: object, code: int = 0, plain: bool = False) -> Result:
-    torch.set_num_threads(1)
     result = CliRunner().invoke(main, arguments(tickets, output, name, *more, plain=plain))
     assert result.exit_code == code, result.output + str(result.exception)
     return result
