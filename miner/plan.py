@@ -23,7 +23,7 @@ from miner.sources import Source
 from shards import format as fmt
 from shards import token_labels
 from shards.errors import TicketSetError
-from shards.reader import read_parquet
+from shards.index import read_parquet
 from shards.storage import write_atomic
 from shards.views import CROP_PCT
 
@@ -257,7 +257,7 @@ def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, na
     for number in range(split["shards"]):
         index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
         if index.exists():
-            rows = read_parquet(index.read_bytes(), columns).to_pylist()
+            rows = read_parquet(index.read_bytes(), str(index), columns).to_pylist()
             known.update({row["key"]: row for row in rows})
     table = source.splits[name]
     for key, size, label in zip(*(table[c].to_pylist() for c in ("key", "size", "label")), strict=True):

@@ -244,9 +244,8 @@ def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
 
 def _tiles(opened: TicketSet, sample: Any, numbers: Any) -> list[tuple[str, list[Any]]]:
     from shards import draw
-    from shards.images import decode
 
-    pixels = decode(sample.image, opened.exif)
+    pixels = sample.pixels()
     rows = []
     for number in numbers:
         tile = draw.view_tile(pixels, sample.views[number])
@@ -366,9 +365,10 @@ def stats(folder: str, base: str | None, split: str | None, output: str | None, 
 @_folder
 @_base
 @click.option("--deep", is_flag=True, help="Also hash the tars, decode every image and check every sample.")
+@click.option("--base-too", is_flag=True, help="Of a linked set: check the base in the same way.")
 @_json
 @reports_errors
-def verify(folder: str, base: str | None, deep: bool, as_json: bool) -> None:
+def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: bool) -> None:
     """Check a set against what it says of itself. Exit code 1 where something is wrong.
 
     \b
@@ -380,20 +380,28 @@ def verify(folder: str, base: str | None, deep: bool, as_json: bool) -> None:
 
     start = time.monotonic()
     opened = TicketSet.open(folder, base)
-    shards = sum(split["shards"] for split in opened.manifest["splits"].values())
-    with click.progressbar(length=shards, label="verifying", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        problems = checks.verify(opened, deep, lambda name: bar.update(1))
+    if base_too and opened.base is None:
+        raise TicketSetError(f"--base-too: {folder} is not linked; its images are its own")
+    shards = opened.manifest["totals"]["shards"]
+    of_base = opened.base.manifest["totals"]["shards"] if opened.base and base_too else 0
+    with click.progressbar(
+        length=shards + of_base, label="verifying", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        problems = checks.verify(opened, deep, lambda name: bar.update(1), base_too)
+    unread = opened.base.url if deep and opened.base and not base_too else None
     if as_json:
-        _print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems})
+        _print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems, "base_not_hashed": unread})
     else:
         for problem in problems:
             click.echo(problem)
-        samples = sum(split["samples"] for split in opened.manifest["splits"].values())
+        samples = opened.manifest["totals"]["samples"]
         kind = "deep" if deep else "fast"
         verdict = f"{len(problems)} problems" if problems else "sound"
         click.echo(
             f"{folder}: {verdict} ({kind}: {shards} shards, {samples} samples, {duration(time.monotonic() - start)})"
         )
+        if unread:
+            click.echo(f"the tars of its base {unread} were not hashed; --base-too checks them")
     if problems:
         sys.exit(1)
 
@@ -469,7 +477,7 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
 
 
 def _print_json(value: Any) -> None:
-    click.echo(fmt.canonical_json(value).decode(), nl=False)
+    click.echo(json.dumps(value, sort_keys=True, indent=1))  # ASCII: a terminal that shows it obeys nothing in it
 
 
 def _save(picture: Any, output: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 # <key>.ranking.npy then has at most 100 bytes, what a plain tar header holds. Longer names would
 # cost two more blocks each.
 MAX_KEY_BYTES = 88
+KEY_PATTERN = r"^[A-Za-z0-9_/%-]{1,88}$"  # what `unique_keys` makes; keys that are read must match it
 
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]")
 _DIGITS = re.compile(r"(\d+)")

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from shards import storage
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet
+from shards.reader import Row, Sample, TicketSet
 from shards.tar import split_members
 
 OPEN_FILES = 64
@@ -113,12 +113,14 @@ class Rows:
         if self._set.base is not None:
             tar, url = self._tar(self._set.base, name)
             pictured = split_members(tar.read(base_offset, base_size), key, url)
-        sample = self._set.sample(key, members, pictured, url)
+        label = int(self.labels[position])
+        said = Row(key, None if label < 0 else label, *self.image_sizes[position].tolist())
+        sample = self._set.sample(name, said, members, pictured, url)
         if self._token_labels is None:
             return sample
         tar, url = self._tar(self._token_labels, name)
         members = split_members(tar.read(*labelled), key, url)
-        return replace(sample, token_labels=self._token_labels.token_labels(key, members, url))
+        return replace(sample, token_labels=self._token_labels.token_labels(key, members, f"{url}: {key}"))
 
     def _tar(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")
@@ -148,32 +150,14 @@ def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:
 
 
 def _joined(opened: TicketSet, name: str, labels: TicketSet | None) -> pa.Table:
-    """key, label and EXTENTS of one shard's samples; those that `labels` lacks are left out."""
-    own = _with_base(opened, name)
+    """`TicketSet.joined` of one shard, with the place of its token labels; samples that `labels` lacks are left out."""
+    own = opened.joined(name)
     if labels is None:
         return own
-    theirs = _extents(labels, name)
+    theirs = labels.joined(name)
     own = own.filter(pc.is_in(own["key"], theirs["key"]))
     found = theirs.take(pc.index_in(own["key"], theirs["key"]))
     return own.append_column("labels_offset", found["offset"]).append_column("labels_bytes", found["bytes"])
-
-
-def _with_base(opened: TicketSet, name: str) -> pa.Table:
-    own = _extents(opened, name)
-    if opened.base is None:
-        return own.append_column("base_offset", own["offset"]).append_column("base_bytes", own["bytes"])
-    base = _extents(opened.base, name)
-    places = pc.index_in(own["key"], base["key"])
-    if places.null_count:
-        missing = own.filter(pc.is_null(places))["key"][0].as_py()
-        raise TicketSetError(f"{opened.base.url}: expected an image of {missing}, which {opened.url} links to")
-    found = base.take(places)
-    return own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
-
-
-def _extents(opened: TicketSet, name: str) -> pa.Table:
-    table = opened.shard_table(name)
-    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "offset", "bytes", "height", "width"])
 
 
 def fetch(url: str, cache: Path) -> str:
