@@ -100,7 +100,7 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str]) -> pa.Table:
         missing = next((name for name in columns if name not in schema.names), None)
         if missing is not None or len(set(schema.names)) < len(schema.names):
             raise TicketSetError(
-                f"{where}: expected a column {missing!r}" if missing else f"{where}: columns of one name"
+                f"{where}: no column {missing}" if missing else f"{where}: columns of one name"
             )
         texts = [name for name in columns if pa.types.is_string(schema.field(name).type)]
         fixed = [schema.field(name).type for name in columns if name not in texts]
