@@ -310,6 +310,8 @@ def _read_manifest(url: str) -> dict[str, Any]:
                 f"{url}: this ticket set is not finished (no {fmt.MANIFEST}); run its datalth-mine command again"
             ) from None
         raise TicketSetError(f"{url}: expected a ticket set, found no {fmt.MANIFEST}") from None
+    except TicketSetError:  # of the store
+        raise
     except ValueError as error:
         raise TicketSetError(f"{where}: not readable as JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != fmt.KIND:
