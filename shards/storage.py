@@ -8,6 +8,7 @@ Nothing but plain files is opened: a FIFO would wait for ever, a device may do a
 import contextlib
 import io
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -22,7 +23,7 @@ from shards.errors import TicketSetError, first_line
 REMOTE_BLOCK = 16 << 20  # bytes fetched at once from a remote file
 REMOTE_BLOCKS_KEPT = 12  # a shard of ImageNet, so that its samples may be read in any order
 SMALL_FILE = 256 << 20  # bytes of the largest file that is read whole: JSON, or the index of a shard
-LARGE_FILE = 1 << 40  # bytes of the largest that is copied from a server that sends whole files alone
+LARGE_FILE = 16 << 30  # bytes of the largest that is copied from a server that does not say a size
 _KINDS = {
     stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device",
 }  # fmt: skip
@@ -83,7 +84,8 @@ def filesystem(url: str) -> tuple[Any, str]:
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(url)
-        fs.invalidate_cache()  # instances are shared by the whole process, not all of them know use_listings_cache
+        # Instances are kept for the whole process. use_listings_cache=False is not for all: sftp hands it on to ssh.
+        fs.invalidate_cache()
         return fs, path
 
 
@@ -112,9 +114,9 @@ def blocks(url: str, limit: int) -> Iterator[bytes]:
             yield ranges.read(offset, REMOTE_BLOCK)
         return
     file, size, _ = _open_remote(url)
-    _check_size(url, size, limit)
     done = 0
     with contextlib.closing(file):
+        _check_size(url, size, limit)
         while part := _read_remote(url, file, min(REMOTE_BLOCK, limit + 1 - done)):
             done += len(part)
             _check_size(url, done, limit)
@@ -151,9 +153,7 @@ def size_of(url: str) -> int:
         with _remote_errors(url):
             size = fs.size(path)
         return open_ranges(url).size if size is None else int(size)
-    found = os.stat(url)
-    _check_plain(url, found.st_mode)
-    return found.st_size
+    return _plain_size(url)
 
 
 class Ranges(Protocol):
@@ -186,7 +186,7 @@ def open_ranges(url: str) -> Ranges:
         return _RemoteRanges(url, file, size)
     file.close()
     with tempfile.TemporaryFile() as copy:
-        for part in blocks(url, LARGE_FILE):
+        for part in blocks(url, LARGE_FILE if size is None else size):
             copy.write(part)
         copy.flush()
         return _LocalRanges(os.dup(copy.fileno()), url)
@@ -207,24 +207,26 @@ def open_file(url: str) -> BinaryIO:
 
 def _open_plain(path: str) -> int:
     """A descriptor of a plain file. What it is, is asked before it is opened, and again after: it may be exchanged."""
+    _plain_size(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        _check_plain(path, os.stat(path).st_mode)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except ValueError as error:  # a NUL, or a surrogate that no name can have
-        if isinstance(error, TicketSetError):
-            raise
-        raise TicketSetError(f"{path!r}: expected a path: {first_line(error)}") from None
-    try:
-        _check_plain(path, os.fstat(descriptor).st_mode)
+        _plain_size(path, descriptor)
     except TicketSetError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _check_plain(path: str, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise TicketSetError(f"{path}: expected a plain file, got a {_KINDS.get(stat.S_IFMT(mode), 'special file')}")
+def _plain_size(path: str, descriptor: int | None = None) -> int:
+    """Bytes of a plain file; anything else is refused."""
+    try:
+        found = os.stat(path if descriptor is None else descriptor)
+    except ValueError as error:  # a NUL, or a surrogate that no name can have
+        raise TicketSetError(f"{path!r}: expected a path: {first_line(error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "special file")
+        raise TicketSetError(f"{path}: expected a plain file, got a {kind}")
+    return found.st_size
 
 
 class _LocalRanges:
@@ -389,5 +391,9 @@ def list_names(url: str) -> list[str]:
 def glob_remote(url: str) -> list[str]:
     """The URLs that a pattern matches, sorted."""
     fs, path = filesystem(url)
-    with _remote_errors(url):
-        return [fs.unstrip_protocol(found) for found in sorted(fs.glob(path))]
+    with contextlib.suppress(FileNotFoundError), _remote_errors(url):
+        found = sorted(fs.glob(path))
+        if not found:  # fsspec passes over what it cannot list; this says why
+            fs.ls(re.split(r"[*[]", path)[0].rpartition("/")[0], detail=False)
+        return [fs.unstrip_protocol(name) for name in found]
+    return []
