@@ -218,7 +218,7 @@ class Store(AbstractFileSystem):
         size = self.info(path)["size"]
         if size is None or block_size == 0:
             return Stream(self, (self.root / path).read_bytes())
-        return Ranged(self, path, mode, size=size, cache_type=kwargs["cache_type"], block_size=block_size)
+        return Ranged(self, path, mode, size=size, cache_type=kwargs.get("cache_type", "none"), block_size=block_size)
 
 
 class Ranged(AbstractBufferedFile):
