@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from shards import format as fmt
 from shards.errors import TicketSetError
-from shards.storage import atomic_file, write_atomic
+from shards.storage import atomic_file, read_bytes, write_atomic
 from shards.tar import SampleTarWriter
 
 
@@ -174,7 +174,7 @@ def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -
     totals = {field: sum(s[field] for s in splits.values()) for field in next(iter(splits.values()))}
     for name, split in splits.items():
         split.update(head["splits"][name])
-    plan = (folder / fmt.PLAN).read_bytes()
+    plan = read_bytes(str(folder / fmt.PLAN))
     head = {**head, "plan": {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}}
     manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
     manifest["digest"] = fmt.manifest_digest(manifest)
@@ -215,7 +215,7 @@ def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | N
     """
     path = folder / f"{fmt.shard_name(split, number)}.json"
     try:
-        stats = json.loads(path.read_bytes())
+        stats = json.loads(read_bytes(str(path)))
         fmt.check_format(stats["format"], str(path))
         return stats
     except FileNotFoundError:

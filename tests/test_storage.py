@@ -24,6 +24,7 @@ from shards import storage
 from shards.errors import TicketSetError, first_line, is_machine_error
 from shards.reader import TicketSet
 from shards.rows import Rows, fetch, own_folder
+from shards.writer import read_shard_json
 
 
 @pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "ENOTCONN", "ESTALE", "ETIMEDOUT"])
@@ -469,6 +470,23 @@ def test_a_tar_of_another_hash_or_length_leaves_nothing(store, url, tmp_path, se
         with pytest.raises(TicketSetError, match=f"^{url}: expected .*{size} bytes"):
             fetch(url, tmp_path / "cache", size, digest)
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"] == []
+
+
+def test_a_full_disk_names_the_copy_and_leaves_nothing(store, url, tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as raised:
+        fetch(url, tmp_path / "cache", len(CONTENT), sha256(CONTENT))
+    assert raised.value.filename == str(tmp_path / f"cache/{sha256(CONTENT)}.tar")
+    assert [p.name for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"] == []
+
+
+def test_a_fifo_as_a_shards_json_does_not_stop_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "train-000000.json")
+    with within(5), pytest.raises(TicketSetError, match=r"train-000000.json: expected a plain file, got a FIFO"):
+        read_shard_json(tmp_path, "train", 0)
 
 
 def test_a_copy_that_was_cut_and_what_a_killed_process_left_are_mended(store, url, tmp_path):
