@@ -121,7 +121,7 @@ def blocks(url: str, limit: int) -> Iterator[bytes]:
             done += len(part)
             _check_size(url, done, limit)
             yield part
-    if done != (done if size is None else size):
+    if size not in (None, done):
         raise TicketSetError(f"{url}: expected {size} bytes, got {done}")
 
 
