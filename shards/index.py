@@ -99,9 +99,7 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str]) -> pa.Table:
         rows, schema = file.metadata.num_rows, file.schema_arrow
         missing = next((name for name in columns if name not in schema.names), None)
         if missing is not None or len(set(schema.names)) < len(schema.names):
-            raise TicketSetError(
-                f"{where}: no column {missing}" if missing else f"{where}: columns of one name"
-            )
+            raise TicketSetError(f"{where}: no column {missing}" if missing else f"{where}: columns of one name")
         texts = [name for name in columns if pa.types.is_string(schema.field(name).type)]
         fixed = [schema.field(name).type for name in columns if name not in texts]
         odd = next((kind for kind in fixed if not _is_plain(kind)), None)

@@ -424,7 +424,7 @@ def _open_tar(url: str) -> storage.Ranges:
 def _read_manifest(url: str) -> dict[str, Any]:
     where = storage.join(url, fmt.MANIFEST)
     try:
-        return schema.parse_manifest(storage.read_bytes(where), where)
+        return schema.parse_manifest(storage.read_bytes(where, schema.MAX_JSON_BYTES), where)
     except (FileNotFoundError, NotADirectoryError):
         if storage.exists(storage.join(url, fmt.PLAN)):
             raise TicketSetError(

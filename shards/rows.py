@@ -1,10 +1,13 @@
 """Random access to the samples of a split by (shard, row): what a trainer reads in its own order.
 
-Offsets come from the index, so nothing is scanned; a remote tar is fetched whole, once, into a cache folder.
+Offsets come from the index, so nothing is scanned; a remote tar is fetched whole, once, into a cache folder,
+and checked on its way.
 """
 
 import functools
+import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from shards import storage
+from shards import schema, storage
 from shards.errors import TicketSetError
 from shards.reader import Row, Sample, TicketSet
 from shards.tar import split_members
@@ -64,6 +67,7 @@ class Rows:
         self.labels = pc.fill_null(labels, -1).to_numpy()
         in_base = opened.manifest if opened.base is None else opened.base.manifest
         self.skipped = in_base["splits"][split]["samples"] - len(table)
+        self._tars: dict[tuple[str, str], tuple[int, str]] = {}
         self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
 
     def __len__(self) -> int:
@@ -128,11 +132,16 @@ class Rows:
 
     def _open_tar(self, url: str, set_id: str) -> storage.Ranges:
         try:
-            # A folder for each set: a link's tars have the names of its base's.
-            path = fetch(url, Path(self._cache, f"datalth-{set_id[:16]}")) if storage.is_remote(url) else url
-            return storage.open_ranges(path)
+            return storage.open_ranges(self._fetched(url, set_id) if storage.is_remote(url) else url)
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None
+
+    def _fetched(self, url: str, set_id: str) -> str:
+        if (url, set_id) not in self._tars:
+            self._tars[url, set_id] = tar_of(url)
+        # A folder for each set, so that sets do not drive out each other's tars.
+        folder = f"datalth-{hashlib.sha256(set_id.encode()).hexdigest()[:16]}"
+        return fetch(url, own_folder(Path(self._cache)) / folder, *self._tars[url, set_id])
 
 
 def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:
@@ -160,21 +169,81 @@ def _joined(opened: TicketSet, name: str, labels: TicketSet | None) -> pa.Table:
     return own.append_column("labels_offset", found["offset"]).append_column("labels_bytes", found["bytes"])
 
 
-def fetch(url: str, cache: Path) -> str:
-    """A local copy of a remote tar; processes share it, and those not opened for longest are removed."""
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / url.rpartition("/")[2]
+def tar_of(url: str) -> tuple[int, str]:
+    """Bytes and sha256 of a shard's tar, as the JSON beside it says.
+
+    Raises:
+        TicketSetError: the JSON is missing, or damaged.
+    """
+    where = f"{url.removesuffix('.tar')}.json"
+    try:
+        tar = schema.parse_shard(storage.read_bytes(where, schema.MAX_JSON_BYTES), where)["tar"]
+    except FileNotFoundError:
+        raise TicketSetError(f"{where}: missing; expected the JSON of a shard") from None
+    return tar["bytes"], tar["sha256"]
+
+
+def own_folder(folder: Path) -> Path:
+    """A folder in which nobody else can put a file; made where it is missing.
+
+    Raises:
+        TicketSetError: it is a link, or others can write in it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise TicketSetError(
+            f"{folder}: expected a folder of yours that nobody else can write, for copies of tars; remove it, or name"
+            " another place in TMPDIR"
+        )
+    return folder
+
+
+def fetch(url: str, cache: Path, size: int, sha256: str) -> str:
+    """A local copy of a remote tar, which is that of its hash; processes share it, and those not opened for longest go.
+
+    A copy is named by its hash and appears only after it was checked: what is there needs no trust in where it came from.
+
+    Args:
+        url: of the tar.
+        cache: the folder for copies; see `own_folder`.
+        size: bytes that the tar has.
+        sha256: that it has, 64 hex digits.
+    Raises:
+        FileNotFoundError: there is no such tar.
+        TicketSetError: it is another one, its store fails, or others can write in the folder.
+    """
+    path = own_folder(cache) / f"{sha256}.tar"
     with FileLock(f"{path}.lock"):  # one process fetches it, the others wait
-        if path.exists():
+        if path.is_file() and path.stat().st_size == size:
             os.utime(path)
             return str(path)
-        size, ranges = storage.size_of(url), storage.open_ranges(url)
-        with storage.atomic_file(path) as file:
-            for offset in range(0, size, storage.REMOTE_BLOCK):
-                file.write(ranges.read(offset, min(storage.REMOTE_BLOCK, size - offset)))
-    for old in sorted(cache.glob("*.tar"), key=_opened)[:-CACHED_TARS]:
+        for left in cache.glob(f"{path.name}.*.tmp"):  # by a process that was killed: it had the lock
+            left.unlink()
+        _copy(url, path, size, sha256)
+    for old in sorted(cache.glob(f"{'[0-9a-f]' * 64}.tar"), key=_opened)[:-CACHED_TARS]:
         old.unlink(missing_ok=True)  # a process that reads it keeps its open file
     return str(path)
+
+
+def _copy(url: str, path: Path, size: int, sha256: str) -> None:
+    found, count = hashlib.sha256(), 0
+    try:
+        with storage.atomic_file(path) as file:
+            for part in storage.blocks(url, size):
+                file.write(part)
+                found.update(part)
+                count += len(part)
+            if (count, found.hexdigest()) != (size, sha256):
+                raise TicketSetError(
+                    f"{url}: expected {size} bytes of sha256 {sha256[:12]}, as its JSON says, got {count} of"
+                    f" {found.hexdigest()[:12]}"
+                )
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a full disk says no name
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _opened(path: Path) -> float:

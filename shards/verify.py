@@ -91,7 +91,7 @@ def _read(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """A JSON file's contents, or what is wrong with it."""
     try:
-        return parse(storage.read_bytes(storage.join(opened.url, name)), name), []
+        return parse(storage.read_bytes(storage.join(opened.url, name), schema.MAX_JSON_BYTES), name), []
     except FileNotFoundError:
         return None, [f"{name}: missing"]
     except TicketSetError as error:

@@ -18,7 +18,7 @@ from shards import format as fmt
 from shards import storage
 from shards.errors import TicketSetError
 from shards.index import index_schema
-from shards.schema import parse_shard
+from shards.schema import MAX_JSON_BYTES, parse_shard
 from shards.storage import atomic_file, write_atomic
 from shards.tar import SampleTarWriter
 
@@ -150,7 +150,7 @@ def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -
     totals = {field: sum(s[field] for s in splits.values()) for field in next(iter(splits.values()))}
     for name, split in splits.items():
         split.update(head["splits"][name])
-    plan = (folder / fmt.PLAN).read_bytes()
+    plan = storage.read_bytes(str(folder / fmt.PLAN))
     head = {**head, "plan": {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}}
     manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
     manifest["digest"] = fmt.manifest_digest(manifest)
@@ -191,7 +191,7 @@ def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | N
     """
     path = folder / f"{fmt.shard_name(split, number)}.json"
     try:
-        return parse_shard(storage.read_bytes(str(path)), str(path))
+        return parse_shard(storage.read_bytes(str(path), MAX_JSON_BYTES), str(path))
     except FileNotFoundError:
         return None
     except TicketSetError as error:

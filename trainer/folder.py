@@ -105,7 +105,7 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
     if content is not None:
         then = content["args"]
     elif (folder / ARGUMENTS).exists():
-        then = yaml.safe_load((folder / ARGUMENTS).read_text())
+        then = yaml.safe_load((folder / ARGUMENTS).read_text(encoding="utf-8"))
     elif folder.exists() and any(folder.iterdir()):
         raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
@@ -124,6 +124,6 @@ def drop_rows(folder: Path, epoch: int) -> None:
     """Take back the rows of epochs that will be trained again: a run may be killed between its row and its checkpoint."""
     summary = folder / "summary.csv"
     if summary.exists():
-        lines = summary.read_text().splitlines(keepends=True)
+        lines = summary.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines[1:] if int(line.split(",")[0]) < epoch]
         write_atomic(summary, "".join([*lines[:1], *kept]).encode())

@@ -94,8 +94,7 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str
 
 
 def _remote_glob(url: str) -> list[str]:
-    fs, path = storage.filesystem(url)
-    found = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path))]
+    found = storage.glob_remote(url)
     if not found:
         raise TicketSetError(f"--data {url}: no such files")
     return found

@@ -84,8 +84,7 @@ class open_tar:
 
     def __enter__(self) -> tuple[tarfile.TarFile, BinaryIO]:
         try:
-            fs, path = storage.filesystem(storage.local(self._url))
-            self._file = fs.open(path, "rb")
+            self._file = storage.open_file(self._url)
             return tarfile.open(fileobj=self._file, mode="r:"), self._file
         except FileNotFoundError:
             raise TicketSetError(f"{self._url}: no such file") from None

@@ -47,7 +47,9 @@ def change_json(rng: random.Random, folder: Path) -> str:
             owner[value] = owner.pop(name)
         else:
             other, other_name = rng.choice(places)
-            value = copy.deepcopy(rng.choice(HOSTILE) if what < 8 else other[other_name] if other_name in _names(other) else 0)
+            value = copy.deepcopy(
+                rng.choice(HOSTILE) if what < 8 else other[other_name] if other_name in _names(other) else 0
+            )
             owner[name] = value
         said.append(f"{name}={str(value)[:40]!r}")
     path.write_bytes(json.dumps(content).encode())
@@ -104,19 +106,40 @@ def change_index(rng: random.Random, folder: Path) -> str:
     what = rng.choice(["cell", "cell", "cell", "type", "drop", "rename", "rows", "none", "nested"])
     if what == "cell" and rows:
         values = table[field.name].to_pylist()
-        pool = [None, -1, 0, 7, 512, 2**31 - 1, "", "../x", "a\x1b[2J", "ok", "failed", "k" * 5000, b"", 0.5, float("nan"), True]
+        pool = [
+            None,
+            -1,
+            0,
+            7,
+            512,
+            2**31 - 1,
+            "",
+            "../x",
+            "a\x1b[2J",
+            "ok",
+            "failed",
+            "k" * 5000,
+            b"",
+            0.5,
+            float("nan"),
+            True,
+        ]
         values[rng.randrange(rows)] = rng.choice([*pool, rng.choice(values)])
         try:
             table = table.set_column(at, field, pa.array(values, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             what = "no cell"
     elif what == "type":
-        new = rng.choice([pa.string(), pa.int64(), pa.float32(), pa.bool_(), pa.binary(), pa.null(), pa.timestamp("ns")])
+        new = rng.choice(
+            [pa.string(), pa.int64(), pa.float32(), pa.bool_(), pa.binary(), pa.null(), pa.timestamp("ns")]
+        )
         table = table.set_column(at, field.name, pa.nulls(rows, new))
     elif what == "drop":
         table = table.remove_column(at)
     elif what == "rename":
-        table = table.rename_columns([rng.choice(["key", "x\x1b[2J", "label"]) if n == field.name else n for n in table.schema.names])
+        table = table.rename_columns(
+            [rng.choice(["key", "x\x1b[2J", "label"]) if n == field.name else n for n in table.schema.names]
+        )
     elif what == "rows":
         table = pa.concat_tables([table] * rng.choice([2, 50]))
     elif what == "nested":
@@ -181,7 +204,15 @@ def change_files(rng: random.Random, folder: Path) -> str:
     return f"{path.name}: {what}"
 
 
-MUTATIONS: list[Mutation] = [change_json, change_json, change_bytes, change_index, change_member, change_member, change_files]
+MUTATIONS: list[Mutation] = [
+    change_json,
+    change_json,
+    change_bytes,
+    change_index,
+    change_member,
+    change_member,
+    change_files,
+]
 
 
 def seal(folder: Path) -> None:
@@ -272,4 +303,3 @@ def make_sets(root: Path) -> dict[str, Path]:
     shutil.copytree(plain, root / "link" / "base")
     mine("--data", root / "link" / "base", "--out", link, "--images", "link", "--method", "random")
     return {"plain": plain, "link": link}
-
