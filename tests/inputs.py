@@ -52,6 +52,11 @@ def keys(source, split="train"):
     return source.splits[split]["key"].to_pylist()
 
 
+def rows(source, split="train"):
+    """(key, source, label, size, container, offset) of every input"""
+    return [tuple(row.values()) for row in source.splits[split].to_pylist()]
+
+
 def read_all(source, split="train"):
     """source path -> bytes"""
     return {row["source"]: source.read(row)[0] for row in source.splits[split].to_pylist()}

@@ -12,12 +12,11 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from conftest import mine
-from inputs import keys, labels, plan, read_all, refusal, write_csv, write_tree
+from inputs import keys, labels, plan, read_all, refusal, rows, write_csv, write_tree
 from miner.plan import shard_rows
 from miner.sources import open_source
 from miner.sources.source import split_off_val
 from shards.reader import TicketSet
-
 
 # Folders.
 
@@ -519,3 +518,26 @@ def test_split_folders_in_other_spellings_are_no_classes(tmp_path, train, val):
     source = open_source(str(tmp_path))
     assert source.classes == ["cat", "dog"] and list(source.splits) == ["train", "val"]
     assert keys(source, "val") == [f"{val}/cat/1", f"{val}/dog/1"]
+
+
+# What was mined before must be mined alike: key, source, label, size, container and offset of every input, in order.
+
+PINNED_FOLDER = [
+    ("train/9/a%20b", "train/9/a b.jpg", 1, 15, 0, 0),
+    ("train/9/x2", "train/9/x2.JPEG", 1, 15, 0, 0),
+    ("train/9/x10", "train/9/x10.jpg", 1, 15, 0, 0),
+    ("train/9/x10-1", "train/9/x10.png", 1, 15, 0, 0),
+    ("train/10/b", "train/10/b.png", 0, 14, 0, 0),
+    ("train/Bee/deep/er/1%2E0", "train/Bee/deep/er/1.0.webp", 2, 26, 0, 0),
+    ("train/%C3%A9t%C3%A9/1", "train/été/1.gif", 3, 17, 0, 0),
+    ("train/%C3%A9t%C3%A9/link", "train/été/link.jpg", 3, 15, 0, 0),
+]
+
+
+def test_the_listing_of_an_ordinary_folder_is_pinned(tmp_path):
+    root = write_tree(tmp_path, *(row[1] for row in PINNED_FOLDER if "link" not in row[1]), "val/Bee/1.jpg")
+    (root / "train/été/link.jpg").symlink_to(root / "train/9/x2.JPEG")
+    source = open_source(str(root))
+    assert source.classes == ["10", "9", "Bee", "été"]
+    assert rows(source) == PINNED_FOLDER
+    assert rows(source, "val") == [("val/Bee/1", "val/Bee/1.jpg", 2, 13, 0, 0)]
