@@ -1,5 +1,6 @@
 """Tars as sources: WebDataset's, far away ones, and the ILSVRC2012 archives."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -12,6 +13,8 @@ from scipy.io import savemat
 from inputs import keys, labels, plan, read_all, refusal, rows, samples, write_csv, write_tar
 from miner.plan import shard_rows
 from miner.sources import open_source
+from miner.sources.imagenet import _devkit_labels
+from shards.errors import ImageError
 
 # WebDataset tars.
 
@@ -375,6 +378,70 @@ def test_a_member_of_the_train_tar_that_is_no_tar_is_an_error(imagenet):
     write_tar(imagenet / "ILSVRC2012_img_train.tar", {"n01440764.tar": b"text"})
     text = refusal(imagenet, splits=("train",))
     assert "ILSVRC2012_img_train.tar: n01440764.tar: not a readable tar" in text
+
+
+def test_odd_members_of_the_archives_are_followed_or_fail(imagenet):
+    """The class tars hold a link, a FIFO, an image appended again, and what a Mac leaves behind."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        for name, data, kind, link in (
+            ("n01440764_1.JPEG", b"old", tarfile.REGTYPE, ""),
+            ("n01440764_2.JPEG", b"", tarfile.LNKTYPE, "n01440764_1.JPEG"),
+            ("n01440764_3.JPEG", b"", tarfile.FIFOTYPE, ""),
+            ("._n01440764_1.JPEG", b"junk", tarfile.REGTYPE, ""),
+            ("n01440764_1.JPEG", b"new", tarfile.REGTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, link, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    other = write_tar(imagenet / "o", {"n02119789_1.JPEG": b"other"}).read_bytes()
+    archive = imagenet / "ILSVRC2012_img_train.tar"
+    write_tar(archive, {"n01440764.tar": b"replaced", "n02119789.tar": other, "._n02119789.tar": b"junk"})
+    with tarfile.open(archive, "a") as tar:
+        info = tarfile.TarInfo("n01440764.tar")
+        info.size = len(inner.getvalue())
+        tar.addfile(info, io.BytesIO(inner.getvalue()))
+    source = open_source(str(archive), val_share=0)
+    found = {row["source"].rpartition("/")[2]: row for row in source.splits["train"].to_pylist()}
+    with pytest.raises(ImageError, match="expected a plain file, got a FIFO"):
+        source.read(found.pop("n01440764_3.JPEG"))
+    assert {name: source.read(row)[0] for name, row in found.items()} == {
+        "n01440764_1.JPEG": b"new",
+        "n01440764_2.JPEG": b"old",
+        "n02119789_1.JPEG": b"other",
+    }
+    assert len(source.notes) == 2
+    assert source.notes[0].startswith("2 hidden or system files and folders are skipped")
+    assert source.notes[1].startswith("2 members were appended again")
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"777777777777"])
+def test_a_class_tars_header_that_lies_is_an_error(size, imagenet):
+    archive = imagenet / "ILSVRC2012_img_train.tar"
+    data = bytearray(archive.read_bytes())
+    data[512 + 124 : 512 + 136] = size  # of the first image of the first class
+    data[512 + 148 : 512 + 156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[512:1024]))[0]
+    archive.write_bytes(data)
+    assert "ILSVRC2012_img_train.tar: n01440764.tar: not a readable tar" in refusal(archive)
+
+
+def test_folders_beside_the_archives_are_said(imagenet):
+    write_devkit(imagenet)
+    (imagenet / "train").mkdir()
+    assert open_source(str(imagenet)).notes == ["1 folders beside the archives are not read (first: train)"]
+
+
+def test_a_devkit_of_other_numbers_is_one_line(imagenet):
+    write_devkit(imagenet)
+    devkit = imagenet / "ILSVRC2012_devkit_t12.tar.gz"
+    with tarfile.open(devkit) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}
+    for name, data in (("validation_ground_truth.txt", b"1\n999\n"), ("meta.mat", b"no Matlab file")):
+        changed = {n: data if n.endswith(name) else d for n, d in members.items()}
+        devkit.write_bytes(gzip.compress(write_tar(imagenet / "d", changed).read_bytes()))
+        _devkit_labels.cache_clear()
+        text = refusal(imagenet)
+        assert f"{devkit}: expected the synsets of ILSVRC2012" in text and "\n" not in text
 
 
 # What was mined before must be mined alike: key, source, label, size, container and offset of every input, in order.

@@ -106,7 +106,9 @@ class Archive:
             if end is None:
                 link.odd = f"is a link to {spelled(link.target or '')}, which is not in its tar"
             elif end.target is not None:
-                link.odd = f"is a link to {spelled(end.target)}, and so on in a circle"
+                link.odd = (
+                    f"is a link to {spelled(link.target or '')}, and that to another, more than {MAX_LINKS} times"
+                )
             elif isinstance(end.odd, str):
                 link.odd = end.odd
             else:
