@@ -19,7 +19,7 @@ def write_tree(root, *paths):
             (root / path).mkdir(parents=True)
         else:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(path)
+            (root / path).write_bytes(path.encode("utf-8", "surrogateescape"))
     return root
 
 

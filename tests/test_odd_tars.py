@@ -11,6 +11,7 @@ import tarfile
 import tracemalloc
 
 import pytest
+from click.testing import CliRunner
 
 from conftest import mine, write_image
 from inputs import keys, labels, read_all, refusal, samples, write_tar
@@ -18,6 +19,7 @@ from miner.sources import open_source
 from miner.sources.tars import split_of
 from shards.errors import ImageError, TicketSetError
 from shards.reader import TicketSet
+from trainer.cli import main as train
 
 GNU_TAR = (
     shutil.which("tar")
@@ -139,7 +141,7 @@ def test_very_many_links_are_bounded(tmp_path):
     )
     source = listed(tar)
     bad = failures(source)
-    assert len(bad) == count - 39 and "more than 40 times" in bad["c0.jpg"]
+    assert len(bad) == count - 40 and "more than 40 times" in bad["c0.jpg"]
     assert {d for n, d in readable(source).items() if n.startswith("l")} == {b"1999"}
 
 
@@ -424,6 +426,22 @@ def test_missing_labels_are_noted_with_their_number_and_the_first(tmp_path):
     source = listed(tar)
     (note,) = [note for note in source.notes if "no label" in note]
     assert note.startswith("train: 3 of 7 images have no label (first: 0007.jpg); training needs labels")
+
+
+def test_training_names_the_images_that_have_no_label(tmp_path):
+    write_image(tmp_path / "x.jpg", 0)
+    picture = (tmp_path / "x.jpg").read_bytes()
+    for split in ("train", "val"):
+        bare = {f"bare{i}.jpg": picture for i in range(2)} if split == "train" else {}
+        labelled = {f"s{i}.{e}": d for i in range(4) for e, d in (("jpg", picture), ("cls", b"%d" % (i % 2)))}
+        write_tar(tmp_path / f"{split}.tar", {**labelled, **bare})
+    data = f"{tmp_path}/{{train,val}}.tar"
+    said = mine("--data", data, "--out", tmp_path / "set", "--method", "center", "--views", 3).output
+    assert "train: 2 of 6 images have no label (first: bare0.jpg); training needs labels" in said
+    result = CliRunner().invoke(train, ["--shards", str(tmp_path / "set"), "--output", str(tmp_path / "runs")])
+    assert result.exit_code == 1
+    first = next(s.key for s in TicketSet.open(str(tmp_path / "set")).stream("train") if s.label is None)
+    assert f"split train has 2 of 6 images without label (first: {first})" in result.output
 
 
 # Headers that lie.

@@ -1,6 +1,8 @@
 """Sources: every form that --data accepts, its labels, its keys, and the bytes read back."""
 
+import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from inputs import keys, labels, plan, read_all, refusal, rows, write_csv, write
 from miner.plan import shard_rows
 from miner.sources import open_source
 from miner.sources.source import split_off_val
+from shards.errors import ImageError
 from shards.reader import TicketSet
 
 # Folders.
@@ -448,6 +451,63 @@ def test_timm_targets_that_are_no_class(target, monkeypatch):
     timm_readers(monkeypatch, train=Reader([("a.jpg", b"x", target)]))
     text = refusal("timm:hfds/owner/name")
     assert "timm:hfds/owner/name" in text and "expected a class number" in text and repr(target) in text
+
+
+def test_class_names_of_a_timm_reader_are_those_of_its_numbers(monkeypatch):
+    """Numbers that are not 0, 1, 2, ... are their own names: the third of four names need not be class 2."""
+    timm_readers(monkeypatch, train=Reader(ITEMS, {"a": 0, "b": 1, "c": 5, "d": 7}))
+    assert open_source("timm:hfds/owner/name").classes == ["0", "1"]
+    timm_readers(monkeypatch, train=Reader(ITEMS, {"a": "x", "b": None}))
+    assert open_source("timm:hfds/owner/name").classes == ["0", "1"]
+
+
+class Broken(Reader):
+    """Raises what a backend may raise, in two lines."""
+
+    def __init__(self, where):
+        super().__init__(ITEMS)
+        self.where = where
+
+    def __len__(self):
+        if self.where == "length":
+            raise RuntimeError("no such table\nat line 3")
+        return len(self.items)
+
+    def iter_targets(self):
+        if self.where == "targets":
+            raise KeyError("label")
+        if self.where == "endless":
+            return itertools.cycle([0])
+        return iter([0] * (11 if self.where == "short" else 12))
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("length", "timm cannot list split train: RuntimeError: no such table"),
+        ("targets", "timm cannot list split train: KeyError: 'label'"),
+        ("short", "split train: expected a class number for each of 12, got 11"),
+        ("endless", "split train: expected a class number for each of 12, got 13"),
+    ],
+)
+def test_what_a_timm_reader_raises_while_listed_is_one_line(where, expected, monkeypatch):
+    timm_readers(monkeypatch, train=Broken(where))
+    text = refusal("timm:hfds/owner/name")
+    assert expected in text and "\n" not in text
+
+
+def test_what_a_timm_reader_raises_while_read_is_the_images_or_the_machines(monkeypatch):
+    reader = Reader(ITEMS)
+    timm_readers(monkeypatch, train=reader)
+    source = open_source("timm:hfds/owner/name", val_share=0)
+    row = source.splits["train"].to_pylist()[0]
+    reader.items = [(None, "text", 0)]  # no bytes
+    with pytest.raises(ImageError, match="^cannot be read: TypeError: "):
+        source.read(row)
+    monkeypatch.setattr(Reader, "__getitem__", lambda self, i: os.stat("/nowhere"))
+    with pytest.raises(OSError) as error:
+        source.read(row)
+    assert error.value.errno == errno.ENOENT, "with its number, so that EMFILE is told from a bad image"
 
 
 # Ticket sets.
