@@ -30,9 +30,13 @@ HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
+def _one(rng: random.Random, folder: Path, pattern: str) -> Path:
+    return rng.choice(sorted(path for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()))
+
+
 def change_json(rng: random.Random, folder: Path) -> str:
     """One to three values somewhere in one JSON file become something hostile, or another value of the same file."""
-    path = rng.choice(sorted(folder.glob("*.json")))
+    path = _one(rng, folder, "*.json")
     content = json.loads(path.read_bytes())
     said = []
     for _ in range(rng.randint(1, 3)):
@@ -69,7 +73,7 @@ def _places(value: Any) -> Any:
 
 def change_bytes(rng: random.Random, folder: Path) -> str:
     """Bits flipped, bytes cut, zeroed, doubled, or another file's."""
-    path = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()))
+    path = _one(rng, folder, "**/*")
     data = bytearray(path.read_bytes())
     what = rng.choice(["flip", "flip", "flips", "cut", "zero", "insert", "double", "empty", "other"])
     at = rng.randrange(len(data)) if data else 0
@@ -85,18 +89,18 @@ def change_bytes(rng: random.Random, folder: Path) -> str:
     elif what == "insert":
         data[at:at] = rng.randbytes(rng.randint(1, 700))
     elif what == "double":
-        data += data
+        data = data + data
     elif what == "empty":
         data.clear()
     else:
-        data = bytearray(rng.choice(sorted(p for p in folder.rglob("*") if p.is_file())).read_bytes())
+        data = bytearray(_one(rng, folder, "**/*").read_bytes())
     path.write_bytes(data)
     return f"{path.name}: {what} at {at}"
 
 
 def change_index(rng: random.Random, folder: Path) -> str:
     """A cell, a column or a type of an index."""
-    path = rng.choice(sorted(folder.glob("index/*.parquet")))
+    path = _one(rng, folder, "index/*.parquet")
     try:
         table = pq.read_table(path)
     except Exception:  # it was damaged before
@@ -152,7 +156,7 @@ def change_index(rng: random.Random, folder: Path) -> str:
 
 def change_member(rng: random.Random, folder: Path) -> str:
     """An array or an image in a tar becomes another of the same length; headers keep their checksum where they can."""
-    path = rng.choice(sorted(folder.glob("*.tar")))
+    path = _one(rng, folder, "*.tar")
     data = bytearray(path.read_bytes())
     starts = [i for i in range(0, len(data) - 511, 512) if data[i + 257 : i + 262] == b"ustar"]
     if not starts:
@@ -186,7 +190,7 @@ def change_member(rng: random.Random, folder: Path) -> str:
 
 def change_files(rng: random.Random, folder: Path) -> str:
     """A file becomes a FIFO, a device, a folder, a link to itself, or nothing."""
-    path = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()))
+    path = _one(rng, folder, "**/*")
     what = rng.choice(["fifo", "zero", "folder", "loop", "gone", "dangling", "unlisted"])
     path.unlink()
     if what == "fifo":
@@ -217,6 +221,8 @@ MUTATIONS: list[Mutation] = [
 
 def seal(folder: Path) -> None:
     """Make the hashes agree with what is there, as far as it can be read: what a forger does."""
+    if any(not path.is_file() for path in folder.rglob("*") if not path.is_dir()):
+        return  # a FIFO would wait for ever
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         for path in folder.glob("*-0*.json"):
@@ -255,7 +261,8 @@ def run(sets: dict[str, Path], work: Path, watch: Watch, rng: random.Random) -> 
     place = work / "case"
     shutil.copytree(sets[kind].parent, place, symlinks=True)  # a link's base lies beside it
     folder = place / sets[kind].name
-    said = [rng.choice(MUTATIONS)(rng, folder) for _ in range(rng.choice([1, 1, 1, 2, 4]))]
+    mutations = [rng.choice(MUTATIONS) for _ in range(rng.choice([1, 1, 1, 2, 4]))]
+    said = [mutate(rng, folder) for mutate in sorted(mutations, key=MUTATIONS.index)]  # files last: they go
     sealed = rng.random() < 0.6
     if sealed:
         seal(folder)
