@@ -24,7 +24,7 @@ from trainer.feed import Batch, EvalFeed, TrainFeed, loader
 from trainer.folder import RunFolder, check_arguments, drop_rows, find
 from trainer.options import Options
 from trainer.settings import feed_options, protocols, step_options
-from trainer.student import build_student, check_flags, costs
+from trainer.student import build_student, check_flags, costs, timm_config
 from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
@@ -172,7 +172,8 @@ class Run:
 
     def _open_folder(self, path: Path, arguments: dict[str, Any]) -> None:
         board = Board(self.options.log_tensorboard, self.options.wandb_project, path, arguments)
-        self.folder = RunFolder(path, arguments, self.opened.classes, board)
+        config = timm_config(self.options, self.opened, self.plain)
+        self.folder = RunFolder(path, arguments, self.opened.classes, board, config)
         drop_rows(path, self.state.epoch)
 
     def _updates(self) -> int:
