@@ -168,7 +168,7 @@ def test_plain_timm_rebuilds_the_student_and_shows_it_what_it_was_tested_on(sets
     with torch.inference_mode():
         assert loss(model(exact), labels).item() == pytest.approx(reported, abs=1e-5)
         # timm resizes before it crops, which moves pixels by a fraction of one.
-        assert loss(model(theirs), labels).item() == pytest.approx(reported, abs=0.01)
+        assert loss(model(theirs), labels).item() == pytest.approx(reported, abs=0.03)
     assert (exact - theirs).abs().mean() < 0.1
     assert model.pretrained_cfg["label_names"] == NAMES
 
