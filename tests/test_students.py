@@ -3,22 +3,30 @@
 import csv
 import io
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 import trainer.lvvit  # noqa: F401  plain timm knows LV-ViT after it
 from conftest import mine
+from miner.models import in_class_order
+from miner.token_labels import build_labeller
+from shards.errors import TicketSetError
 from shards.images import render_view
 from shards.reader import TicketSet
+from trainer.cli import main
 from trainer.evaluate import best_classes, figures
 from trainer.verdict.cli import main as verdict
-from training import train
+from training import train, weights_of
 
 # Flags of tiny models, and the patches that their tickets are of.
 SWIN = ["--model", "swin_tiny_patch4_window7_224", "--drop-path", 0, "--model-kwargs", "embed_dim=12",
@@ -173,12 +181,100 @@ def test_plain_timm_rebuilds_the_student_and_shows_it_what_it_was_tested_on(sets
     assert model.pretrained_cfg["label_names"] == NAMES
 
 
-def test_plain_timm_reaches_the_reported_accuracy_on_the_original_images(sets, tmp_path):
-    learnt = ["--tickets", "full", "--epochs", 4, "-b", 6, "--lr", 4e-3, "--smoothing", 0]
-    train(sets(64, 16), tmp_path, "run", *FAMILIES["cnn"][0], *STEADY, *learnt, plain=True)
-    rows = list(csv.DictReader((tmp_path / "run/summary.csv").read_text().splitlines()))
-    best = max(float(row["eval_all_top1"]) for row in rows)
-    model, _, theirs, labels = shown(tmp_path / "run", TicketSet.open(str(sets(64, 16))))
+@pytest.fixture(scope="module")
+def learnt(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learnt most of the classes."""
+    output = tmp_path_factory.mktemp("learnt")
+    more = ["--tickets", "full", "--epochs", 4, "-b", 6, "--lr", 4e-3, "--smoothing", 0]
+    train(sets(64, 16), output, "run", *FAMILIES["cnn"][0], *STEADY, *more, plain=True)
+    return output / "run"
+
+
+def best_of(run: Path) -> float:
+    """The best top-1 on all patches: that of the saved weights."""
+    rows = csv.DictReader((run / "summary.csv").read_text().splitlines())
+    return max(float(row["eval_all_top1"]) for row in rows)
+
+
+def test_plain_timm_reaches_the_reported_accuracy_on_the_original_images(sets, learnt):
+    model, _, theirs, labels = shown(learnt, TicketSet.open(str(sets(64, 16))))
     with torch.inference_mode():
         found = 100 * (model(theirs).argmax(1) == labels).double().mean().item()
-    assert best >= 50 and abs(found - best) <= 1
+    assert best_of(learnt) >= 50 and abs(found - best_of(learnt)) <= 1
+
+
+@pytest.fixture
+def renamed(spots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Mine the same images with their classes in another order, or under other names."""
+    from miner import run
+
+    def of(names: list[str]) -> Path:
+        def other(*arguments, **flags):
+            source = open_source(*arguments, **flags)
+            to = np.array([names.index(name) if name in names else i for i, name in enumerate(source.classes)])
+            splits = {}
+            for split, table in source.splits.items():
+                labels = pa.array(to[table["label"].to_numpy()], table.schema.field("label").type)
+                splits[split] = table.set_column(table.column_names.index("label"), "label", labels)
+            return replace(source, classes=names, splits=splits)
+
+        open_source = run.open_source
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "open_source", other)
+            mine("--data", spots, "--out", tmp_path / "set", "--method", "center", "--views", 1, "--tokens", 9)
+        return tmp_path / "set"
+
+    return of
+
+
+def test_classes_in_another_order_are_mapped_by_their_names(learnt, renamed, tmp_path):
+    """9 of 9 right became 1 of 9: the weights' own order was taken for the set's."""
+    order = [NAMES[place] for place in (4, 0, 8, 1, 7, 2, 6, 3, 5)]
+    other = renamed(order)
+    assert TicketSet.open(str(other)).classes == order
+    cnn = ["--model", "test_resnet", "-j", "0"]
+    for source in (["--initial-checkpoint", learnt / "model_best.safetensors"],
+                   ["--initial-checkpoint", learnt / "model_best.pth.tar"],
+                   ["--resume", learnt / "model_best.pth.tar"]):  # fmt: skip
+        done = CliRunner().invoke(main, ["--shards", str(other), *cnn, "--eval", *map(str, source)])
+        assert done.exit_code == 0, done.output
+        line = next(line for line in done.output.splitlines() if line.startswith("all "))
+        assert float(line.split()[2]) == pytest.approx(best_of(learnt), abs=0.01), source
+    still = ["--lr", 0, "--warmup-lr", 0, "--min-lr", 0, "--epochs", 1, *STEADY]
+    flags = ["--initial-checkpoint", learnt / "model_best.safetensors", *FAMILIES["cnn"][0], *still]
+    train(other, tmp_path, "again", *flags, plain=True)
+    head = load_file(learnt / "model_best.safetensors")["fc.weight"]
+    assert torch.equal(weights_of(tmp_path / "again")["fc.weight"], head[[4, 0, 8, 1, 7, 2, 6, 3, 5]])
+
+
+def test_other_classes_take_no_head_from_a_checkpoint_though_they_are_as_many(learnt, renamed, tmp_path):
+    other = renamed([*NAMES[:8], "another"])
+    flags = ["--shards", str(other), "--model", "test_resnet", "-j", "0", "--drop-path", "0", "--eval"]
+    for source, said in ((["--initial-checkpoint", learnt / "model_best.safetensors"], "has no trained fc.weight"),
+                         (["--resume", learnt], "trained on other classes (9, from 0 of 9) than the set's")):  # fmt: skip
+        refused = CliRunner().invoke(main, [*flags, *map(str, source)])
+        assert refused.exit_code == 1 and said in refused.output, refused.output
+    start = ["--initial-checkpoint", learnt / "model_best.safetensors", *FAMILIES["cnn"][0], *STEADY, "--epochs", 1]
+    output = train(other, tmp_path, "again", *start, plain=True).output
+    assert "fc.weight, fc.bias start anew" in output
+
+
+def test_both_heads_of_a_model_change_their_order(tmp_path):
+    model = timm.create_model("lvvit_t", num_classes=3, img_size=32, embed_dim=24, depth=1, num_heads=2)
+    state = model.state_dict()
+    turned = in_class_order(model, state, ["a", "b", "c"], ["c", "a", "b"])
+    for name, tensor in state.items():
+        moved = name.startswith(("head.", "aux_head."))
+        assert torch.equal(turned[name], tensor[[2, 0, 1]] if moved else tensor), name
+    assert state.keys() - in_class_order(model, state, ["a", "b", "c"], ["a", "b", "d"]).keys() == {
+        "head.weight", "head.bias", "aux_head.weight", "aux_head.bias"}  # fmt: skip
+
+
+def test_a_labeller_answers_in_the_order_of_the_sets_classes(learnt):
+    build = partial(
+        build_labeller, "test_resnet", str(learnt / "model_best.safetensors"), device="cpu", amp=False, size=96
+    )
+    head = load_file(learnt / "model_best.safetensors")["fc.weight"]
+    assert torch.equal(build(classes=NAMES[::-1]).model.fc.weight, head.flip(0))
+    with pytest.raises(TicketSetError, match="expected a classifier of the set's classes"):
+        build(classes=[*NAMES[:8], "another"])

@@ -83,11 +83,6 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         if newest is None:
             raise TicketSetError(f"--resume {options.resume}: no checkpoint to evaluate")
         content = checkpoint.read(newest)
-        if content["classes"] != opened.classes:
-            raise TicketSetError(
-                f"--resume {newest}: trained on other classes ({len(content['classes'])}, from {content['classes'][0]})"
-                f" than {opened.url} has ({len(opened.classes)}, from {opened.classes[0]})"
-            )
         options = as_trained(options, content["args"])
         log.info(f"{newest}: {options.model}, trained on {options.tickets}")
     # Nothing is trained: what training alone would refuse is no matter.
@@ -96,7 +91,7 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
     run = Run(replace(options, **untrained), opened, world)
     if content is not None:
         assert newest is not None
-        checkpoint.restore_weights(newest, content, run.state)
+        checkpoint.restore_weights(newest, content, run.state, opened.classes)
     screen.report(run.state, run.evaluate(run.final_protocols)[0])
     return 0
 

@@ -37,7 +37,7 @@ def build_student(options: Options, opened: TicketSet) -> TicketModel:
     grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
     model = _create(options, opened, pretrained=options.pretrained, **kind.size_arguments(outline, side))
     if options.initial_checkpoint:
-        fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint")
+        fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint", opened.classes)
         if fresh:
             log.info(f"--initial-checkpoint {options.initial_checkpoint}: {', '.join(fresh)} start anew")
         if fresh and options.eval:
