@@ -17,11 +17,12 @@ from shards.reader import TicketSet
 from trainer import checkpoint, screen
 from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
+from trainer.config import read_yaml
 from trainer.dropping_vit import DroppingViT, keep_rate_at
 from trainer.engine import State, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
 from trainer.feed import Batch, EvalFeed, TrainFeed, loader
-from trainer.folder import RunFolder, check_arguments, drop_rows, find
+from trainer.folder import ARGUMENTS, RunFolder, check_arguments, drop_rows, find
 from trainer.options import Options
 from trainer.settings import feed_options, protocols, step_options
 from trainer.student import build_student, check_flags, costs, timm_config
@@ -37,6 +38,7 @@ def run(options: Options) -> int:
         TicketSetError: whatever a person can mend.
     """
     check_flags(options)
+    options = with_own_set(options)
     opened = open_set(options)
     world = start_world(options)
     logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
@@ -94,6 +96,31 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         checkpoint.restore_weights(newest, content, run.state, opened.classes)
     screen.report(run.state, run.evaluate(run.final_protocols)[0])
     return 0
+
+
+def with_own_set(options: Options) -> Options:
+    """--eval --resume RUN without --shards: the set that the run was trained on, as its args.yaml names it.
+
+    Raises:
+        TicketSetError: it names none, one far away (a file that came from elsewhere calls nobody), or another set is there.
+    """
+    if options.shards:
+        return options
+    path = find(options)[0] / ARGUMENTS
+    then = read_yaml(path)
+    shards, base = then.get("shards"), options.base or then.get("base")
+    if not isinstance(shards, str) or not isinstance(base, str | None) or "://" in shards + (base or ""):
+        raise TicketSetError(f"{path}: expected the path of a set, got {shards!r}, base {base!r}; give --shards")
+    try:
+        found = TicketSet.open(shards, base).manifest["set_id"]
+    except TicketSetError as error:
+        raise TicketSetError(f"{error} (which is what {path} names; --shards says where it is now)") from None
+    if found != then.get("set_id"):
+        raise TicketSetError(
+            f"{shards}: expected the set that {path} names (set_id {then.get('set_id')!s:.16}), got {found:.16};"
+            f" --shards {shards} tests on it all the same"
+        )
+    return replace(options, shards=shards, base=base)
 
 
 def as_trained(options: Options, then: dict[str, Any]) -> Options:
