@@ -2,9 +2,10 @@
 
 import argparse
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -67,14 +68,14 @@ def build_vit(name: str, grid: tuple[int, int], weights: str | None = None) -> M
 
 
 def build_classifier(
-    name: str, side: int, num_classes: int, weights: str | None = None, size: int | None = None
+    name: str, side: int, classes: Sequence[str], weights: str | None = None, size: int | None = None
 ) -> tuple[Model, int]:
     """A timm classifier with trained weights, in eval mode, and the input that it should be given.
 
     Args:
         name: timm model, or an alias.
         side: places wanted along each side of its final feature map.
-        num_classes: that it must have.
+        classes: that it must have; where the weights' file names its own, its answers come in this order.
         weights: .safetensors or .pth; None takes timm's pretrained weights of this model.
         size: side in pixels of the square input; None: that at which the model's stride gives `side` places.
     Returns:
@@ -93,12 +94,19 @@ def build_classifier(
     fixed: dict[str, Any] = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
     if weights is None:
         model = create(name, flag, pretrained=True, **fixed)
-        _check_classes(f"{flag} {name}", num_classes, model.num_classes)
+        _check_classes(f"{flag} {name}", len(classes), model.num_classes)
     else:
-        model = create(name, flag, num_classes=num_classes, **fixed)
+        model = create(name, flag, num_classes=len(classes), **fixed)
         state = read_weights(model, weights, weights_flag)
         classifier = state.get(f"{_classifiers(model)[0]}.weight", ())
-        _check_classes(f"{weights_flag} {weights}", num_classes, len(classifier))
+        _check_classes(f"{weights_flag} {weights}", len(classes), len(classifier))
+        if (theirs := class_names(weights)) is not None:
+            if sorted(theirs) != sorted(classes):
+                raise TicketSetError(
+                    f"{weights_flag} {weights}: expected a classifier of the set's classes (from {min(classes)}),"
+                    f" got one of others (from {min(theirs, default='')})"
+                )
+            state = in_class_order(model, state, theirs, classes)
         fresh = _fit(model, state, f"{weights_flag} {weights}")
         if fresh:
             raise TicketSetError(f"{weights_flag} {weights}: expected a whole classifier, found none of {fresh[0]}")
@@ -110,15 +118,58 @@ def _check_classes(where: str, expected: int, found: int) -> None:
         raise TicketSetError(f"{where}: expected a classifier of the set's {expected} classes, got one of {found}")
 
 
-def load_weights(model: Model, path: str, flag: str = "--weights") -> list[str]:
+def load_weights(model: Model, path: str, flag: str = "--weights", classes: Sequence[str] | None = None) -> list[str]:
     """Load a checkpoint file into a timm model; a classifier that the model lacks, or has for other classes, is left out.
 
+    Args:
+        classes: the model's, in the order of its logits. Where the file names its own (datalth-train's do), the rows of
+            its classifier come in this order.
     Returns:
         Names of the model's tensors that the file does not set: parts of its classifier.
     Raises:
         TicketSetError: not a checkpoint, or not of this model.
     """
-    return _fit(model, read_weights(model, path, flag), f"{flag} {path}")
+    state = read_weights(model, path, flag)
+    if classes is not None and (theirs := class_names(path)) is not None:
+        state = in_class_order(model, state, theirs, classes)
+    return _fit(model, state, f"{flag} {path}")
+
+
+def class_names(path: str) -> list[str] | None:
+    """The classes that a checkpoint file of datalth-train names, in the order of its logits; None where it names none.
+
+    The file is one that `read_weights` could read; nothing in it is run.
+    """
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("classes")
+        try:
+            names = json.loads(text) if text else None
+        except (ValueError, RecursionError):
+            return None
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="meta", weights_only=True)
+        names = content.get("classes") if isinstance(content, dict) else None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def in_class_order(
+    model: Model, state: dict[str, torch.Tensor], theirs: Sequence[str], ours: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """A state dict for the classes `ours`, of one whose classifier is for `theirs`.
+
+    The same names in another order: its rows change places. Other names: without a classifier.
+    """
+    if list(theirs) == list(ours):
+        return state
+    names = {f"{layer}.{part}" for layer in _classifiers(model) for part in ("weight", "bias")} & state.keys()
+    if sorted(theirs) != sorted(ours):
+        return {name: tensor for name, tensor in state.items() if name not in names}
+    rows = [list(theirs).index(name) for name in ours]
+    return state | {name: state[name][rows] for name in names if len(state[name]) == len(rows)}
 
 
 def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:

@@ -208,7 +208,7 @@ def token_labeller(options: Options, source: Source) -> Labeller | None:
         return build_labeller(
             options.token_labels,
             options.token_label_weights,
-            len(source.classes),
+            source.classes,
             device,
             options.amp,
             options.token_label_size,

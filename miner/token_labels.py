@@ -5,6 +5,7 @@ one place is the place itself, and whatever stands behind it (norm, linear layer
 a model whose pooling is the mean, which `build_labeller` tests.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +74,9 @@ class Labeller:
 
 
 def build_labeller(
-    name: str, weights: str | None, num_classes: int, device: str, amp: bool, size: int | None = None
+    name: str, weights: str | None, classes: Sequence[str], device: str, amp: bool, size: int | None = None
 ) -> Labeller:
-    """A labeller for a set of `num_classes` classes.
+    """A labeller for a set of these classes.
 
     Args:
         name: timm model, or an alias.
@@ -85,9 +86,9 @@ def build_labeller(
     Raises:
         TicketSetError: the set has no classes, the model others, or none of its heads fits a single place.
     """
-    if not 2 <= num_classes <= MAX_CLASSES:
-        raise TicketSetError(f"--token-labels {name}: expected a set of 2 to {MAX_CLASSES} classes, got {num_classes}")
-    model, size = models.build_classifier(name, SIDE, num_classes, weights, size)
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise TicketSetError(f"--token-labels {name}: expected a set of 2 to {MAX_CLASSES} classes, got {len(classes)}")
+    model, size = models.build_classifier(name, SIDE, classes, weights, size)
     side = _check_head(model, size, name)
     config = resolve_model_data_config(model)
     placed = torch.device(device)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import math
 import re
 import sys
 import warnings
@@ -108,3 +109,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Finite(click.FloatRange):
+    """A number in a range. To click's own, nan lies in every one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = super().convert(value, param, ctx)
+        return found if math.isfinite(found) else self.fail(f"{value} is no finite number.", param, ctx)

@@ -88,11 +88,11 @@ def _require(table: pa.Table, where: str, name: str, holds: pa.ChunkedArray, say
         raise TicketSetError(f"{where}: column {name}: expected {says}, got {str(value)[:100]!r}{at}")
 
 
-def read_parquet(data: bytes, where: str, columns: Sequence[str]) -> pa.Table:
+def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MAX_ROWS) -> pa.Table:
     """Some columns of a small parquet file, read in this thread: Arrow's pools cost more than they give, and may abort at exit.
 
     Raises:
-        TicketSetError: not a parquet file, a column is missing, or the columns would take more than MAX_ROWS or MAX_BYTES.
+        TicketSetError: not a parquet file, a column is missing, or it has more than `most` rows or MAX_BYTES.
     """
     try:
         file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
@@ -105,16 +105,16 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str]) -> pa.Table:
         odd = next((kind for kind in fixed if not _is_plain(kind)), None)
         if odd is not None:
             raise TicketSetError(f"{where}: expected columns of plain values, got {odd}")
-        _check_size(where, rows, rows * sum(kind.bit_width for kind in fixed) // 8)
+        _check_size(where, rows, most, rows * sum(kind.bit_width for kind in fixed) // 8)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        _check_size(where, rows, sum(group.total_byte_size for group in groups))
+        _check_size(where, rows, most, sum(group.total_byte_size for group in groups))
         # As dictionaries: a text that a million rows share is then in memory once, and can be multiplied out on paper.
         file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False, read_dictionary=texts)
         table = file.read(list(columns), use_threads=False)
         for name in texts:
             column = table[name].combine_chunks()
             lengths = pc.binary_length(column.dictionary).take(column.indices)
-            _check_size(where, len(table), pc.sum(lengths).as_py() or 0)
+            _check_size(where, rows, most, pc.sum(lengths).as_py() or 0)
             table = table.set_column(table.schema.get_field_index(name), name, column.cast(pa.string()))
         table.validate(full=True)  # text is UTF-8
         return table
@@ -128,9 +128,9 @@ def _is_plain(kind: pa.DataType) -> bool:
     return pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind)
 
 
-def _check_size(where: str, rows: int, size: int) -> None:
-    if not 0 <= rows <= MAX_ROWS or not 0 <= size <= MAX_BYTES:
+def _check_size(where: str, rows: int, most: int, size: int) -> None:
+    if not 0 <= rows <= most or not 0 <= size <= MAX_BYTES:
         raise TicketSetError(
-            f"{where}: expected at most {MAX_ROWS} rows and {MAX_BYTES >> 20} MiB of columns, got {rows} rows and"
+            f"{where}: expected at most {most} rows and {MAX_BYTES >> 20} MiB of columns, got {rows} rows and"
             f" {size >> 20} MiB"
         )

@@ -174,7 +174,7 @@ _MANIFEST = _object(
         "plan_id": _ID,
         "set_id": _ID,
         "plan": _object(_FILE),
-        "classes": _list(_text(1024), 0, 1_000_000),
+        "classes": _list(_text(4096), 0, 1_000_000),
         "members": _named(_text(100), _object({}), 100),
         "base": _or_null(_object({"set_id": _ID, "path": _text(4096)})),
         "splits": _named(_SPLIT, _object(_VIEWS | _COUNTS), 1000),

@@ -97,6 +97,35 @@ def test_eval_on_another_set(tickets, whole, center_set, photos, tmp_path):
     assert refused.exit_code == 1 and "trained on other classes (3, from ant) than" in refused.output
 
 
+def test_eval_of_a_run_knows_its_set(tickets, whole, center_set, tmp_path, monkeypatch):
+    """By its args.yaml, while the same set is there."""
+    final = json.loads((whole / "final.json").read_text())["results"]
+
+    def evaluated(*flags: object, code: int = 0) -> str:
+        result = CliRunner().invoke(main, ["-j", "0", "-b", "4", "--eval", *map(str, flags)])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    for flags in (["--resume", whole], ["--resume", whole / "last.pth.tar"],
+                  ["--resume", "latest", "--output", whole.parent, "--experiment", whole.name]):  # fmt: skip
+        assert f"tickets      top-1 {final['tickets']['top1']:.2f}" in evaluated(*flags)
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    arguments = yaml.safe_load((run / "args.yaml").read_text())
+    for changed, said in (
+        ({"shards": str(center_set)}, "expected the set that"),
+        ({"shards": str(tmp_path / "gone")}, "--shards says where it is now"),
+        ({"shards": "http://127.0.0.1:9/set"}, "give --shards"),
+        ({"base": "http://127.0.0.1:9/set"}, "give --shards"),
+        ({"shards": None}, "give --shards"),
+    ):
+        (run / "args.yaml").write_text(yaml.safe_dump({**arguments, **changed}))
+        refused = evaluated("--resume", run, code=1)
+        assert said in refused and refused.count("\n") == 1
+    evaluated("--resume", run, "--shards", tickets)
+    assert "Missing option '--shards'" in evaluated("--pretrained", code=2)
+    assert "Missing option '--shards'" in CliRunner().invoke(main, ["--resume", str(run)]).output
+
+
 def test_weights_alone_cannot_be_resumed(tickets, whole):
     output = train(tickets, whole.parent, "x", "--resume", whole / "model_best.pth.tar", code=1).output
     assert "holds weights alone" in output and output.count("\n") == 1
@@ -278,7 +307,11 @@ def test_flags_that_cannot_be_meant_are_refused_before_anything_is_trained(ticke
     assert "second-order" in refused("--opt", "adahessian")
     for flags in (("--model-ema-decay", 1), ("--color-jitter", -1), ("--seed", 10**20), ("--clip-grad", -1)):
         assert "is not in the range" in refused(*flags, code=2)
-    for text, message in (("1: 2", "no such flag: 1"), ("mixup: [1]", "expected one value"), ("epochs: 2.7", "2.7")):
+    for text, message in (
+        ("1: 2", "no such flag: '1'"),
+        ("mixup: [1]", "expected a number, got [1]"),
+        ("epochs: 2.7", "2.7"),
+    ):
         (tmp_path / "c.yaml").write_text(text)
         result = CliRunner().invoke(main, ["-c", str(tmp_path / "c.yaml"), "--shards", str(tickets), *SMALL])
         assert result.exit_code == 2 and message in result.output, result.output

@@ -28,6 +28,7 @@ from shards.rows import Rows
 
 MODELS = {"test_resnet": {}, "test_nfnet": {}, "test_convnext": {}, "test_vit": {"global_pool": "avg"}}
 CLASSES = 3  # of `photos`
+NAMES = [str(number) for number in range(CLASSES)]
 
 
 def classifier(name: str, num_classes: int = CLASSES, **kwargs: object) -> torch.nn.Module:
@@ -165,7 +166,7 @@ def test_exif_frame_is_the_boxes(photos: Path, tmp_path: Path, flags: list[objec
         mine("--data", tmp_path / "data", "--out", out, "--exif", exif, "--method", "center", "--views", 1, *flags)
         found[exif] = next(TicketSet.open(str(out)).stream("val"))
     sample = found["apply"]
-    labeller = build_labeller("test_resnet", str(flags[3]), CLASSES, "cpu", amp=False)
+    labeller = build_labeller("test_resnet", str(flags[3]), NAMES, "cpu", amp=False)
     pixels = render_pixels(decode(sample.image, "apply"), np.array([[0, 0, 80, 60, 0]]), 576)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (labeller.mean, labeller.std))
     shares, _ = labeller.label((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
@@ -473,7 +474,7 @@ def test_pretrained_weights_of_other_classes(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         TicketSetError, match="test_resnet: expected a classifier of the set's 3 classes, got one of 1000"
     ):
-        build_labeller("test_resnet", None, 3, "cpu", amp=False)
+        build_labeller("test_resnet", None, NAMES[:3], "cpu", amp=False)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +493,7 @@ def test_a_head_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch, name
     model = classifier(name, **kwargs, **size)
     monkeypatch.setattr("miner.models.build_classifier", lambda *_: (model, 64))
     with pytest.raises(TicketSetError, match=f"--token-labels {name}: expected a classifier with a head over the mean"):
-        build_labeller(name, None, CLASSES, "cpu", amp=False)
+        build_labeller(name, None, NAMES, "cpu", amp=False)
 
 
 def test_a_head_that_is_a_mean_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +501,7 @@ def test_a_head_that_is_a_mean_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
         size = {"img_size": 64} if "vit" in name else {}
         model = classifier(name, **kwargs, **size)
         monkeypatch.setattr("miner.models.build_classifier", lambda *_, model=model: (model, 64))
-        labeller = build_labeller(name, None, CLASSES, "cpu", amp=False)
+        labeller = build_labeller(name, None, NAMES, "cpu", amp=False)
         assert labeller.side == (4 if "vit" in name else 2)
         shares, classes = dataclasses.replace(labeller, amp=True).label(torch.randn(1, 3, 64, 64))
         assert shares.dtype == torch.float32 and classes.shape == (1, 3, labeller.side, labeller.side)

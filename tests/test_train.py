@@ -209,7 +209,7 @@ def test_a_config_file_sets_defaults_and_typed_flags_win(tickets, tmp_path):
     saved = (tmp_path / "x" / "args.yaml").read_text()
     assert "epochs: 1\n" in saved and "lr_base: 0.001\n" in saved
     (tmp_path / "c.yaml").write_text("epocs: 1\n")
-    assert "no such flag: epocs" in CliRunner().invoke(main, ["-c", str(tmp_path / "c.yaml"), *small]).output
+    assert "no such flag: 'epocs'" in CliRunner().invoke(main, ["-c", str(tmp_path / "c.yaml"), *small]).output
 
 
 def test_ema_has_its_columns_from_the_first_epoch_and_figures_once_it_has_seen_enough(tickets, tmp_path):

@@ -1,6 +1,7 @@
 """datalth-verdict: the statistics, what it decides, what it refuses, and its files."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -290,8 +291,6 @@ def test_refusals(tmp_path: Path) -> None:
     refused("args.yaml: not readable")
     args.write_text("tickets: winning")
     refused("args.yaml: no tokens")
-    final.unlink()
-    refused("not finished")
     final.write_text("{")
     refused("final.json: not readable")
     edit(final, epoch=3)
@@ -303,7 +302,7 @@ def test_refusals(tmp_path: Path) -> None:
     edit(final, cost={})
     refused("final.json: no tokens")
     predictions.unlink()
-    refused("predictions.parquet: missing")
+    refused("predictions.parquet: expected a file, found none")
     predictions.write_bytes(originals[predictions][:-200])
     refused("predictions.parquet: damaged")
     pq.write_table(pq.read_table(predictions).drop_columns(["all"]), predictions)
@@ -311,6 +310,121 @@ def test_refusals(tmp_path: Path) -> None:
     predictions.write_bytes((rest[0] / "predictions.parquet").read_bytes())
     refused("not this run's")
     assert "the claim holds" in verdict(*runs)  # what was changed above is all that was wrong
+
+
+def test_other_folders_are_named_and_left_out(tmp_path: Path) -> None:
+    """output/* also holds runs under way, selectors, logs and other folders."""
+    runs = write_arms(tmp_path / "runs", seeds=1)
+    (write_run(tmp_path / "runs/under-way", FLAT["winning"], 7) / "final.json").unlink()
+    write_run(tmp_path / "runs/selector", FLAT["full"], 7, tickets="full", drop_blocks=[3, 6, 9])
+    (tmp_path / "runs/notes.txt").write_text("mine")
+    (tmp_path / "runs/odd\x1b[31m\nname").mkdir()
+    plain = verdict(*runs).splitlines()
+    output = verdict(*sorted((tmp_path / "runs").iterdir()), "-o", tmp_path / "out")
+    assert "the claim holds" in sentences(output)
+    said = " ".join(output.split())
+    for name, why in (("under-way", "not finished: no final.json; datalth-train --resume"),
+                      ("selector", "a ticket selector's run"), ("notes.txt", "not a run's folder: no args.yaml"),
+                      ("odd\\x1b[31m name", "not a run's folder: no args.yaml")):  # fmt: skip
+        assert f"left out: {tmp_path}/runs/{name}: {why}" in said, (name, said)
+    assert not set(plain) - set(output.splitlines())  # nothing else is said otherwise
+    assert "left out: " in (tmp_path / "out" / "verdict.md").read_text()
+    assert (
+        len([n for n in json.loads((tmp_path / "out/verdict.json").read_text())["models"][0]["notes"] if "left" in n])
+        == 4
+    )
+    others = [path for path in (tmp_path / "runs").iterdir() if path not in runs]
+    assert "; nor is any of 3 others" in verdict(*others, code=1)
+    assert "no such folder" in verdict(*runs, tmp_path / "mistyped", code=1)
+
+
+ODD = [None, True, "", "x", "\x1b[2J", "a\nb", "$x^$", [], [[1]], {}, {"a": 1}, -1, 0, 1.5, 10**400, 2**63, 1e308, float("nan"),
+       float("inf"), "9" * 5000]  # fmt: skip
+
+
+def mutated(folder: Path, rng: np.random.Generator) -> str:
+    """Change one of a run's three files; returns how."""
+    name = ("args.yaml", "final.json", "predictions.parquet")[rng.integers(3)]
+    path = folder / name
+    data = path.read_bytes()
+    if name != "predictions.parquet" and rng.random() < 0.7:
+        values = yaml.safe_load(data)
+        inside = values
+        while True:  # down to a value somewhere
+            key = list(inside)[rng.integers(len(inside))]
+            if not isinstance(inside[key], dict) or not inside[key] or rng.random() < 0.2:
+                break
+            inside = inside[key]
+        odd = ODD[rng.integers(len(ODD))]
+        if rng.random() < 0.2:
+            del inside[key]
+        else:
+            inside[key] = odd
+        path.write_text(yaml.safe_dump(values) if name == "args.yaml" else json.dumps(values))
+        return f"{name}: {key} = {odd!r:.30}"
+    if name == "predictions.parquet" and rng.random() < 0.5:
+        table = pq.read_table(path)
+        column = int(rng.integers(table.num_columns))
+        others: list[Any] = [pa.nulls(IMAGES), pa.array(["x"] * IMAGES), pa.array([0.5] * IMAGES), pa.array([[1]] * IMAGES),
+                             pa.array([b"\xff"] * IMAGES), pa.array(range(IMAGES)), pa.array([2**40] * IMAGES),
+                             pa.array([None, *range(1, IMAGES)]), pa.array(["y" * 2000, *map(str, range(1, IMAGES))])]  # fmt: skip
+        chosen = others[rng.integers(len(others))]
+        pq.write_table(table.set_column(column, table.column_names[column], chosen), path)
+        return f"{name}: column {column} = {chosen.type}"
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(len(changed)))
+        changed[at : at + int(rng.integers(0, 3))] = rng.bytes(int(rng.integers(0, 3)))
+    if rng.random() < 0.3:
+        del changed[int(rng.integers(len(changed) + 1)) :]
+    path.write_bytes(changed)
+    return f"{name}: bytes"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_runs_files_hold_ends_in_a_verdict_or_a_line(tmp_path: Path, seed: int) -> None:
+    """Mutations of one run among sound ones: never a traceback, nothing that acts on a terminal."""
+    rng = np.random.default_rng(seed)
+    runs = write_arms(tmp_path / "runs", seeds=1)
+    sound = {path: path.read_bytes() for run in runs for path in run.iterdir()}
+    codes = []
+    for _ in range(40):
+        how = mutated(runs[0], rng)
+        allowed = ["--allow-diff", "lr_base"] if rng.random() < 0.2 else []
+        result = CliRunner().invoke(main, [*map(str, runs), *allowed])
+        assert result.exit_code in (0, 1), (how, result.exc_info)
+        assert result.exit_code == 0 or result.output.count("\n") == 1, (how, result.output)
+        assert result.exc_info is None or result.exc_info[0] in (SystemExit, None.__class__), (how, result.exc_info)
+        assert result.output.replace("\n", "").isprintable(), (how, result.output)
+        codes.append(result.exit_code)
+        for path, data in sound.items():
+            path.write_bytes(data)
+    assert 20 <= sum(codes) < 40  # most are refused, and some cannot matter
+    verdict(*runs)
+
+
+def test_special_files_are_no_runs_files(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path / "runs", seeds=1)
+    for name in ("args.yaml", "final.json", "predictions.parquet"):
+        data = (runs[0] / name).read_bytes()
+        (runs[0] / name).unlink()
+        os.mkfifo(runs[0] / name)
+        assert "expected a file, " in verdict(*runs, code=1)
+        (runs[0] / name).unlink()
+        (runs[0] / name).write_bytes(data)
+    (runs[0] / "final.json").write_text("[" * 100_000)
+    assert "not readable" in verdict(*runs, code=1)
+
+
+def test_names_may_look_like_formulas(tmp_path: Path) -> None:
+    """To matplotlib, $ begins one."""
+    runs = write_arms(tmp_path / "runs", set_method="m$^$", model="a$_{")
+    runs += write_arms(tmp_path / "more", set_method="n$", model="a$_{", set_id="d" * 64)[:6]
+    assert "a$_{, m$^$, K=20: the claim holds" in verdict(*runs, "-o", tmp_path / "out")
+
+
+def test_a_margin_is_a_number() -> None:
+    assert "nan is no finite number" in CliRunner().invoke(main, ["x", "--margin", "nan"]).output
 
 
 def test_what_cannot_matter_may_differ(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from miner.models import timm_name
+from miner.models import in_class_order, timm_name
 from shards.errors import TicketSetError, first_line
 from shards.storage import atomic_file, write_atomic
 from trainer.engine import State
@@ -90,19 +90,25 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore_weights(path: Path, content: dict[str, Any], state: State) -> None:
-    """Weights alone, for validation; EMA where there are some worth it.
+def restore_weights(path: Path, content: dict[str, Any], state: State, classes: list[str]) -> None:
+    """Weights alone, for validation on a set of the same classes in whatever order; EMA where there are some worth it.
 
     Raises:
-        TicketSetError: they are of another size than the set asks for.
+        TicketSetError: other classes, or of another size than the set asks for.
     """
+    model, theirs = state.student.model, content["classes"]
+    if sorted(theirs) != sorted(classes):
+        raise TicketSetError(
+            f"--resume {path}: trained on other classes ({len(theirs)}, from {min(theirs, default='')})"
+            f" than the set's ({len(classes)}, from {min(classes)})"
+        )
     try:
-        state.student.model.load_state_dict(content["state_dict"])
+        model.load_state_dict(in_class_order(model, content["state_dict"], theirs, classes))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TicketSetError(f"--resume {path}: does not fit this set: {reason}") from None
     if state.ema is not None and "state_dict_ema" in content:
-        state.ema.module.load_state_dict(content["state_dict_ema"])
+        state.ema.module.load_state_dict(in_class_order(model, content["state_dict_ema"], theirs, classes))
     else:
         state.ema = None
 

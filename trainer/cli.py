@@ -1,64 +1,29 @@
 """datalth-train: a ticket set -> a trained ViT. Flags have timm's names, defaults are DeiT's recipe."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from miner.drop import parse_blocks
-from shards.console import reports_errors
-from shards.errors import TicketSetError, first_line
+from shards.console import Finite, reports_errors
+from shards.errors import TicketSetError
+from trainer.config import RECIPES, read_config
 
 EXAMPLES = """
 \b
 Examples:
   datalth-train --shards shards --model deit_tiny --experiment winning
   datalth-train --shards shards --model deit_tiny --tickets random --experiment random
-  datalth-train --shards shards -c recipes/quick.yaml --experiment try
+  datalth-train --shards shards -c quick --experiment try
   torchrun --no-python --nproc-per-node 8 datalth-train --shards shards --model deit_small --amp
 """
-
-
-def read_config(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
-    """-c FILE.yaml sets defaults; what is typed wins, as with timm."""
-    if path is None:
-        return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise click.BadParameter(f"{path}: {first_line(error)}") from None
-    if not isinstance(values, dict):
-        raise click.BadParameter(f"{path}: expected lines of flag: value")
-    from trainer.options import DERIVED  # args.yaml holds these too
-
-    values = {key: value for key, value in values.items() if key not in DERIVED}
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    known = {p.name: p for p in context.command.params if isinstance(p, click.Option) and p.name != "config"}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise click.BadParameter(f"{path}: no such flag: {unknown[0]}")
-    values = {key: _default(value, known[key], f"{path}: {key}") for key, value in values.items()}
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
-def _default(value: Any, option: click.Option, where: str) -> Any:
-    """What YAML gave, as click would have read it from a command line."""
-    if option.multiple and isinstance(value, dict):  # model-kwargs: {depth: 2}
-        return [f"{name}={item!r}" for name, item in value.items()]
-    if isinstance(value, list) and option.name == "drop_blocks":  # as args.yaml has it
-        return ",".join(map(str, value))
-    if isinstance(value, (list, dict)) and not option.multiple:
-        raise click.BadParameter(f"{where}: expected one value, got {value}")
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -> dict[str, Any]:
     """--model-kwargs a=1 b=x, values as Python literals where they are some."""
     import ast
+    import json
 
     out: dict[str, Any] = {}
     for text in texts:
@@ -67,8 +32,14 @@ def key_values(context: click.Context, parameter: click.Parameter, texts: Any) -
             raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
         try:
             out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # text, or what is no literal
             out[name] = value
+        try:
+            json.dumps(out[name])  # config.json holds them too
+        except (TypeError, ValueError, RecursionError):
+            raise click.BadParameter(
+                f"{name}: expected numbers, text, True, False, None or lists of them, got {value:.80}"
+            ) from None
     return out
 
 
@@ -81,10 +52,10 @@ def block_numbers(context: click.Context, parameter: click.Parameter, text: str 
 
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
-SHARE, AMOUNT = click.FloatRange(0, 1), click.FloatRange(min=0)
+SHARE, AMOUNT = Finite(0, 1), Finite(min=0)
 OPTIONS: list[Any] = [
-    click.option("-c", "--config", metavar="FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help="Defaults for these flags."),
-    click.option("--shards", required=True, metavar="DIR", help="Ticket set, plain or linked."),
+    click.option("-c", "--config", metavar="NAME|FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help=f"Defaults for these flags: a recipe ({', '.join(RECIPES)}) or a file."),
+    click.option("--shards", metavar="DIR", help="Ticket set, plain or linked.  [required, but for --eval --resume: the run's own]"),
     click.option("--token-labels", metavar="DIR|none", help="Set with token labels of the same images, for LV-ViT; none: use none.  [default: the ticket set's own]"),
     click.option("--base", metavar="DIR", help="Where the base of a linked set is now."),
     click.option("--model", default="deit_tiny", show_default=True, help="timm ViT, Swin, Hiera or CNN, lvvit_t|s|m, or deit_tiny|deit_small|deit_base."),
@@ -94,7 +65,7 @@ OPTIONS: list[Any] = [
     click.option("--resize-to-tokens", is_flag=True, help="The control of the same cost: the whole view at K coarser patches."),
     click.option("--unmask-epochs", type=COUNT, default=0, show_default=True, help="Train the last E epochs on all patches."),
     click.option("--drop-blocks", metavar="B,B,...", callback=block_numbers, help="Train a ticket selector: drop patches inside, at these blocks."),
-    click.option("--keep-rate", type=click.FloatRange(0, 1, min_open=True), help="Of each drop block.  [default: 0.9]"),
+    click.option("--keep-rate", type=Finite(0, 1, min_open=True), help="Of each drop block.  [default: 0.9]"),
     click.option("--fuse-token", is_flag=True, help="EViT's: what a block drops goes on as one token."),
     click.option("--shrink-start-epoch", type=COUNT, default=0, show_default=True, help="Keep all patches until then."),
     click.option("--shrink-epochs", type=COUNT, default=0, show_default=True, help="Then go down to --keep-rate over as many epochs."),
@@ -111,8 +82,8 @@ OPTIONS: list[Any] = [
     click.option("--epochs", type=POSITIVE, default=300, show_default=True, help="Each as many views as there are images."),
     click.option("--opt", default="adamw", show_default=True, help="A timm optimizer."),
     click.option("--opt-kwargs", multiple=True, callback=key_values, metavar="NAME=VALUE", help="For the optimizer (repeatable)."),
-    click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD and the like."),
-    click.option("--layer-decay", type=float, metavar="D", help="Learning rate times D a layer down; for fine-tuning."),
+    click.option("--momentum", type=Finite(), default=0.9, show_default=True, help="Of SGD and the like."),
+    click.option("--layer-decay", type=Finite(), metavar="D", help="Learning rate times D a layer down; for fine-tuning."),
     click.option("--lr", type=AMOUNT, help="Absolute; overrides --lr-base."),
     click.option("--lr-base", type=AMOUNT, default=5e-4, show_default=True, help="Per 512 images of the global batch."),
     click.option("--weight-decay", type=AMOUNT, default=0.05, show_default=True),
@@ -132,7 +103,7 @@ OPTIONS: list[Any] = [
     click.option("--color-jitter", type=AMOUNT, default=0.4, show_default=True, help="Where there is no --aa."),
     click.option("--reprob", type=SHARE, default=0.25, show_default=True, help="Random erasing."),
     click.option("--model-ema/--no-model-ema", default=True, show_default=True, help="Average the weights over the steps too."),
-    click.option("--model-ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.99996, show_default=True),
+    click.option("--model-ema-decay", type=Finite(0, 1, max_open=True), default=0.99996, show_default=True),
     click.option("--amp", is_flag=True, help="Mixed precision."),
     click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
     click.option("--torchcompile", is_flag=True, help="torch.compile the model."),
@@ -155,13 +126,16 @@ OPTIONS: list[Any] = [
 def main(**options: Any) -> None:
     """Train a ViT from scratch on the tickets of a set; feed only the kept patches, at their own positions.
 
-    Defaults are DeiT's recipe for ImageNet; a small set needs another, such as -c recipes/quick.yaml. Validation reports
-    accuracy on the selector's tickets and on all patches.
+    Defaults are DeiT's recipe for ImageNet; a small set needs another, such as -c quick. Validation reports accuracy
+    on the selector's tickets and on all patches.
     """
     from trainer.options import Options
+
+    if options["shards"] is None and not (options["eval"] and options["resume"]):
+        raise click.UsageError("Missing option '--shards'.")
     from trainer.run import run  # imports torch
 
-    sys.exit(run(Options(**options)))
+    sys.exit(run(Options(**options | {"shards": options["shards"] or ""})))
 
 
 for _option in OPTIONS:

@@ -65,8 +65,9 @@ def evaluate(
                 chosen = patches if model.wants_all else gather_patches(patches, keep)
             with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
                 logits = (model if protocol == "dropped" else without_drops(model))(chosen, keep).float()
-            sums[row] += figures(logits, batch["labels"])
-            answers[row, batch["positions"]] = logits.argmax(1).int()
+            ranked = best_classes(logits)
+            sums[row] += figures(logits, ranked, batch["labels"])
+            answers[row, batch["positions"]] = ranked[:, 0].int()
     if options.world_size > 1:
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(answers)  # each image is one rank's; the others hold 0
@@ -77,9 +78,24 @@ def evaluate(
     return results, answers.cpu()
 
 
-def figures(logits: Tensor, labels: Tensor) -> Tensor:
-    """float64 [4]: sums of top-1 hits, top-5 hits, loss, and the number of images."""
-    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+def best_classes(logits: Tensor, count: int = 5) -> Tensor:
+    """The classes of the greatest logits, greatest first, ties to the lower class: int64 [B, count or all there are].
+
+    Half-precision logits tie, also as float32, and topk and argmax break ties each in its own way: the stored answers and
+    the accuracies come from this one ranking.
+    """
+    return logits.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def figures(logits: Tensor, ranked: Tensor, labels: Tensor) -> Tensor:
+    """float64 [4]: sums of top-1 hits, top-5 hits, loss, and the number of images.
+
+    Args:
+        logits: float32 [B, classes].
+        ranked: `best_classes` of them.
+        labels: [B].
+    """
+    best = ranked == labels[:, None]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     count = torch.tensor(len(labels), device=logits.device)
     return torch.stack([best[:, 0].sum(), best.any(1).sum(), loss, count]).double()

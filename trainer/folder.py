@@ -2,6 +2,7 @@
 
 args.yaml            the flags, and what they were applied to
 classes.txt          class names in the order of the logits
+config.json          what plain timm needs beside model_best.safetensors
 summary.csv          a row an epoch, as timm's
 final.json           the last epoch's figures, and what they cost
 predictions.parquet  the last epoch's answer to every validation image
@@ -28,14 +29,16 @@ from trainer.engine import State
 from trainer.options import FREE_TO_CHANGE, Options
 
 log = logging.getLogger("datalth")
-ARGUMENTS = "args.yaml"
+ARGUMENTS, CONFIG = "args.yaml", "config.json"
 
 
 class RunFolder:
     """The files of one run, written by rank 0; opening a run that is there keeps its args.yaml."""
 
-    def __init__(self, path: Path, arguments: dict[str, Any], classes: list[str], board: Board) -> None:
-        self.path, self._arguments, self._classes, self._board = path, arguments, classes, board
+    def __init__(
+        self, path: Path, arguments: dict[str, Any], classes: list[str], board: Board, config: dict[str, Any]
+    ) -> None:
+        self.path, self._arguments, self._classes, self._board, self._config = path, arguments, classes, board, config
         path.mkdir(parents=True, exist_ok=True)
         if not (path / ARGUMENTS).exists():
             write_atomic(path / ARGUMENTS, yaml.safe_dump(arguments, sort_keys=False).encode())
@@ -52,6 +55,8 @@ class RunFolder:
         epoch = state.epoch - 1
         if state.best_epoch == epoch:
             checkpoint.save_best(self.path, state, self._arguments, metric, self._classes)
+            # After the weights: where they are missing, timm would take another checkpoint of the folder.
+            write_atomic(self.path / CONFIG, (json.dumps(self._config, indent=1) + "\n").encode())
         summary = self.path / "summary.csv"
         update_summary(epoch, {"loss": train_loss}, cells, summary, lr=lr, write_header=not summary.exists())
         path = self.path / checkpoint.LAST

@@ -8,7 +8,7 @@ from typing import Any
 class Options:
     """datalth-train's flags; timm's names."""
 
-    shards: str
+    shards: str  # "" with --eval --resume alone, until the run has said which
     token_labels: str | None
     base: str | None
     model: str

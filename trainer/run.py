@@ -17,14 +17,15 @@ from shards.reader import TicketSet
 from trainer import checkpoint, screen
 from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
+from trainer.config import read_yaml
 from trainer.dropping_vit import DroppingViT, keep_rate_at
 from trainer.engine import State, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
 from trainer.feed import Batch, EvalFeed, TrainFeed, loader
-from trainer.folder import RunFolder, check_arguments, drop_rows, find
+from trainer.folder import ARGUMENTS, RunFolder, check_arguments, drop_rows, find
 from trainer.options import Options
 from trainer.settings import feed_options, protocols, step_options
-from trainer.student import build_student, check_flags, costs
+from trainer.student import build_student, check_flags, costs, timm_config
 from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
@@ -37,6 +38,7 @@ def run(options: Options) -> int:
         TicketSetError: whatever a person can mend.
     """
     check_flags(options)
+    options = with_own_set(options)
     opened = open_set(options)
     world = start_world(options)
     logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
@@ -83,11 +85,6 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         if newest is None:
             raise TicketSetError(f"--resume {options.resume}: no checkpoint to evaluate")
         content = checkpoint.read(newest)
-        if content["classes"] != opened.classes:
-            raise TicketSetError(
-                f"--resume {newest}: trained on other classes ({len(content['classes'])}, from {content['classes'][0]})"
-                f" than {opened.url} has ({len(opened.classes)}, from {opened.classes[0]})"
-            )
         options = as_trained(options, content["args"])
         log.info(f"{newest}: {options.model}, trained on {options.tickets}")
     # Nothing is trained: what training alone would refuse is no matter.
@@ -96,9 +93,34 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
     run = Run(replace(options, **untrained), opened, world)
     if content is not None:
         assert newest is not None
-        checkpoint.restore_weights(newest, content, run.state)
+        checkpoint.restore_weights(newest, content, run.state, opened.classes)
     screen.report(run.state, run.evaluate(run.final_protocols)[0])
     return 0
+
+
+def with_own_set(options: Options) -> Options:
+    """--eval --resume RUN without --shards: the set that the run was trained on, as its args.yaml names it.
+
+    Raises:
+        TicketSetError: it names none, one far away (a file that came from elsewhere calls nobody), or another set is there.
+    """
+    if options.shards:
+        return options
+    path = find(options)[0] / ARGUMENTS
+    then = read_yaml(path)
+    shards, base = then.get("shards"), options.base or then.get("base")
+    if not isinstance(shards, str) or not isinstance(base, str | None) or "://" in shards + (base or ""):
+        raise TicketSetError(f"{path}: expected the path of a set, got {shards!r}, base {base!r}; give --shards")
+    try:
+        found = TicketSet.open(shards, base).manifest["set_id"]
+    except TicketSetError as error:
+        raise TicketSetError(f"{error} (which is what {path} names; --shards says where it is now)") from None
+    if found != then.get("set_id"):
+        raise TicketSetError(
+            f"{shards}: expected the set that {path} names (set_id {then.get('set_id')!s:.16}), got {found:.16};"
+            f" --shards {shards} tests on it all the same"
+        )
+    return replace(options, shards=shards, base=base)
 
 
 def as_trained(options: Options, then: dict[str, Any]) -> Options:
@@ -172,7 +194,8 @@ class Run:
 
     def _open_folder(self, path: Path, arguments: dict[str, Any]) -> None:
         board = Board(self.options.log_tensorboard, self.options.wandb_project, path, arguments)
-        self.folder = RunFolder(path, arguments, self.opened.classes, board)
+        config = timm_config(self.options, self.opened, self.plain)
+        self.folder = RunFolder(path, arguments, self.opened.classes, board, config)
         drop_rows(path, self.state.epoch)
 
     def _updates(self) -> int:

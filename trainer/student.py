@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.data import resolve_model_data_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from miner.models import create, load_weights, sketch
+from miner.models import create, load_weights, sketch, timm_name
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
+from shards.views import CROP_PCT
 from trainer.dropping_vit import KEEP_RATE, DroppingViT, keep_rate_at, without_drops
 from trainer.families import feed_of
 from trainer.options import Options
@@ -35,7 +37,7 @@ def build_student(options: Options, opened: TicketSet) -> TicketModel:
     grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
     model = _create(options, opened, pretrained=options.pretrained, **kind.size_arguments(outline, side))
     if options.initial_checkpoint:
-        fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint")
+        fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint", opened.classes)
         if fresh:
             log.info(f"--initial-checkpoint {options.initial_checkpoint}: {', '.join(fresh)} start anew")
         if fresh and options.eval:
@@ -131,6 +133,32 @@ def _check_student(options: Options, opened: TicketSet, student: TicketModel, gr
             f" but what {opened.url} feeds is {grid[0]}x{grid[1]} of {patch} px;"
             f" leave img_size and patch_size out of --model-kwargs, or mine with --patch-size {student.patch_size}"
         )
+
+
+def timm_config(options: Options, opened: TicketSet, student: TicketModel) -> dict[str, Any]:
+    """config.json of timm's hub format: the model that the weights beside it are of, and how it is shown an image.
+
+    `timm.create_model("local-dir:RUN", pretrained=True)` builds it, from timm 1.0.16 on.
+    """
+    model, side = student.model, student.whole_side
+    shown = resolve_model_data_config(model)
+    kept = {name: model.pretrained_cfg.get(name) for name in ("fixed_input_size", "first_conv", "classifier")}
+    return {
+        "architecture": timm_name(options.model).partition(".")[0],  # without timm's tag of pretrained weights
+        "num_classes": len(opened.classes),
+        "label_names": opened.classes,
+        "model_args": {**student.size_arguments(model, side), **options.model_kwargs},
+        "pretrained_cfg": {
+            **kept,
+            "num_classes": len(opened.classes),
+            "input_size": (3, side, side),
+            "crop_pct": CROP_PCT,  # view 0's
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+            "mean": shown["mean"],
+            "std": shown["std"],
+        },
+    }
 
 
 def gmacs(student: TicketModel, tokens: int) -> float:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from shards.console import reports_errors
+from shards.console import Finite, printable, reports_errors
 
 EXAMPLES = """
 \b
@@ -25,7 +25,7 @@ Example:
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=1.0,
     show_default=True,
     metavar="POINTS",
@@ -42,10 +42,10 @@ Example:
 def main(folders: tuple[str, ...], output: str | None, margin: float, allowed: tuple[str, ...]) -> None:
     """Say whether the data-level lottery ticket hypothesis holds in your runs.
 
-    RUN is a folder that datalth-train has finished. The claim is a ~ c > b: a student trained and tested on winning
-    tickets (a) is about as good as one trained and tested on all patches (c), and better than one trained on random
-    patches and tested on the tickets (b). It holds if, with 95 % certainty each, a - c is above -POINTS and a - b is
-    above 0; it fails if one of them is surely below; else these runs cannot tell.
+    RUN is a folder that datalth-train has finished; others (of output/*) are named and left out. The claim is a ~ c > b: a
+    student trained and tested on winning tickets (a) is about as good as one trained and tested on all patches (c), and
+    better than one trained on random patches and tested on the tickets (b). It holds if, with 95 % certainty each, a - c is
+    above -POINTS and a - b is above 0; it fails if one of them is surely below; else these runs cannot tell.
 
     Runs must share the images and every argument but --tickets, --tokens, --seed, --unmask-epochs, --resize-to-tokens and
     --model. Several seeds of each arm give intervals over seeds (three or more are wise); with one seed each, images are
@@ -55,14 +55,22 @@ def main(folders: tuple[str, ...], output: str | None, margin: float, allowed: t
     from trainer.verdict.claim import judge
     from trainer.verdict.groups import check_comparable, group_runs
     from trainer.verdict.report import Report
-    from trainer.verdict.runs import read_run
+    from trainer.verdict.runs import LeftOut, read_run
 
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise TicketSetError(f"-o {output}: expected a folder, got a file")
     fields = sorted({field.replace("-", "_") for field in allowed})
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(Path(folder)))
+        except LeftOut as why:
+            left_out.append(str(why))
+    if not runs:
+        more = f"; nor is any of {len(left_out) - 1} others" if len(left_out) > 1 else ""
+        raise TicketSetError(left_out[0] + more)
     check_comparable(runs, fields)
-    report = Report(runs, judge(group_runs(runs, fields)), margin)
+    report = Report(runs, judge(group_runs(runs, fields)), margin, left_out)
     written: list[Path] = []
     if output is not None:  # before the first line: `| head` ends the command
         from trainer.verdict.files import write_files
@@ -70,7 +78,7 @@ def main(folders: tuple[str, ...], output: str | None, margin: float, allowed: t
         written = write_files(report, Path(output))
     click.echo(report.screen())
     if written:
-        click.echo("\nwritten: " + ", ".join(map(str, written)))
+        click.echo("\nwritten: " + printable(", ".join(map(str, written))))
 
 
 if __name__ == "__main__":

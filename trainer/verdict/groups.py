@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.console import printable
 from shards.errors import TicketSetError
 from trainer.options import FREE_TO_CHANGE
 from trainer.verdict.runs import PROTOCOLS, Run
@@ -117,7 +118,14 @@ def group_runs(runs: Sequence[Run], allowed: Sequence[str]) -> list[Group]:
     by_key: dict[tuple[Any, ...], dict[int, Run]] = {}
     for run in runs:
         differs = _differing(run, runs, allowed)
-        key = (run.arm, run.args["resolved_tokens"], run.cost["patches"], run.args["model"], run.set_id, _text(differs))
+        key = (
+            run.arm,
+            run.args["resolved_tokens"],
+            run.cost["patches"],
+            run.args["model"],
+            run.set_id,
+            json.dumps(differs),
+        )
         members = by_key.setdefault(key, {})
         if run.seed in members:
             why = "" if run.set_id else f" ({run.arm} runs of any ticket set and --tokens are trained alike)"
@@ -148,4 +156,4 @@ def _place(group: Group) -> tuple[Any, ...]:
 
 def _text(value: Any) -> str:
     """One line for an argument's value."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return printable(value if isinstance(value, str) else json.dumps(value))[:200]

@@ -103,5 +103,5 @@ def _lines(report: Report, judge: Judge) -> dict[str, list[Group]]:
             label += f", {report.set_name(group.set_id)}"
         if len(report.judges) > 1:
             label += f", {judge.model}"
-        lines.setdefault(label, []).append(group)
+        lines.setdefault(label.replace("$", r"\$"), []).append(group)  # no formula to matplotlib
     return lines

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shards.console import duration, table
+from shards.console import duration, printable, table
 from trainer.verdict.claim import OWN, Claim, Judge, key_notes
 from trainer.verdict.groups import Group
 from trainer.verdict.runs import PROTOCOLS, Run
@@ -60,10 +60,13 @@ class Report:
         runs: all of them.
         judges: one for each model.
         margin: points.
+        left_out: folders that were given and are of no use, and why.
     """
 
-    def __init__(self, runs: Sequence[Run], judges: Sequence[Judge], margin: float) -> None:
-        self.runs, self.judges, self.margin = list(runs), list(judges), margin
+    def __init__(
+        self, runs: Sequence[Run], judges: Sequence[Judge], margin: float, left_out: Sequence[str] = ()
+    ) -> None:
+        self.runs, self.judges, self.margin, self.left_out = list(runs), list(judges), margin, list(left_out)
         self.set_names = _set_names(runs)
 
     def screen(self) -> str:
@@ -72,7 +75,8 @@ class Report:
         for judge in self.judges:
             parts += [self.title(judge), *(t.plain() for t in self.tables(judge)), _lines(self.model_notes(judge))]
         sentences = [text for judge in self.judges for text in self.sentences(judge)]
-        return "\n\n".join([*parts, _lines(self.notes()), _lines(["VERDICT", *sentences])])
+        text = "\n\n".join([*parts, _lines(self.notes()), _lines(["VERDICT", *sentences])])
+        return "\n".join(map(printable, text.split("\n")))  # folders may be called anything
 
     def markdown(self) -> str:
         sentences = [f"- **{text}**" for judge in self.judges for text in self.sentences(judge)]
@@ -185,7 +189,7 @@ class Report:
         ]
         if any(run.arm == "resized" for run in self.runs):
             notes.append("resized: the whole image at K coarser patches, in training and in testing")
-        return [*notes, *key_notes(self.runs)]
+        return [*notes, *key_notes(self.runs), *(f"left out: {why}" for why in self.left_out)]
 
     def set_name(self, set_id: str | None) -> str:
         return self.set_names[set_id] if set_id else "any"

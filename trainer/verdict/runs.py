@@ -1,21 +1,68 @@
 """A finished run as its folder says it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
+from trainer.config import read_yaml
 
+TICKETS = ("winning", "random", "random-fixed", "center", "inverse", "full")
 PROTOCOLS = ("tickets", "all", "random")
-COSTS = ("tokens", "patches", "train_gmacs", "dense_gmacs", "seconds")
 TOP1_TOLERANCE = 0.01  # points
+MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
+MAX_IMAGES = 1 << 22  # rows
+
+
+class Kind(NamedTuple):
+    """What a value must be."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _number(low: float, high: float, kinds: Any = (int, float)) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and bool(low <= value <= high)
+
+    return fits
+
+
+COUNT = Kind("a whole number", _number(0, 2**63, (int,)))
+POSITIVE = Kind("a whole number above 0", _number(1, 2**31, (int,)))
+AMOUNT = Kind("a number that is not negative", _number(0, 1e15))
+PERCENT = Kind("a number from 0 to 100", _number(0, 100))
+TEXT = Kind("a line of text", lambda value: isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200)
+MAPPING = Kind("names and values", lambda value: isinstance(value, dict))
+YES_NO = Kind("true or false", lambda value: isinstance(value, bool))
+# Of args.yaml and of final.json, what the verdict reads.
+ARGUMENTS = {
+    "tickets": Kind(f"one of {', '.join(TICKETS)}", lambda value: value in TICKETS),
+    "tokens": Kind("a whole number above 0, or null", lambda value: value is None or POSITIVE.fits(value)),
+    "resize_to_tokens": YES_NO,
+    "unmask_epochs": COUNT,
+    "seed": COUNT,
+    "model": TEXT,
+    "epochs": POSITIVE,
+    "set_id": TEXT,
+    "set_method": TEXT,
+    "base_set_id": TEXT,
+    "resolved_tokens": POSITIVE,
+}
+COSTS = {
+    "tokens": POSITIVE,
+    "patches": POSITIVE,
+    "train_gmacs": AMOUNT,
+    "dense_gmacs": Kind("a number above 0", lambda value: AMOUNT.fits(value) and value > 1e-9),
+    "seconds": AMOUNT,
+    "test_gmacs": MAPPING,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,66 +102,115 @@ class Run:
         return None if self.arm in ("full", "resized") else self.args["set_id"]
 
 
+class LeftOut(TicketSetError):
+    """A folder with nothing wrong, and nothing for the verdict: `output/*` holds runs under way, selectors and other things."""
+
+
 def read_run(folder: Path) -> Run:
     """A finished run.
 
     Raises:
-        TicketSetError: no run's folder, not finished, made by an older datalth-train, or damaged.
+        LeftOut: not a run's folder, not finished, or the run of a selector.
+        TicketSetError: no such folder, made by an older datalth-train, or damaged.
     """
-    if not (folder / "args.yaml").is_file():
-        raise TicketSetError(f"{folder}: not a run's folder: {'no args.yaml' if folder.is_dir() else 'no such folder'}")
-    args = _mapping(folder / "args.yaml")
-    _expect(folder / "args.yaml", args, ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"])
-    _expect(folder / "args.yaml", args, ["epochs", "set_id", "set_method", "base_set_id", "resolved_tokens"])
+    path = folder / "args.yaml"
+    if not folder.exists():
+        raise TicketSetError(f"{folder}: no such folder")
+    if not path.exists():
+        raise LeftOut(f"{folder}: not a run's folder: no args.yaml")
+    if not (folder / "final.json").exists():
+        raise LeftOut(f"{folder}: not finished: no final.json; datalth-train --resume {folder} goes on")
+    args = read_yaml(path)
+    _check(path, args, ARGUMENTS)
+    try:
+        json.dumps(args)  # so that any two values can be compared and shown
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TicketSetError(f"{path}: expected plain values: {first_line(error)}") from None
     if args.get("drop_blocks"):
-        raise TicketSetError(f"{folder}: a ticket selector's run (--drop-blocks), which is of no arm; leave it out")
-    if not (folder / "final.json").is_file():
-        raise TicketSetError(f"{folder}: not finished: no final.json; datalth-train --resume {folder} goes on")
+        raise LeftOut(f"{folder}: a ticket selector's run (--drop-blocks), which is of no arm")
+    if args["unmask_epochs"] > args["epochs"]:
+        raise TicketSetError(
+            f"{path}: unmask_epochs: expected at most epochs, {args['epochs']}, got {args['unmask_epochs']}"
+        )
     path = folder / "final.json"
-    final = _mapping(path)
-    _expect(path, final, ["epoch", "results", "cost"])
-    _expect(path, final["cost"], [*COSTS, "test_gmacs"])
+    final = _read_json(path)
+    _check(path, final, {"epoch": COUNT, "results": MAPPING, "cost": MAPPING})
     if final["epoch"] != args["epochs"] - 1:
         raise TicketSetError(f"{path}: expected epoch {args['epochs'] - 1}, the last, got {final['epoch']}")
-    needed = ["all"] if args["resize_to_tokens"] else PROTOCOLS
-    _expect(path, final["results"], needed)
-    for name in needed:
-        _expect(path, final["results"][name], ["top1"])
-    top1 = {name: float(final["results"][name]["top1"]) for name in needed}
+    names = ["all"] if args["resize_to_tokens"] else PROTOCOLS
+    cost = final["cost"]
+    _check(path, cost, COSTS)
+    _check(path, cost["test_gmacs"], dict.fromkeys(names, AMOUNT), "test_gmacs ")
+    _check(path, final["results"], dict.fromkeys(names, MAPPING))
+    for name in names:
+        _check(path, final["results"][name], {"top1": PERCENT}, f"{name} ")
+    top1 = {name: float(final["results"][name]["top1"]) for name in names}
     keys, hits = _read_predictions(folder / "predictions.parquet", top1)
-    return Run(folder, args, top1, final["cost"], keys, hits)
+    return Run(folder, args, top1, cost, keys, hits)
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file with names and values."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Names and values of a small plain file.
+
+    Raises:
+        TicketSetError: it is none.
+    """
+    data = _read(path, MAX_JSON)
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise TicketSetError(f"{path}: not readable: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise TicketSetError(f"{path}: expected names and values, got {type(value).__name__}")
     return value
 
 
-def _expect(path: Path, values: Any, names: Sequence[str]) -> None:
-    missing = [name for name in names if not isinstance(values, dict) or name not in values]
+def _read(path: Path, limit: int) -> bytes:
+    """
+    Raises:
+        TicketSetError: no plain file, or a larger one.
+    """
+    if not path.is_file():
+        found = "something else" if path.exists() else "none"
+        raise TicketSetError(f"{path}: expected a file, found {found}; datalth-train writes it when a run finishes")
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise TicketSetError(f"{path}: expected at most {limit} bytes, got more")
+    return data
+
+
+def _check(path: Path, values: dict[str, Any], expected: dict[str, Kind], where: str = "") -> None:
+    """
+    Raises:
+        TicketSetError: a value is missing, or not what it should be.
+    """
+    missing = [name for name in expected if name not in values]
     if missing:
         raise TicketSetError(f"{path}: no {', '.join(missing)}; made by an older datalth-train, or damaged")
+    for name, kind in expected.items():
+        if not kind.fits(values[name]):
+            raise TicketSetError(f"{path}: {where}{name}: expected {kind.words}, got {values[name]!r:.60}")
 
 
 def _read_predictions(path: Path, top1: dict[str, float]) -> tuple[pa.Array, dict[str, np.ndarray]]:
     """Keys, and which images were right under each protocol; they must give the accuracies of final.json."""
-    if not path.is_file():
-        raise TicketSetError(f"{path}: missing; datalth-train writes it when a run finishes")
-    table = read_parquet(path.read_bytes(), f"{path}: damaged", ["key", "label", *top1])
+    names = ["label", *top1]
+    where = f"{path}: damaged"
+    table = read_parquet(_read(path, MAX_PREDICTIONS), where, ["key", *names], MAX_IMAGES)
     if not len(table):
-        raise TicketSetError(f"{path}: damaged: no images")
-    labels = table["label"].to_numpy()
-    hits = {name: table[name].to_numpy() == labels for name in top1}
+        raise TicketSetError(f"{where}: no images")
+    wrong = [n for n in names if not pa.types.is_integer(table.schema.field(n).type) or table[n].null_count]
+    if wrong:
+        raise TicketSetError(f"{where}: column {wrong[0]}: expected classes, got {table.schema.field(wrong[0]).type}")
+    keys = table["key"].combine_chunks()
+    if not pa.types.is_string(keys.type) or keys.null_count or len(keys.unique()) < len(keys):
+        raise TicketSetError(f"{where}: column key: expected names of images, each once")
+    answers = {name: table[name].to_numpy() for name in names}
+    hits = {name: answers[name] == answers["label"] for name in top1}
     for name, found in hits.items():
         if abs(100 * found.mean() - top1[name]) > TOP1_TOLERANCE:
             raise TicketSetError(
                 f"{path}: not this run's: top-1 on {name} is {100 * found.mean():.2f} here, {top1[name]:.2f} in final.json"
             )
-    return table["key"].combine_chunks(), hits
+    return keys, hits

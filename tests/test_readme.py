@@ -1,0 +1,107 @@
+"""README as a new user takes it: its commands in one folder at toy size, its Python in the same folder, however installed."""
+
+import configparser
+import glob
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import miner.cli
+import shards.cli
+import trainer.cli
+import trainer.verdict.cli
+from conftest import SELECTOR
+from trainer.config import RECIPES
+from training import QUICK
+
+ROOT = Path(__file__).parent.parent
+COMMANDS: dict[str, Any] = {
+    "datalth-mine": miner.cli.main,
+    "datalth-shards": shards.cli.main,
+    "datalth-train": trainer.cli.main,
+    "datalth-verdict": trainer.verdict.cli.main,
+}
+
+
+def blocks() -> list[list[str]]:
+    """README's indented blocks, line by line, without comments behind commands."""
+    found: list[list[str]] = [[]]
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("    "):
+            found[-1].append(line[4:])
+        elif line.strip():
+            found.append([])
+    return [block for block in found if block]
+
+
+def run_command(line: str, photos: Path, weights: Path) -> str:
+    """One line of a shell block, with flags that make it small."""
+    words = [word.replace("/data/imagenet", str(photos)) for word in shlex.split(line, comments=True)]
+    if words[0] == "torchrun":
+        words = words[words.index("--nproc-per-node") + 2 :]
+    name, *flags = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+    if name == "datalth-mine":
+        flags += ["--img-size", "64", "-j", "2", "--device", "cpu"]
+        flags += [] if "link" in flags else ["--views", "4", "--selector", SELECTOR, "--weights", str(weights)]
+    if name == "datalth-train":
+        flags += [*QUICK, "--epochs", "1", "--warmup-epochs", "0"]
+    result = CliRunner().invoke(COMMANDS[name], flags)
+    assert result.exit_code == 0, (line, result.output, result.exc_info)
+    return name
+
+
+def test_readmes_commands_and_then_its_python_run_in_one_folder(photos, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photos / "val" / "bee" / "bee_0.jpg", "photo.jpg")
+    shell = [line for block in blocks() if block[0].split()[0] in COMMANDS for line in block if line.strip()]
+    ran = [run_command(line, photos, weights) for line in shell]
+    assert set(ran) == set(COMMANDS) and Path("shards").is_dir()
+    programs = ["\n".join(block) for block in blocks() if block[0].startswith(("import ", "from "))]
+    assert len(programs) == 2
+    outputs = []
+    for program in programs:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    name, share = outputs[-1].split()
+    assert name in ("ant", "bee", "cat") and 1 / 3 <= float(share) <= 1
+
+
+def test_plain_folders_of_their_names_do_not_hide_the_packages(tmp_path):
+    """`--out shards` makes one; a finder of an editable install would lose against it."""
+    try:
+        url = json.loads(importlib.metadata.distribution("datalth").read_text("direct_url.json") or "{}").get("url")
+    except importlib.metadata.PackageNotFoundError:
+        url = None
+    if url != ROOT.as_uri():
+        pytest.skip("another folder is installed here")
+    for name in ("shards", "miner", "trainer"):
+        (tmp_path / name).mkdir()
+    code = "import miner, shards, trainer; from shards import TicketSet; print(miner.__file__, trainer.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "None" not in done.stdout, done.stderr
+
+
+def test_packages_hold_the_recipes_and_an_editable_install_has_a_root():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    shipped = {
+        path
+        for pattern in setup["options.package_data"]["trainer"].split()
+        for path in (ROOT / "trainer").glob(pattern)
+    }
+    assert shipped == set(RECIPES.values()) and len(shipped) >= 9
+    # A root, and nothing else, makes setuptools write a .pth instead of a finder.
+    assert setup["options"]["package_dir"].split() == ["=", "."]
