@@ -226,6 +226,15 @@ def test_two_classes_that_would_be_spelled_alike_are_an_error(tmp_path):
     text.encode()
 
 
+def test_a_class_name_of_spaces_is_an_error(tmp_path):
+    assert "expected a name for every class, got '  '" in refusal(write_tree(tmp_path, "  /1.jpg", "a/1.jpg"))
+
+
+def test_a_lone_surrogate_in_a_json_label_is_spelled(tmp_path):
+    members = {"a.json": b'{"label": "\\ud800x"}', "a.jpg": b"a", "b.json": b'{"label": "y"}', "b.jpg": b"b"}
+    assert labels(listed(write_tar(tmp_path / "a.tar", members))) == {"a.jpg": "\\ud800x", "b.jpg": "y"}
+
+
 def test_a_set_of_such_names_is_mined_and_read(tmp_path):
     for i, name in enumerate((os.fsdecode(b"caf\xe9"), "two\nlines")):
         for j in range(2):

@@ -118,6 +118,8 @@ def test_links_that_lead_nowhere_are_failed_rows(tmp_path):
         member("two.jpg", type=tarfile.SYMTYPE, linkname="one.jpg"),
         member("dev.jpg", type=tarfile.SYMTYPE, linkname="tty"),
         member("tty", type=tarfile.CHRTYPE),
+        member("d/soft", type=tarfile.SYMTYPE, linkname="ok.jpg"),
+        member("hard.jpg", type=tarfile.LNKTYPE, linkname="d/soft"),  # unpacked, it would lead to ok.jpg
     )
     source = listed(tar)
     assert readable(source) == {"ok.jpg": b"ok", "z.jpg": b"z"}
@@ -127,6 +129,7 @@ def test_links_that_lead_nowhere_are_failed_rows(tmp_path):
         "one.jpg": "is a link to two.jpg, and that to another, more than 40 times",
         "two.jpg": "is a link to one.jpg, and that to another, more than 40 times",
         "dev.jpg": "expected a plain file, got a character device",
+        "hard.jpg": "is a hard link to d/soft, a symbolic link",
     }
 
 

@@ -96,21 +96,9 @@ class Archive:
             if _normal(member.name) in self._targets:
                 known.setdefault(_normal(member.name), []).append(member)
         for link in links:
-            end: Member | None = link
-            for _ in range(MAX_LINKS):
-                if end is None or end.target is None:
-                    break
-                named = known.get(end.target, [])
-                before = len(named) if end.symbolic else bisect.bisect_left(named, end.header, key=lambda m: m.header)
-                end = named[before - 1] if before else None
-            if end is None:
-                link.odd = f"is a link to {spelled(link.target or '')}, which is not in its tar"
-            elif end.target is not None:
-                link.odd = (
-                    f"is a link to {spelled(link.target or '')}, and that to another, more than {MAX_LINKS} times"
-                )
-            elif isinstance(end.odd, str):
-                link.odd = end.odd
+            end = _end_of(link, known)
+            if isinstance(end, str):
+                link.odd = end
             else:
                 link.offset, link.size, link.odd = end.offset, end.size, end.odd
             link.target = None
@@ -285,6 +273,24 @@ def _member(info: tarfile.TarInfo, end: int) -> Member:
     elif not info.isreg():
         member.odd = f"expected a plain file, got {_KINDS.get(info.type, f'a member of type {info.type!r}')}"
     return member
+
+
+def _end_of(link: Member, known: dict[str, list[Member]]) -> Member | str:
+    """The member that a link leads to, over others, or why it leads to none."""
+    end = link
+    for _ in range(MAX_LINKS):
+        target = end.target or ""
+        named = known.get(target, [])
+        before = len(named) if end.symbolic else bisect.bisect_left(named, end.header, key=lambda m: m.header)
+        if not before:
+            return f"is a link to {spelled(target)}, which is not in its tar"
+        found = named[before - 1]
+        if found.symbolic and not end.symbolic:  # its words would count from the folder of the hard link
+            return f"is a hard link to {spelled(target)}, a symbolic link"
+        if found.target is None:
+            return found.odd if isinstance(found.odd, str) else found
+        end = found
+    return f"is a link to {spelled(link.target or '')}, and that to another, more than {MAX_LINKS} times"
 
 
 def _pieces(info: tarfile.TarInfo, stored: int) -> Pieces | str:

@@ -18,7 +18,6 @@ from miner.sources.source import (
     Entry,
     Source,
     Tally,
-    check_size,
     class_names,
     empty_classes,
     is_image,
@@ -114,12 +113,12 @@ def _images(root: str, split_folder: str, notes: list[str], tally: Tally) -> Ite
         raise _too_high(root, split_folder, classes)
     if classes:
         _count_junk(root, split_folder, tally)
-        files = [name for name, entry in _scan(root, split_folder) if not _is_folder(entry)]
+        files = (name for name, entry in _scan(root, split_folder) if not _is_folder(entry))
         loose = [name for name in files if is_image(name) and not is_junk(name)]
         if loose:
             notes.append(
                 f"{split_folder or root}: {len(loose)} images lie beside the class folders and are left out"
-                f" (first: {spelled(loose[0])})"
+                f" (first: {spelled(min(loose))})"
             )
     others: Counter[str] = Counter()
     above = _above(root, split_folder)
@@ -153,30 +152,31 @@ def _files(
     real, links = deque([(start, False)]), deque[str]()
     while real or links:
         path, linked = real.popleft() if real else (links.popleft(), True)
-        found = _scan(root, path)
-        status = os.stat(_on_disk(root, path))
-        number = (status.st_dev, status.st_ino)
+        number = _number(root, path)
         if linked and number in seen:
             tally.add(TWICE, spelled(path))
             continue
         seen.add(number)
-        folders = []
-        for name, entry in found:
-            below = _join(path, name)
+        folders, hidden = [], []
+        for name, entry in _scan(root, path):
             if is_junk(name):
-                tally.add(JUNK_NOTE, spelled(below))
-            elif not _is_folder(entry):
-                yield below, entry
+                hidden.append(_join(path, name))
+            elif _is_folder(entry):
+                folders.append((name, entry.is_symlink()))
             else:
-                folders.append(name)
-                if not entry.is_symlink():
-                    real.append((below, linked))
-                elif _leads_up(root, below, above):
-                    tally.add(LOOP, spelled(below))
-                else:
-                    links.append(below)
+                yield _join(path, name), entry
+        if hidden:
+            tally.add(JUNK_NOTE, spelled(min(hidden)), len(hidden))
+        for name, is_link in sorted(folders):
+            below = _join(path, name)
+            if not is_link:
+                real.append((below, linked))
+            elif _leads_up(root, below, above):
+                tally.add(LOOP, spelled(below))
+            else:
+                links.append(below)
         if path == start:
-            _check_level(root, start, folders, only_class, tally)
+            _check_level(root, start, sorted(name for name, _ in folders), only_class, tally)
 
 
 def _check_level(root: str, class_folder: str, inside: list[str], only_class: bool, tally: Tally) -> None:
@@ -199,8 +199,8 @@ def _too_high(root: str, folder: str, splits: list[str]) -> TicketSetError:
     )
 
 
-def _scan(root: str, path: str = "") -> "list[tuple[str, os.DirEntry[bytes]]]":
-    """(name, entry) of all that is in a folder, sorted by name.
+def _scan(root: str, path: str = "") -> "Iterator[tuple[str, os.DirEntry[bytes]]]":
+    """(name, entry) of all that is in a folder, in the file system's order.
 
     Raises:
         TicketSetError: it cannot be listed, or a link in it that may be a folder's leads nowhere: nobody knows how
@@ -208,20 +208,39 @@ def _scan(root: str, path: str = "") -> "list[tuple[str, os.DirEntry[bytes]]]":
     """
     try:
         with os.scandir(_on_disk(root, path)) as entries:
-            found = sorted(((e.name.decode("utf-8", "surrogateescape"), e) for e in entries), key=lambda pair: pair[0])
+            for entry in entries:
+                name = entry.name.decode("utf-8", "surrogateescape")
+                if entry.is_symlink() and "." not in name and not os.path.exists(entry.path):
+                    place = spelled(os.path.join(root, path, name))
+                    raise TicketSetError(
+                        f"{place}: a link that leads nowhere, maybe to a folder; mend it, or remove it"
+                    )
+                yield name, entry
     except OSError as error:
-        place = spelled(os.path.join(root, path))
-        raise TicketSetError(f"{place}: cannot be listed: {error.strerror}; mend it, or move it away") from None
-    for name, entry in found:
-        if entry.is_symlink() and "." not in name and not os.path.exists(entry.path):
-            place = spelled(os.path.join(root, path, name))
-            raise TicketSetError(f"{place}: a link that leads nowhere, maybe to a folder; mend it, or remove it")
-    return found
+        raise _closed(root, path, error) from None
+
+
+def _closed(root: str, path: str, error: OSError) -> TicketSetError:
+    place = spelled(os.path.join(root, path))
+    return TicketSetError(f"{place}: cannot be listed: {error.strerror}; mend it, or move it away")
+
+
+def _number(root: str, path: str) -> tuple[int, int]:
+    """What tells one folder from another.
+
+    Raises:
+        TicketSetError: it is not there any more, or closed to us.
+    """
+    try:
+        status = os.stat(_on_disk(root, path))
+    except OSError as error:
+        raise _closed(root, path, error) from None
+    return status.st_dev, status.st_ino
 
 
 def _subfolders(root: str, path: str = "") -> list[str]:
     """Sorted; hidden and system folders (.git, @eaDir) are no classes."""
-    return [name for name, entry in _scan(root, path) if not is_junk(name) and _is_folder(entry)]
+    return sorted(name for name, entry in _scan(root, path) if not is_junk(name) and _is_folder(entry))
 
 
 def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
@@ -232,9 +251,9 @@ def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
 
 
 def _count_junk(root: str, path: str, tally: Tally) -> None:
-    for name, _ in _scan(root, path):
-        if is_junk(name):
-            tally.add(JUNK_NOTE, spelled(_join(path, name)))
+    hidden = [name for name, _ in _scan(root, path) if is_junk(name)]
+    if hidden:
+        tally.add(JUNK_NOTE, spelled(_join(path, min(hidden))), len(hidden))
 
 
 def _above(root: str, split_folder: str) -> set[bytes]:
@@ -283,6 +302,5 @@ def _read(root: str, row: dict[str, Any]) -> tuple[bytes, None]:
     path = row["source"]
     if row["offset"]:
         path = _ESCAPED_BYTE.sub(lambda m: chr(int(m[1], 16)), path)
-    with open_plain(_on_disk(root, path)) as file:
-        check_size(os.fstat(file.fileno()).st_size)
+    with open_plain(_on_disk(root, path), image=True) as file:
         return file.read(), None

@@ -105,14 +105,18 @@ def is_junk(name: str) -> bool:
     return name in JUNK or (name.startswith(".") and name not in (".", ".."))
 
 
-def open_plain(path: str | bytes) -> BinaryIO:
+def open_plain(path: str | bytes, image: bool = False) -> BinaryIO:
     """Open a file for reading; never waits for a writer, as opening a FIFO does.
 
     Raises:
         OSError: it cannot be opened, or is a FIFO, a socket or a device.
+        ImageError: `image`, and it has more bytes than any.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError("expected a plain file, got a FIFO, a socket, a device or a folder")
+    if image:
+        check_size(status.st_size)
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
