@@ -561,15 +561,13 @@ def test_a_tar_that_is_not_what_its_json_says_is_never_read(store, remote_set, t
 )
 def test_a_forged_json_of_a_shard_is_one_line(store, remote_set, tmp_path, tar):
     path = store.root / "set/train-000000.json"
-    path.write_text(json.dumps({"tar": tar}), encoding="utf-8")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "tar": tar}), encoding="utf-8")
     rows = Rows(TicketSet.open(remote_set), "train", str(tmp_path / "cache"))
-    with pytest.raises(
-        TicketSetError, match="train-000000.json: damaged: expected the bytes and the sha256 of its tar"
-    ):
+    with pytest.raises(TicketSetError, match="train-000000.json: tar: "):
         rows.read(0, 0)
     for content in (b"[" * 100_000, b"\xff", b"[]", b"{"):
         path.write_bytes(content)
-        with pytest.raises(TicketSetError, match="train-000000.json: damaged"):
+        with pytest.raises(TicketSetError, match="train-000000.json: (not readable as JSON|expected names and values)"):
             rows.read(0, 0)
     path.unlink()
     with pytest.raises(TicketSetError, match="train-000000.json: missing"):
