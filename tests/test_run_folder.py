@@ -122,6 +122,7 @@ def test_eval_of_a_run_knows_its_set(tickets, whole, center_set, tmp_path, monke
         refused = evaluated("--resume", run, code=1)
         assert said in refused and refused.count("\n") == 1
     evaluated("--resume", run, "--shards", tickets)
+    assert "which set?" in evaluated("--resume", tmp_path / "none.pth.tar", code=1)
     assert "Missing option '--shards'" in evaluated("--pretrained", code=2)
     assert "Missing option '--shards'" in CliRunner().invoke(main, ["--resume", str(run)]).output
 

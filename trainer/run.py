@@ -107,7 +107,10 @@ def with_own_set(options: Options) -> Options:
     if options.shards:
         return options
     path = find(options)[0] / ARGUMENTS
-    then = read_yaml(path)
+    try:
+        then = read_yaml(path)
+    except TicketSetError as error:
+        raise TicketSetError(f"--resume {options.resume}: which set? {error}; give --shards") from None
     shards, base = then.get("shards"), options.base or then.get("base")
     if not isinstance(shards, str) or not isinstance(base, str | None) or "://" in shards + (base or ""):
         raise TicketSetError(f"{path}: expected the path of a set, got {shards!r}, base {base!r}; give --shards")
