@@ -64,6 +64,9 @@ class Rows:
         self.labels = pc.fill_null(labels, -1).to_numpy()
         in_base = opened.manifest if opened.base is None else opened.base.manifest
         self.skipped = in_base["splits"][split]["samples"] - len(table)
+        for each in (opened, opened.base, token_labels):
+            if each is not None:
+                each.check_unchanged()  # the tables are of one set
         self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
 
     def __len__(self) -> int:
@@ -122,14 +125,17 @@ class Rows:
 
     def _tar(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")
-        return self._open(url, opened.manifest["set_id"]), url
+        return self._open(url, opened), url
 
-    def _open_tar(self, url: str, set_id: str) -> storage.Ranges:
+    def _open_tar(self, url: str, opened: TicketSet) -> storage.Ranges:
         try:
             # A folder for each set: a link's tars have the names of its base's.
-            path = fetch(url, Path(self._cache, f"datalth-{set_id[:16]}")) if storage.is_remote(url) else url
-            return storage.open_ranges(path)
+            cache = Path(self._cache, f"datalth-{opened.manifest['set_id'][:16]}")
+            ranges = storage.open_ranges(fetch(url, cache) if storage.is_remote(url) else url)
+            opened.check_unchanged()
+            return ranges
         except FileNotFoundError:
+            opened.check_unchanged()
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None
 
 

@@ -5,7 +5,7 @@ Augmentation and mixing happen here on whole uint8 views; then K patches of each
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,7 +274,7 @@ def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:
     return kept.reshape(b, keep.shape[1], -1)
 
 
-def loader(feed: Any, places: Iterable[Any], workers: int, device: torch.device) -> Iterator[Batch]:
+def loader(feed: Any, places: Iterable[Any], workers: int, device: torch.device) -> Generator[Batch, None, None]:
     """Batches of a feed in the order of `places`; close it to end its worker processes.
 
     Raises:

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import time
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from trainer.options import FREE_TO_CHANGE, Options
 
 log = logging.getLogger("datalth")
 ARGUMENTS, CLASSES = "args.yaml", "classes.txt"
-TEMPORARY = re.compile(r"(args\.yaml|classes\.txt|summary\.csv|final\.json|predictions\.parquet|\w+\.pth\.tar|model_best\.\w[\w.]*)\.\d+-[0-9a-f]{6}\.tmp")
+TEMPORARY = re.compile(
+    r"(args\.yaml|classes\.txt|summary\.csv|final\.json|predictions\.parquet|\w+\.pth\.tar|model_best\.\w[\w.]*)\.\d+-[0-9a-f]{6}\.tmp"
+)
 TAKEN = "a run is there already; go on with --resume latest, or name another --experiment"
 
 
@@ -43,13 +46,10 @@ class Claim:
     def __init__(self) -> None:
         self.path: Path | None = None  # once it is held
         self._descriptor: int | None = None
+        register_after_fork(self, Claim.close)  # a worker that outlives its run for a moment does not keep the folder
 
-    def __enter__(self) -> "Claim":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._descriptor is not None:
-            _HELD.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -65,11 +65,12 @@ class Claim:
         except BlockingIOError:
             pid = _holder(descriptor)
             os.close(descriptor)
-            raise TicketSetError(f"{folder}: a run that is under way{pid} has it; wait for its end, or stop it") from None
+            raise TicketSetError(
+                f"{folder}: a run that is under way{pid} has it; wait for its end, or stop it"
+            ) from None
         except OSError:  # file systems that have no locks
             pass
         self.path, self._descriptor = folder, descriptor
-        _HELD.add(descriptor)
 
     def make(self, folder: Path, named: bool) -> Path:
         """Make a new folder and take it; where its name was not given, the first of NAME, NAME-1, ... that is free.
@@ -88,19 +89,6 @@ class Claim:
             break
         self.hold(folder.with_name(name))
         return folder.with_name(name)
-
-
-_HELD: set[int] = set()
-
-
-def _let_go() -> None:
-    """A worker process that outlives its run for a moment does not keep the folder."""
-    for descriptor in _HELD:
-        os.close(descriptor)
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 def _holder(descriptor: int) -> str:
@@ -124,7 +112,10 @@ class RunFolder:
     def __init__(self, path: Path, arguments: dict[str, Any], classes: list[str], board: Board, epoch: int) -> None:
         self.path, self._arguments, self._classes, self._board = path, arguments, classes, board
         _remove_temporaries(path)
-        files = {CLASSES: "".join(f"{name}\n" for name in classes), ARGUMENTS: yaml.safe_dump(arguments, sort_keys=False)}
+        files = {
+            CLASSES: "".join(f"{name}\n" for name in classes),
+            ARGUMENTS: yaml.safe_dump(arguments, sort_keys=False),
+        }
         for name, text in files.items():  # a folder with args.yaml is a run: it comes last
             if not (path / name).exists():
                 write_atomic(path / name, text.encode())
@@ -173,7 +164,8 @@ class Summary:
         self._head = lines[0] if lines and lines[0].startswith("epoch,") else ""
         # Where the head is lost, the next row brings it back.
         width = (self._head or max(lines, key=len, default="")).count(",")
-        good = {int(n): line for line in lines if (n := line.partition(",")[0]).isdecimal() and line.count(",") == width}
+        sound = (line for line in lines if line.isprintable() and line.count(",") == width)
+        good = {int(number): line for line in sound if (number := line.partition(",")[0]).isdecimal()}
         self._rows = [good[number] for number in range(epoch) if number in good]
         if len(self._rows) < epoch:
             missing = ", ".join(str(number) for number in range(epoch) if number not in good)
@@ -253,7 +245,9 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
         raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
         return
-    then, now = (json.loads(json.dumps(arguments, default=str)) for arguments in (then, now))  # tuples are lists in a file
+    then, now = (
+        json.loads(json.dumps(arguments, default=str)) for arguments in (then, now)
+    )  # tuples are lists in a file
     differing = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if differing:
         raise TicketSetError(

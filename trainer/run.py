@@ -66,17 +66,13 @@ def run(options: Options) -> int:
 
 def _explained(error: Exception, options: Options) -> Exception:
     """The error in words, where it is one of another rank or of a compiler."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        if isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
-            return TicketSetError(f"rank {torch.distributed.get_rank()}: another rank stopped; it says why")
+    of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    if torch.distributed.is_initialized() and isinstance(error, RuntimeError) and of_ranks:
+        return TicketSetError(f"rank {torch.distributed.get_rank()}: another rank stopped; it says why")
     makers = ("torch._dynamo", "torch._inductor", "triton")
     if options.torchcompile and type(error).__module__.startswith(makers):
-        return TicketSetError(f"--torchcompile: the model cannot be compiled here: {_said_by_compiler(error)}; leave it out")
+        return TicketSetError(f"--torchcompile: the model cannot be compiled here: {first_line(error)}; leave it out")
     return error
-
-
-def _said_by_compiler(error: Exception) -> str:
-    return first_line(error)
 
 
 def allow_open_files() -> None:
@@ -88,12 +84,12 @@ def allow_open_files() -> None:
 
 
 def train(options: Options, opened: TicketSet, world: World) -> int:
-    with Claim() as claim:
+    with contextlib.closing(Claim()) as claim:
         path, newest = on_first_rank(world, lambda: find(options, claim))
         content = checkpoint.read(newest) if newest else None
         run = Run(options, opened, world)
         path = run.begin(path, newest, content, claim)
-        with Signals() as run.signals:
+        with run.signals.heard():
             try:
                 run.train()
                 return 0

@@ -18,10 +18,10 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing.util import Finalize
+from multiprocessing.util import Finalize, register_after_fork
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from shards.errors import ImageError, TicketSetError
 Batch = dict[str, torch.Tensor]
 AHEAD = 2  # batches that each worker is asked for before the first of them is used
 MESSAGE = 1 << 16  # bytes of the longest: a place, the shapes of a batch, or an error
+# They go to the whole process group, but the step under way needs its batches.
+LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT)
 GRACE = 1.0  # seconds to end by oneself
 
 
@@ -39,7 +41,7 @@ class WorkerDied(TicketSetError):
     """A worker process ended before the run did."""
 
 
-def batches(feed: Any, places: Iterable[Any], workers: int, pin: bool) -> Iterator[Batch]:
+def batches(feed: Any, places: Iterable[Any], workers: int, pin: bool) -> Generator[Batch, None, None]:
     """`feed[place]` of every place, in order; close the generator to end the processes.
 
     Args:
@@ -53,8 +55,12 @@ def batches(feed: Any, places: Iterable[Any], workers: int, pin: bool) -> Iterat
     crew: list[_Worker] = []
     receiver = ThreadPoolExecutor(1)  # beside the step that is under way
     try:
-        for _ in range(workers):
-            crew.append(_Worker(feed))
+        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)  # until a worker ignores them
+        try:
+            for _ in range(workers):
+                crew.append(_Worker(feed))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RUN)
         turns = itertools.cycle(crew)
 
         def ask(count: int) -> None:
@@ -93,6 +99,7 @@ class _Worker:
     def __init__(self, feed: Any) -> None:
         # Packets, so that a message comes whole or not at all.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        register_after_fork(self._socket, socket.socket.close)  # or no worker would see the run's end
         with theirs:
             self._process = multiprocessing.Process(target=_work, args=(feed, theirs), daemon=True)
             self._process.start()
@@ -141,8 +148,7 @@ class _Worker:
 
 def _work(feed: Any, run: socket.socket) -> None:
     """What a worker does until the run hangs up, or is no more."""
-    # Signals go to the whole process group, but the step under way needs its batches.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in LEFT_TO_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     quiet_images()
@@ -157,7 +163,9 @@ def _work(feed: Any, run: socket.socket) -> None:
             except MemoryError:
                 run.sendall(pickle.dumps(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
             except Exception:
-                run.sendall(pickle.dumps(RuntimeError("in a worker process:\n" + traceback.format_exc()[-MESSAGE // 2 :])))
+                run.sendall(
+                    pickle.dumps(RuntimeError("in a worker process:\n" + traceback.format_exc()[-MESSAGE // 2 :]))
+                )
 
 
 def _hand_over(batch: Batch, run: socket.socket) -> None:
@@ -187,6 +195,4 @@ def _opened(layout: list[tuple[str, str, tuple[int, ...], int]], descriptor: int
         memory = mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
-    return {
-        name: torch.from_numpy(np.ndarray(shape, dtype, memory, start)) for name, dtype, shape, start in layout
-    }
+    return {name: torch.from_numpy(np.ndarray(shape, dtype, memory, start)) for name, dtype, shape, start in layout}
