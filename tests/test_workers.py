@@ -57,7 +57,7 @@ def test_batches_come_in_order_and_whole_and_leave_no_process():
     assert children() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_worker_that_is_killed_is_an_error_with_its_signal(number):
     before = children()
     batches = loader(Numbers({5: number}), range(20), 2, CPU)
@@ -102,13 +102,13 @@ def run_alone(code, *before, timeout=60):
     """Python code with Numbers and loader at hand, in a process of its own."""
     start = f"import sys; sys.path[:0] = {sys.path!r}\nfrom test_workers import *\n"
     command = [*before, sys.executable, "-c", start + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
 
 
 def test_a_small_dev_shm_is_no_matter():
     """As in a container: torch's own workers would wait for ever."""
     inside = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
-    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+    if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no name spaces of one's own here")
     result = run_alone("print(sum(int(b['place']) for b in loader(Numbers(), range(20), 2, CPU)))", *inside)
     assert result.stdout == "190\n", result.stderr
@@ -138,6 +138,7 @@ def test_few_open_files_are_raised_to_what_is_allowed_or_a_line(tickets, tmp_pat
     flags = arguments(tickets, tmp_path, "run", "-j", "8", "--epochs", "1")
     result = subprocess.run(
         [sys.executable, "-m", "trainer.cli", *flags],
+        check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -153,7 +154,8 @@ def test_a_second_ctrl_c_ends_at_once_and_one_that_was_handed_on_does_not():
     code = """
 from trainer import signals
 signals.AGAIN = 0.5
-with signals.Signals() as heard:
+heard = signals.Signals()
+with heard.heard():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     print(heard.number, flush=True)
