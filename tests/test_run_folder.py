@@ -29,7 +29,7 @@ from trainer import checkpoint
 from trainer import run as run_module
 from trainer.cli import cores, main
 from trainer.folder import Claim, Summary
-from training import SMALL, arguments, same, train, two_ranks, weights_of
+from training import SMALL, arguments, same, stopped_at, train, two_ranks, weights_of
 
 
 def test_resume_latest_begins_a_run_that_has_not_begun(tickets, whole, tmp_path):
@@ -157,7 +157,7 @@ def test_an_image_that_cannot_be_read_is_one_line_with_its_name(tickets, tmp_pat
     assert output.splitlines()[-1].startswith("Error: ") and "Traceback" not in output, output
 
 
-def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_one_line_that_names_the_last_checkpoint(tickets, whole, tmp_path, monkeypatch):
     from trainer.feed import TrainFeed
 
     parent = os.getpid()
@@ -168,15 +168,21 @@ def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return views(self, *arguments)
 
-    monkeypatch.setattr(TrainFeed, "_views", dies)
-    said = train(tickets, tmp_path, "run", "-j", 1, code=1).output.splitlines()[-1]
+    def last_line(*flags: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainFeed, "_views", dies)
+            return train(tickets, tmp_path, "run", "-j", 1, *flags, code=1).output.splitlines()[-1]
+
+    said = last_line()
     assert said.startswith("Error: -j 1: worker process ") and "was killed by SIGKILL; out of memory?" in said
     assert said.endswith("there was no checkpoint yet")
-    last = tmp_path / "run" / "last.pth.tar"
-    monkeypatch.setattr(TrainFeed, "_views", views)
+    with monkeypatch.context() as patch:
+        stopped_at(8, patch)
+        train(tickets, tmp_path, "run", "--resume", "latest", code=143)
+    recovery = tmp_path / "run" / "recovery.pth.tar"
+    assert last_line("--resume", "latest").endswith(f"; --resume latest goes on from {recovery}")
     train(tickets, tmp_path, "run", "-j", 1, "--resume", "latest")
-    last.rename(tmp_path / "run" / "recovery.pth.tar")
-    assert checkpoint.lying(tmp_path / "run").name == "recovery.pth.tar"
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
 
 
 def wait_for(path: Path, rank: subprocess.Popen) -> None:

@@ -281,7 +281,6 @@ def loader(feed: Any, places: Iterable[Any], workers: int, device: torch.device)
         TicketSetError: a sample is not what the index says, or a worker process died.
         ImageError, OSError: an image that cannot be decoded, a file that cannot be read.
     """
-    pin = device.type == "cuda"
     if workers:
-        return batches(feed, places, workers, pin)
-    return (pinned(feed[place]) if pin else feed[place] for place in places)
+        return batches(feed, places, workers, device)
+    return (pinned(feed[place]) if device.type == "cuda" else feed[place] for place in places)

@@ -41,11 +41,11 @@ class WorkerDied(TicketSetError):
     """A worker process ended before the run did."""
 
 
-def batches(feed: Any, places: Iterable[Any], workers: int, pin: bool) -> Generator[Batch, None, None]:
+def batches(feed: Any, places: Iterable[Any], workers: int, device: torch.device) -> Generator[Batch, None, None]:
     """`feed[place]` of every place, in order; close the generator to end the processes.
 
     Args:
-        pin: put the batches into page-locked memory, for a copy to a device that nothing waits for.
+        device: where they go; for a copy that nothing waits for they are put into page-locked memory.
     Raises:
         WorkerDied: one was killed, or crashed.
         TicketSetError, ImageError, OSError: the feed's.
@@ -53,14 +53,16 @@ def batches(feed: Any, places: Iterable[Any], workers: int, pin: bool) -> Genera
     left = iter(places)
     waiting: deque[Future[Batch]] = deque()
     crew: list[_Worker] = []
-    receiver = ThreadPoolExecutor(1)  # beside the step that is under way
+    pin = device.type == "cuda"
+    prepare: Any = (torch.cuda.set_device, (device,)) if pin else (None, ())  # a thread has its own
+    receiver = ThreadPoolExecutor(1, "batches", *prepare)  # beside the step that is under way
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)  # until a worker ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)  # until a worker ignores them
         try:
             for _ in range(workers):
                 crew.append(_Worker(feed))
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RUN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         turns = itertools.cycle(crew)
 
         def ask(count: int) -> None:
