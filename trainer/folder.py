@@ -35,7 +35,7 @@ from trainer.options import FREE_TO_CHANGE, Options
 log = logging.getLogger("datalth")
 ARGUMENTS, CLASSES = "args.yaml", "classes.txt"
 TEMPORARY = re.compile(
-    r"(args\.yaml|classes\.txt|summary\.csv|final\.json|predictions\.parquet|\w+\.pth\.tar|model_best\.\w[\w.]*)\.\d+-[0-9a-f]{6}\.tmp"
+    r"(config\.json|args\.yaml|classes\.txt|summary\.csv|final\.json|predictions\.parquet|\w+\.pth\.tar|model_best\.\w[\w.]*)\.\d+-[0-9a-f]{6}\.tmp"
 )
 TAKEN = "a run is there already; go on with --resume latest, or name another --experiment"
 
