@@ -22,6 +22,9 @@ results: .venv/installed ## The study of docs/RESULTS.md; some hours; goes on wh
 test: .venv/installed ## Run the test suite
 	$(BIN)/python -m pytest
 
+torture: .venv/installed ## Hostile sets, odd files, dying processes, full disks; SECONDS=240
+	$(BIN)/python tests/torture --seconds $(or $(SECONDS),240)
+
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,5 +33,5 @@ lint: .venv/installed ## ruff and mypy
 bench: .venv/installed ## Time everything against what else one would run; PEERS=PYTHON for litdata and streaming
 	$(BIN)/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
 
-.PHONY: help demo results test lint bench
+.PHONY: help demo results test torture lint bench
 .DEFAULT_GOAL := help

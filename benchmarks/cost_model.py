@@ -35,8 +35,8 @@ class Rates:
 
 
 def measured() -> Rates:
-    mining = json.loads((RESULTS / "mining.json").read_text())["rates"]
-    loader = json.loads((RESULTS / "loader.json").read_text())["rates"]
+    mining = json.loads((RESULTS / "mining.json").read_text(encoding="utf-8"))["rates"]
+    loader = json.loads((RESULTS / "loader.json").read_text(encoding="utf-8"))["rates"]
     decode = next(rate for leg, rate in mining.items() if leg.endswith("decode and render"))
     return Rates(1 / decode["units_per_second"], 1 / loader["ours, repeats 3"]["units_per_second"])
 

@@ -51,7 +51,7 @@ def our_steps(opened: TicketSet) -> Leg:
     feed = TrainFeed(
         Rows(opened, "train"),
         FeedOptions(
-            arm="winning", tokens=TOKENS, img_size=SIZE, patch_size=16, exif="ignore", seed=0, batch_size=BATCH,
+            arm="winning", tokens=TOKENS, img_size=SIZE, patch_size=16, seed=0, batch_size=BATCH,
             global_batch=BATCH, **DEIT,
         ),
     )  # fmt: skip

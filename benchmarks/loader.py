@@ -94,7 +94,7 @@ def endless(make: Any) -> Iterator[int]:
 
 def our_batches(shards: Path, arm: str = "winning", tokens: int = 144, repeats: int = 1, **augment: Any) -> Iterator:
     options = FeedOptions(
-        arm=arm, tokens=tokens, img_size=SIZE, patch_size=16, exif="ignore", seed=0, batch_size=BATCH,
+        arm=arm, tokens=tokens, img_size=SIZE, patch_size=16, seed=0, batch_size=BATCH,
         global_batch=BATCH, repeats=repeats, **augment,
     )  # fmt: skip
     feed = TrainFeed(Rows(TicketSet.open(str(shards)), "train"), options)

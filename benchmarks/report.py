@@ -9,7 +9,7 @@ HEAD = "| part | what | against | median (min to max) | by CPU time | wanted | |
 
 def table(names: tuple[str, ...] = ()) -> str:
     """Markdown: a line for each row of the named parts, of all by default; then machines, versions, commands, notes."""
-    parts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     parts = [part for part in parts if not names or part["part"] in names]
     lines = [_line(part["part"], row) for part in parts for row in part["rows"]]
     machines = sorted({_machine(part) for part in parts})

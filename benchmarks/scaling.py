@@ -24,7 +24,7 @@ from trainer.feed import FeedOptions, TrainFeed, loader
 import torchvision.transforms.v2
 start = time.process_time()
 feed = TrainFeed(Rows(TicketSet.open(sys.argv[1]), "train"), FeedOptions(arm="winning", tokens=3, img_size=32,
-    patch_size=16, exif="ignore", seed=0, batch_size=50, global_batch=50))
+    patch_size=16, seed=0, batch_size=50, global_batch=50))
 for batch in loader(feed, [(0, step, 0) for step in range(feed.steps())], 0, torch.device("cpu")):
     pass
 print(time.process_time() - start)

@@ -247,13 +247,13 @@ def other_models(out: Path, digits: Path, seeds: range) -> None:
         judge(runs, [job[0] for job in jobs], out / "families" / name)
     lines = ["| family | K | a | b | c | a - c | a - b | loss of a, first to last epoch | its MACs, of dense |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|", *(row(out, name) for name in MODELS)]
-    (out / "families.md").write_text("\n".join(lines) + "\n")
-    click.echo("\n" + (out / "families.md").read_text())
+    (out / "families.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    click.echo("\n" + (out / "families.md").read_text(encoding="utf-8"))
 
 
 def row(out: Path, name: str) -> str:
     """One family in the table: each arm in its own protocol, from its verdict and its first run's summary."""
-    found = json.loads((out / "families" / name / "verdict.json").read_text())["models"][0]
+    found = json.loads((out / "families" / name / "verdict.json").read_text(encoding="utf-8"))["models"][0]
     groups = {group["arm"]: group for group in found["groups"]}
     own = [
         f"{g['value']:.1f} ±{g['half']:.1f}" for g in (groups[a]["top1"]["own"] for a in ("winning", "random", "full"))
@@ -262,10 +262,10 @@ def row(out: Path, name: str) -> str:
     differences = [
         f"{d['value']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})" for d in (verdict["a_minus_c"], verdict["a_minus_b"])
     ]
-    with open(out / "runs" / f"{name}-winning-0" / "summary.csv", newline="") as file:
+    with open(out / "runs" / f"{name}-winning-0" / "summary.csv", newline="", encoding="utf-8") as file:
         losses = [float(line["train_loss"]) for line in csv.DictReader(file)]
     loss = f"{losses[0]:.2f} to {losses[-1]:.2f}"
-    cost = json.loads((out / "runs" / f"{name}-winning-0" / "final.json").read_text())["cost"]
+    cost = json.loads((out / "runs" / f"{name}-winning-0" / "final.json").read_text(encoding="utf-8"))["cost"]
     share = cost["train_gmacs"] / cost["dense_gmacs"]
     return f"| {' | '.join([name, str(verdict['tokens']), *own, *differences, loss, f'{share:.0%}'])} |"
 
@@ -299,13 +299,13 @@ def views(out: Path, digits: Path, seeds: range) -> None:
         cells = [mean(samples[p][place], pooled(samples[p])) for p in protocols]
         texts = [f"{cell.value:.1f} ±{cell.half or float('nan'):.1f}" for cell in cells]
         lines.append(f"| {count} | {count - 1} | {' | '.join(texts)} |")
-    (out / "views.md").write_text("\n".join(lines) + "\n")
-    click.echo("\n" + (out / "views.md").read_text())
+    (out / "views.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    click.echo("\n" + (out / "views.md").read_text(encoding="utf-8"))
 
 
 def figures(run: Path) -> dict[str, float]:
     """Top-1 by protocol."""
-    results = json.loads((run / "final.json").read_text())["results"]
+    results = json.loads((run / "final.json").read_text(encoding="utf-8"))["results"]
     return {protocol: found["top1"] for protocol, found in results.items()}
 
 

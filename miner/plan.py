@@ -23,7 +23,7 @@ from miner.sources import Source
 from shards import format as fmt
 from shards import token_labels
 from shards.errors import TicketSetError
-from shards.reader import read_parquet
+from shards.index import read_parquet
 from shards.storage import write_atomic
 from shards.views import CROP_PCT
 
@@ -187,8 +187,10 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     Returns:
         The plan of the whole folder.
     Raises:
-        TicketSetError: the folder's plan differs; its differing fields are named.
+        TicketSetError: the folder's plan differs, its differing fields are named; or the manifest could not hold the
+            base's path.
     """
+    _base_link(plan, source, folder)  # now, not when all is mined
     path = folder / fmt.PLAN
     try:
         old = json.loads(path.read_bytes())
@@ -257,7 +259,7 @@ def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, na
     for number in range(split["shards"]):
         index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
         if index.exists():
-            rows = read_parquet(index.read_bytes(), columns).to_pylist()
+            rows = read_parquet(index.read_bytes(), str(index), columns).to_pylist()
             known.update({row["key"]: row for row in rows})
     table = source.splits[name]
     for key, size, label in zip(*(table[c].to_pylist() for c in ("key", "size", "label")), strict=True):
@@ -286,7 +288,6 @@ def _brief(value: Any) -> str:
 def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
     """What the manifest says besides what the shards count."""
     n = plan.num_patches
-    linked = plan.common["images"] == "link"
     members: dict[str, Any] = {fmt.LABEL: {"dtype": "ascii int", "shape": []}}
     if plan.k:
         columns = list(fmt.VIEW_COLUMNS)
@@ -295,11 +296,8 @@ def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
     if plan.token_labels:
         shape = token_labels.shape(len(source.classes), plan.token_labels["grid"][0])
         members[fmt.TOKEN_LABELS] = {"dtype": "uint16", "shape": shape}
-    if not linked:
+    if plan.common["images"] == "copy":
         members["|".join(fmt.IMAGE_MEMBERS)] = {"dtype": "image file", "shape": ["height", "width", 3]}
-    base = None
-    if linked and source.base:
-        base = {"set_id": source.base.manifest["set_id"], "path": _relative(source.base.url, folder)}
     fields = ("selector", "img_size", "patch_size", "grid", "k", "exif", "store_side", "seed")
     return {
         "format": list(plan.version),
@@ -308,12 +306,29 @@ def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
         **({"token_labels": plan.token_labels} if plan.token_labels else {}),
         "classes": source.classes,
         "members": members,
-        "base": base,
+        "base": _base_link(plan, source, folder),
         "splits": {
             name: {field: split[field] for field in ("views", "scale", "ratio", "hflip")}
             for name, split in plan.splits.items()
         },
     }
+
+
+def _base_link(plan: Plan, source: Source, folder: Path) -> dict[str, str] | None:
+    """What the manifest of a linked set says of its base.
+
+    Raises:
+        TicketSetError: the base's path is no UTF-8, which JSON cannot hold.
+    """
+    if plan.common["images"] != "link" or source.base is None:
+        return None
+    path = _relative(source.base.url, folder)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = path.encode("utf-8", "backslashreplace").decode()
+        raise TicketSetError(f"--data: expected a base whose path is UTF-8, got {shown}; rename its folder") from None
+    return {"set_id": source.base.manifest["set_id"], "path": path}
 
 
 def _relative(url: str, folder: Path) -> str:

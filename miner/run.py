@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -355,6 +354,5 @@ def finish(folder: Path, plan: Plan, source: Source) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Odd EXIF makes Pillow warn once an image, though the pixels are right; timm logs what the plan says anyway."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    """timm logs what the plan says anyway."""
     logging.getLogger("timm").setLevel(logging.ERROR)

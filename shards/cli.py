@@ -10,7 +10,7 @@ import click
 
 from shards import format as fmt
 from shards import token_labels
-from shards.console import duration, reports_errors, size, table
+from shards.console import duration, printable, reports_errors, size, table
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
@@ -55,7 +55,7 @@ def main() -> None:
 @_json
 @reports_errors
 def info(folder: str, base: str | None, as_json: bool) -> None:
-    """What a set is: source, selector, tickets, splits, sizes.
+    """What a set is: selector, tickets, grid, classes, splits, sizes.
 
     \b
     Example: datalth-shards info shards
@@ -212,6 +212,12 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
     views = [] if sample is None else sample.views.tolist()
     tickets = [] if sample is None else sample.tickets.tolist()
     center = [] if sample is None else _center_classes(opened, sample)
+    if output and sample is not None:  # before the first line: `| head` ends the command
+        from shards import draw
+
+        tiles = _tiles(opened, sample, range(min(MAX_SHOWN_VIEWS, len(views))))
+        title = f"{key}   {_class_name(opened, sample.label)}   K = {opened.k} of {opened.num_patches}"
+        _save(draw.page(tiles, ["view", "ticket", "rank"], title), output)
     if as_json:
         named = [dict(zip(fmt.VIEW_COLUMNS, view, strict=True)) for view in views]
         content = {"split": split, **row, "views": named, "tickets": tickets}
@@ -224,14 +230,8 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         heads = [" ".join(map(str, ticket[:8])) + " ..." if ticket else "-" for ticket in tickets]
         rows = [[i, *view, heads[i]] for i, view in enumerate(views)]
         click.echo(table(rows, ["view", *fmt.VIEW_COLUMNS, "ticket, most informative first"]))
-    if output:
-        if sample is None:
-            raise TicketSetError(f"{key}: failed ({row['error']}); there is nothing to draw")
-        from shards import draw
-
-        tiles = _tiles(opened, sample, range(min(MAX_SHOWN_VIEWS, len(views))))
-        title = f"{key}   {_class_name(opened, sample.label)}   K = {opened.k} of {opened.num_patches}"
-        _save(draw.page(tiles, ["view", "ticket", "rank"], title), output)
+    if output and sample is None:
+        raise TicketSetError(f"{key}: failed ({row['error']}); there is nothing to draw")
 
 
 def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
@@ -244,9 +244,8 @@ def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
 
 def _tiles(opened: TicketSet, sample: Any, numbers: Any) -> list[tuple[str, list[Any]]]:
     from shards import draw
-    from shards.images import decode
 
-    pixels = decode(sample.image, opened.exif)
+    pixels = sample.pixels()
     rows = []
     for number in numbers:
         tile = draw.view_tile(pixels, sample.views[number])
@@ -288,7 +287,7 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
     selector = opened.manifest["selector"]
     title = f"{split}: {selector['method']} {selector['model'] or ''}  K = {opened.k} of {opened.num_patches} patches"
     _save(draw.page(rows, ["view 0", "ticket"] * per_class, title), output)
-    click.echo(f"{output}: {sum(len(t) // 2 for _, t in rows)} images of {len(rows)} classes")
+    click.echo(f"{printable(output)}: {sum(len(t) // 2 for _, t in rows)} images of {len(rows)} classes")
 
 
 def _pick(
@@ -327,6 +326,15 @@ def stats(folder: str, base: str | None, split: str | None, output: str | None, 
 
     opened = TicketSet.open(folder, base)
     found = statistics(opened, split or opened.splits[0])
+    if output:  # before the first line, as in `show`
+        import numpy as np
+
+        from shards import draw
+
+        named = [(f"all {found['samples']}", np.array(found["frequency"]))]
+        for name, of_class in list(found["per_class"].items())[:MAX_CLASS_MAPS]:
+            named.append((f"{name} {of_class['samples']}", np.array(of_class["frequency"])))
+        _save(draw.maps(named, f"{found['split']}: where tickets lie, K = {found['k']} of {found['n']}"), output)
     if as_json:
         _print_json(found)
     else:
@@ -351,24 +359,16 @@ def stats(folder: str, base: str | None, split: str | None, output: str | None, 
         click.echo(table(rows))
         click.echo("\nhow often a patch is in the ticket of view 0, in %:")
         click.echo("\n".join(" ".join(f"{round(f * 100):3d}" for f in row) for row in found["frequency"]))
-    if output:
-        import numpy as np
-
-        from shards import draw
-
-        named = [(f"all {found['samples']}", np.array(found["frequency"]))]
-        for name, of_class in list(found["per_class"].items())[:MAX_CLASS_MAPS]:
-            named.append((f"{name} {of_class['samples']}", np.array(of_class["frequency"])))
-        _save(draw.maps(named, f"{found['split']}: where tickets lie, K = {found['k']} of {found['n']}"), output)
 
 
 @main.command()
 @_folder
 @_base
 @click.option("--deep", is_flag=True, help="Also hash the tars, decode every image and check every sample.")
+@click.option("--base-too", is_flag=True, help="Of a linked set: check the base in the same way.")
 @_json
 @reports_errors
-def verify(folder: str, base: str | None, deep: bool, as_json: bool) -> None:
+def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: bool) -> None:
     """Check a set against what it says of itself. Exit code 1 where something is wrong.
 
     \b
@@ -380,20 +380,28 @@ def verify(folder: str, base: str | None, deep: bool, as_json: bool) -> None:
 
     start = time.monotonic()
     opened = TicketSet.open(folder, base)
-    shards = sum(split["shards"] for split in opened.manifest["splits"].values())
-    with click.progressbar(length=shards, label="verifying", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        problems = checks.verify(opened, deep, lambda name: bar.update(1))
+    if base_too and opened.base is None:
+        raise TicketSetError(f"--base-too: {folder} is not linked; its images are its own")
+    shards = opened.manifest["totals"]["shards"]
+    of_base = opened.base.manifest["totals"]["shards"] if opened.base and base_too else 0
+    with click.progressbar(
+        length=shards + of_base, label="verifying", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        problems = checks.verify(opened, deep, lambda name: bar.update(1), base_too)
+    unread = opened.base.url if deep and opened.base and not base_too else None
     if as_json:
-        _print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems})
+        _print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems, "base_not_hashed": unread})
     else:
         for problem in problems:
-            click.echo(problem)
-        samples = sum(split["samples"] for split in opened.manifest["splits"].values())
+            click.echo(printable(problem))
+        samples = opened.manifest["totals"]["samples"]
         kind = "deep" if deep else "fast"
         verdict = f"{len(problems)} problems" if problems else "sound"
         click.echo(
-            f"{folder}: {verdict} ({kind}: {shards} shards, {samples} samples, {duration(time.monotonic() - start)})"
+            f"{printable(folder)}: {verdict} ({kind}: {shards} shards, {samples} samples, {duration(time.monotonic() - start)})"
         )
+        if unread:
+            click.echo(f"the tars of its base {unread} were not hashed; --base-too checks them")
     if problems:
         sys.exit(1)
 
@@ -418,7 +426,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
         _print_json(found)
         return
     click.echo(
-        f"split {found['split']}: K = {found['k'][0]} and {found['k'][1]} of {found['n']}; {found['images']} images in both,"
+        f"split {printable(found['split'])}: K = {found['k'][0]} and {found['k'][1]} of {found['n']}; {found['images']} images in both,"
         f" {found['only_a']} only in A, {found['only_b']} only in B, {found['other_views']} views have other boxes"
     )
     rows: list[list[object]] = [[str(v["view"]), v["count"], v["overlap"], v["iou"]] for v in found["views"]]
@@ -461,7 +469,7 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
         _print_json(found)
         return
     click.echo(
-        f"split {found['split']}: {found['images']} images scored, on average {found['mean_object_patches']:.1f} of {n}"
+        f"split {printable(found['split'])}: {found['images']} images scored, on average {found['mean_object_patches']:.1f} of {n}"
         f" patches are object; {found['without_mask']} without mask, {found['without_object']} without object patch"
     )
     rows = [[r["k"], f"{r['k'] / n:.0%}", r["ticket"], r["stderr"], r["center"], r["random"]] for r in found["rows"]]
@@ -469,7 +477,7 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
 
 
 def _print_json(value: Any) -> None:
-    click.echo(fmt.canonical_json(value).decode(), nl=False)
+    click.echo(json.dumps(value, sort_keys=True, indent=1))  # in ASCII: nothing in it acts on a terminal
 
 
 def _save(picture: Any, output: str) -> None:

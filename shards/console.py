@@ -1,11 +1,44 @@
 """What the commands share on the screen: one-line errors, tables that line up, sizes for people."""
 
+import contextlib
 import errno
 import functools
+import re
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+from shards.errors import ImageError, TicketSetError, first_line
+
+# What moves the cursor, colours the screen, ends a line or turns the direction of writing; halves of characters.
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_HINTS = {
+    **dict.fromkeys(
+        [errno.ENOSPC, errno.EDQUOT],
+        "what is finished is safe: free some space and run the same command again",
+    ),
+    **dict.fromkeys([errno.EMFILE, errno.ENFILE], "raise `ulimit -n`, or use fewer workers"),
+}
+
+
+def printable(text: str) -> str:
+    """Text of others (names, what an error says of them) for the screen: what acts on a terminal becomes \\x1b or \\u202e."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def ready_screen() -> None:
+    """What every command needs before its first word.
+
+    A character that the output's encoding lacks is escaped, in any locale: a name must not stop a run. Odd EXIF makes
+    Pillow warn once an image, though the pixels are right.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced by a program that has none, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -13,23 +46,29 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        ready_screen()
         try:
             return command(*args, **kwargs)
-        except ValueError as error:  # TicketSetError among them
-            from shards.errors import ImageError, TicketSetError
-
-            if not isinstance(error, (TicketSetError, ImageError)):
-                raise
-            raise click.ClickException(str(error)) from None
+        except (TicketSetError, ImageError) as error:
+            raise _message(str(error)) from None
+        except MemoryError as error:
+            said = f" ({first_line(error)})" if str(error) else ""
+            raise _message(
+                f"out of memory{said}; close other programs, or use smaller batches and fewer workers"
+            ) from None
         except BrokenPipeError:  # `| head`: click knows what to do
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            hint = "; what is finished is safe: free some space and run the same command again"
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise click.ClickException(f"{where}{error.strerror or error}{hint if full else ''}") from None
+            hint = f"; {_HINTS[error.errno]}" if error.errno in _HINTS else ""
+            raise _message(f"{where}{error.strerror or first_line(error)}{hint}") from None
 
     return run
+
+
+def _message(text: str) -> click.ClickException:
+    """The lines of a list of ours are indented; any other line break is somebody's name."""
+    return click.ClickException("\n  ".join(map(printable, text.split("\n  "))))
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
@@ -50,7 +89,7 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.3f}"
-    return f"{value}"
+    return printable(f"{value}")
 
 
 def size(count: float) -> str:

@@ -1,12 +1,16 @@
 """Pictures of tickets, by Pillow alone: views with their tickets lit, heat maps, contact sheets."""
 
+import functools
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 160  # pixels of a view's side
 GAP = 8
+LARGE, SMALL = 15, 12  # of letters
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 SHADE = (38, 44, 78)  # dropped patches sink into this: told from black and from white alike
 _COLORS = np.array([(14, 8, 48), (88, 20, 110), (186, 50, 90), (245, 130, 50), (252, 240, 160)], float)
@@ -49,21 +53,20 @@ def heat_map(values: np.ndarray, side: int) -> Image.Image:
 
 def page(rows: Sequence[tuple[str, Sequence[Image.Image]]], head: Sequence[str], title: str) -> Image.Image:
     """Rows of tiles with a label at the left and a word over each column."""
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    label_width = max([round(small.getlength(line)) for label, _ in rows for line in label.split("\n")] + [0]) + 2 * GAP
+    label_width = max([_width(line, SMALL) for label, _ in rows for line in label.split("\n")] + [0]) + 2 * GAP
     columns = max(len(tiles) for _, tiles in rows)
     side = rows[0][1][0].size
-    width = max(label_width + columns * (side[0] + GAP), round(font.getlength(title)) + 2 * GAP)
+    width = max(label_width + columns * (side[0] + GAP), _width(title, LARGE) + 2 * GAP)
     top = 30 + (20 if head else 0)
     sheet = Image.new("RGB", (width, top + len(rows) * (side[1] + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 7), title, INK, font)
+    _write(draw, (GAP, 7), title, INK, LARGE)
     for column, word in enumerate(head):
-        draw.text((label_width + column * (side[0] + GAP), 31), word, FAINT, small)
+        _write(draw, (label_width + column * (side[0] + GAP), 31), word, FAINT, SMALL)
     for number, (label, tiles) in enumerate(rows):
         y = top + number * (side[1] + GAP)
         for i, line in enumerate(label.split("\n")):
-            draw.text((GAP, y + 4 + 16 * i), line, INK if i == 0 else FAINT, small)
+            _write(draw, (GAP, y + 4 + 16 * i), line, INK if i == 0 else FAINT, SMALL)
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (label_width + column * (side[0] + GAP), y))
     return sheet
@@ -71,20 +74,58 @@ def page(rows: Sequence[tuple[str, Sequence[Image.Image]]], head: Sequence[str],
 
 def maps(named: Sequence[tuple[str, np.ndarray]], title: str, columns: int = 6, side: int = TILE) -> Image.Image:
     """Heat maps with a caption each and one colour scale, 0 to the highest value, drawn at the end."""
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     highest = max(float(values.max()) for _, values in named) or 1.0
     columns = min(columns, len(named))
     cell = side + 26
-    width = max(GAP + columns * (side + GAP), round(font.getlength(title)) + 2 * GAP, 360)
+    width = max(GAP + columns * (side + GAP), _width(title, LARGE) + 2 * GAP, 360)
     height = 34 + -(-len(named) // columns) * cell + 40
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 8), title, INK, font)
+    _write(draw, (GAP, 8), title, INK, LARGE)
     for number, (caption, values) in enumerate(named):
         x, y = GAP + number % columns * (side + GAP), 34 + number // columns * cell
         sheet.paste(heat_map(values / highest, side), (x, y + 18))
-        draw.text((x, y), caption, INK, small)
+        _write(draw, (x, y), caption, INK, SMALL)
     bar = heat_map(np.linspace(0, 1, 200)[None], 200).resize((200, 12))
     sheet.paste(bar, (GAP, height - 26))
-    draw.text((GAP + 208, height - 28), f"0 to {highest:.2f} of the tickets hold the patch", FAINT, small)
+    _write(draw, (GAP + 208, height - 28), f"0 to {highest:.2f} of the tickets hold the patch", FAINT, SMALL)
     return sheet
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: tuple[int, ...], size: int) -> None:
+    font, text = _font(text, size)
+    draw.text(place, text, color, font)
+
+
+def _width(text: str, size: int) -> int:
+    font, text = _font(text, size)
+    return round(font.getlength(text))
+
+
+def _font(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
+    """A font for a line of text, and the text that it can draw: what no font here has is spelled U+732B, not a box."""
+    plain, wide = _fonts(size)
+    if not any(_lacks(plain, char) for char in text):
+        return plain, text
+    return wide, "".join(f"U+{ord(char):04X}" if _lacks(wide, char) else char for char in text)
+
+
+@functools.cache
+def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ImageFont.FreeTypeFont]:
+    """Pillow's own, of Latin letters, and matplotlib's, of most alphabets; importing matplotlib would take a second."""
+    plain, wide = ImageFont.load_default(size), ImageFont.load_default(size)
+    found = importlib.util.find_spec("matplotlib")
+    if found and found.origin:
+        path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        wide = ImageFont.truetype(str(path), size) if path.exists() else plain
+    assert isinstance(plain, ImageFont.FreeTypeFont) and isinstance(wide, ImageFont.FreeTypeFont)
+    return plain, wide
+
+
+@functools.cache
+def _lacks(font: ImageFont.FreeTypeFont, char: str) -> bool:
+    """Whether a font draws a character as it draws what is none, or not at all."""
+    if not char.isprintable():
+        return True
+    drawn, box = font.getmask(char), font.getmask("\U0010ffff")
+    return drawn.size == box.size and bytes(drawn) == bytes(box)

@@ -15,12 +15,14 @@ import functools
 import hashlib
 import io
 import json
+import math
+import reprlib
 import tokenize
 from typing import Any
 
 import numpy as np
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 
 KIND = "datalth-ticket-set"
 FORMAT = (1, 1)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
@@ -74,8 +76,8 @@ def check_format(found: Any, where: str) -> None:
     Raises:
         TicketSetError: `found` is no [major, minor], or its major version is higher than ours.
     """
-    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(v, int) for v in found)):
-        raise TicketSetError(f"{where}: expected a format version [major, minor], got {found!r}")
+    if not (isinstance(found, list) and len(found) == 2 and all(type(v) is int and 0 <= v < 1000 for v in found)):
+        raise TicketSetError(f"{where}: expected a format version [major, minor], got {reprlib.repr(found)}")
     if found[0] > FORMAT[0]:
         raise TicketSetError(
             f"{where}: format {found[0]}.{found[1]}, but this datalth reads up to {FORMAT[0]}.x; upgrade datalth"
@@ -104,7 +106,7 @@ def decode_npy(data: bytes) -> np.ndarray:
     """
     length = int.from_bytes(data[8:10], "little")
     dtype, shape = _npy_header(bytes(data[: 10 + length]))
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)  # of Python's integers: numpy's would wrap round
     if len(data) - 10 - length != count * dtype.itemsize:
         raise TicketSetError(
             f".npy member: expected {count * dtype.itemsize} bytes of data, got {len(data) - 10 - length}"
@@ -120,10 +122,12 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("expected version 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise TicketSetError(f".npy member: {error}") from None
-    if fortran or dtype.hasobject:
-        raise TicketSetError(f".npy member: expected plain numbers in C order, got {dtype}")
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise TicketSetError(f".npy member: {first_line(error)}") from None
+    if fortran or dtype.kind not in "biuf":
+        raise TicketSetError(f".npy member: expected plain numbers in C order, got {str(dtype)[:100]}")
+    if len(shape) > 8 or not all(0 <= side < 1 << 31 for side in shape):
+        raise TicketSetError(f".npy member: expected a shape of up to 8 sides, got {reprlib.repr(shape)}")
     return dtype, shape
 
 

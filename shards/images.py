@@ -74,14 +74,15 @@ def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
     return _pixels(_open(data), exif) if pixels is None else pixels
 
 
-def render_view(image: bytes, view: np.ndarray, size: int, exif: str = "ignore") -> np.ndarray:
+def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndarray:
     """The pixels of one view of a stored image.
 
     Args:
         image: encoded, as stored.
         view: (top, left, height, width, flip).
         size: S; the box is resized to S x S (bicubic, antialiased), then flipped.
-        exif: "apply" where the set was mined with --exif apply (`TicketSet.exif`).
+        exif: the frame that the box refers to: "apply" where the set was mined with --exif apply, else "ignore"
+            (`TicketSet.exif`). `Sample.render` knows it by itself.
     Returns:
         uint8 [S, S, 3]
     Raises:
@@ -91,7 +92,7 @@ def render_view(image: bytes, view: np.ndarray, size: int, exif: str = "ignore")
     return render_views(image, np.asarray(view)[None], size, exif)[0]
 
 
-def render_views(image: bytes, views: np.ndarray, size: int, exif: str = "ignore") -> np.ndarray:
+def render_views(image: bytes, views: np.ndarray, size: int, exif: str) -> np.ndarray:
     """Several views of one decode: views [V, 5] -> uint8 [V, S, S, 3]. See `render_view`."""
     return render_pixels(decode(image, exif), views, size)
 

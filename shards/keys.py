@@ -7,11 +7,13 @@ written %XX: WebDataset cuts a member's name at the first dot of its basename, s
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 # <key>.ranking.npy then has at most 100 bytes, what a plain tar header holds. Longer names would
 # cost two more blocks each.
 MAX_KEY_BYTES = 88
+KEY_PATTERN = r"^[A-Za-z0-9_/%-]{1,88}$"  # what `unique_keys` makes; keys that are read must match it
 
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]")
 _DIGITS = re.compile(r"(\d+)")
@@ -24,10 +26,18 @@ def key_of(path: str) -> str:
     return _shorten(_quote(f"{folder}/{stem}" if folder else stem))
 
 
-def natural_order(text: str) -> list[tuple[int, int, str]]:
+def natural_order(text: str) -> list[tuple[int, str, str]]:
     """Sort key under which img2 comes before img10."""
     parts = _DIGITS.split(text)
-    return [(1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts)]
+    return [(*_magnitude(part), part) if i % 2 else (0, "", part) for i, part in enumerate(parts)]
+
+
+def _magnitude(digits: str) -> tuple[int, str]:
+    """What orders digits as their numbers do, without int(), which refuses more than 4300 of them."""
+    if not digits.isascii():
+        digits = "".join(str(unicodedata.decimal(c)) for c in digits)
+    digits = digits.lstrip("0")
+    return len(digits), digits
 
 
 def unique_keys(paths: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -3,24 +3,42 @@
 A linked set has no images of its own. Its samples take theirs from the base set, found at the path
 its manifest holds (or `base`), joined by key within shards of the same name. Token labels may be in the
 set itself, in its base, or in a further link beside it (`shards.rows.Rows`).
+
+A set may come from anywhere: JSON is checked by `shards.schema`, the index by `shards.index`, and what a sample holds
+where it is read, here.
 """
 
-import io
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from shards import format as fmt
-from shards import storage, token_labels
-from shards.errors import TicketSetError, first_line
+from shards import schema, storage, token_labels
+from shards.errors import ImageError, TicketSetError
+from shards.images import decode, render_pixels
+from shards.index import read_index
 from shards.tar import split_members
+
+
+class Row(NamedTuple):
+    """What the index says of a sample, and its members are checked against.
+
+    Attributes:
+        key: of the sample.
+        label: class index; None where the image has none.
+        height: of the image in the frame that boxes refer to, in pixels.
+        width: as `height`.
+    """
+
+    key: str
+    label: int | None
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +52,8 @@ class Sample:
         views: int32 [V, 5], columns top, left, height, width, flip.
         rankings: [V, N] patch indices, most informative first; [V, 0] where the set holds token labels alone.
         k: patches in a ticket.
+        size: height and width of the image in the frame that boxes refer to.
+        exif: "ignore" or "apply": which frame that is.
         token_labels: uint16 [2, T, G, G] as `shards.token_labels` says; None where neither set nor base has them.
     """
 
@@ -43,6 +63,8 @@ class Sample:
     views: np.ndarray
     rankings: np.ndarray
     k: int
+    size: tuple[int, int]
+    exif: str
     token_labels: np.ndarray | None = None
 
     @property
@@ -50,15 +72,31 @@ class Sample:
         """[V, K]: the first K of each ranking."""
         return self.rankings[:, : self.k]
 
+    def pixels(self) -> np.ndarray:
+        """The decoded image, uint8 [H, W, 3], in the frame that boxes refer to.
 
-MANIFEST_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(["splits", "totals", "selector", "plan", "members"], dict),
-    **dict.fromkeys(["k", "img_size", "patch_size", "seed"], int),
-    **dict.fromkeys(["exif", "set_id", "plan_id"], str),
-    **dict.fromkeys(["grid", "classes"], list),
-    "base": (dict, type(None)),
-    "store_side": (int, type(None)),
-}
+        Raises:
+            ImageError: it cannot be decoded, or is not of the size that the index says.
+        """
+        pixels = decode(self.image, self.exif)
+        if pixels.shape[:2] != self.size:
+            (height, width), found = self.size, pixels.shape
+            raise ImageError(f"{self.key}: expected an image of {width}x{height} pixels, got {found[1]}x{found[0]}")
+        return pixels
+
+    def render(self, views: int | Sequence[int], size: int) -> np.ndarray:
+        """The pixels of stored views, as the selector saw them and a student is fed them.
+
+        Args:
+            views: number of a view, or several numbers, which then share one decode.
+            size: S, pixels of a side.
+        Returns:
+            uint8 [S, S, 3], or [n, S, S, 3] of n numbers.
+        Raises:
+            ImageError: as `pixels`.
+        """
+        rendered = render_pixels(self.pixels(), self.views[np.atleast_1d(views)], size)
+        return rendered[0] if np.ndim(views) == 0 else rendered
 
 
 class TicketSet:
@@ -91,17 +129,21 @@ class TicketSet:
             return cls(url, manifest, None)
         where = base or resolve_base(url, link["path"])
         try:
-            base_set = cls.open(where)
+            base_manifest = _read_manifest(where)
         except TicketSetError as error:
             raise TicketSetError(
                 f"{url}: its images are in a base set that cannot be opened ({error}); name its place with --base"
             ) from None
-        if base_set.manifest["set_id"] != link["set_id"]:
+        if base_manifest["base"] is not None:
+            raise TicketSetError(
+                f"{url}: its base {where} is a linked set itself; expected the set that holds the images"
+            )
+        if base_manifest["set_id"] != link["set_id"]:
             raise TicketSetError(
                 f"{url}: base set {where} has changed: expected set_id {link['set_id'][:12]},"
-                f" got {base_set.manifest['set_id'][:12]}; mine this link again"
+                f" got {base_manifest['set_id'][:12]}; mine this link again"
             )
-        return cls(url, manifest, base_set)
+        return cls(url, manifest, cls(storage.local(where).rstrip("/"), base_manifest, None))
 
     @property
     def k(self) -> int:
@@ -130,7 +172,7 @@ class TicketSet:
 
     @property
     def exif(self) -> str:
-        """ "ignore" or "apply": the frame that boxes refer to; pass it to `render_view`."""
+        """ "ignore" or "apply": the frame that boxes refer to."""
         return self.manifest["exif"]
 
     @property
@@ -183,14 +225,16 @@ class TicketSet:
         return [fmt.shard_name(split, i) for i in range(self.manifest["splits"][split]["shards"])]
 
     def shard_table(self, name: str) -> pa.Table:
-        """The index of one shard, one row per input sample."""
+        """The index of one shard, one row per input sample.
+
+        Raises:
+            TicketSetError: it is missing, or not what an index should be.
+        """
         url = storage.join(self.url, fmt.INDEX, f"{name}.parquet")
         try:
-            return read_parquet(storage.read_bytes(url))
+            return read_index(storage.read_bytes(url), url, self.num_patches, len(self.classes))
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; expected the index of shard {name}") from None
-        except pa.ArrowException as error:
-            raise TicketSetError(f"{url}: not a readable parquet file: {first_line(error)}") from None
 
     def table(self, split: str) -> pa.Table:
         """The index of a split: the columns of docs/FORMAT.md and `shard`."""
@@ -207,22 +251,49 @@ class TicketSet:
 
     def stream_shard(self, name: str, keys: set[str] | None = None) -> Iterator[Sample]:
         """The samples of one shard in stored order; with `keys`, only these."""
-        own = self._extents(name)
-        images = self.base._extents(name) if self.base else own
+        yield from self.read_samples(name, self.joined(name), keys)
+
+    def joined(self, name: str) -> pa.Table:
+        """One shard's samples that succeeded, in stored order, with the place of each one's image.
+
+        Returns:
+            key, label, height, width; offset and bytes in the set's own tar; base_offset and base_bytes in the tar that
+            holds the image, which is the base's in a linked set.
+        Raises:
+            TicketSetError: the base lacks an image, or its image has another size than the index of the link says.
+        """
+        own = _ok(self, name)
+        if self.base is None:
+            return own.append_column("base_offset", own["offset"]).append_column("base_bytes", own["bytes"])
+        base = _ok(self.base, name)
+        places = pc.index_in(own["key"], base["key"])
+        if places.null_count:
+            missing = own.filter(pc.is_null(places))["key"][0].as_py()
+            raise TicketSetError(f"{self.base.url}: expected an image of {missing}, which {self.url} links to")
+        found = base.take(places)
+        for column in ("height", "width", "label"):
+            if found[column] != own[column]:
+                raise TicketSetError(
+                    f"{self.url}: {name}: its index has another {column} of an image than {self.base.url}"
+                )
+        return own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
+
+    def read_samples(self, name: str, rows: pa.Table, keys: set[str] | None = None) -> Iterator[Sample]:
+        """The samples of some rows of `joined`; with `keys`, only these."""
         tar_url = storage.join(self.url, f"{name}.tar")
         ranges = _open_tar(tar_url)
         image_url = storage.join(self.base.url, f"{name}.tar") if self.base else tar_url
         image_ranges = _open_tar(image_url) if self.base else ranges
-        for key, extent in own.items():
+        for row in rows.to_pylist():
+            key = row["key"]
             if keys is not None and key not in keys:
                 continue
-            members = split_members(ranges.read(*extent), key, tar_url)
+            members = split_members(ranges.read(row["offset"], row["bytes"]), key, tar_url)
             pictured = members
             if self.base:
-                if key not in images:
-                    raise TicketSetError(f"{image_url}: expected an image of {key}, which {self.url} links to")
-                pictured = split_members(image_ranges.read(*images[key]), key, image_url)
-            yield self.sample(key, members, pictured, image_url)
+                pictured = split_members(image_ranges.read(row["base_offset"], row["base_bytes"]), key, image_url)
+            said = Row(key, row["label"], row["height"], row["width"])
+            yield self.sample(name, said, members, pictured, image_url)
 
     def find(self, key: str, split: str | None = None) -> tuple[str, dict[str, Any]]:
         """(split, row of the index) of one key.
@@ -233,7 +304,7 @@ class TicketSet:
         hits = []
         for name in [split] if split else self.splits:
             table = self.table(name)
-            row = pc.index(table["key"], key).as_py()
+            row = pc.index(table["key"], key.encode("utf-8", "backslashreplace").decode()).as_py()
             if row >= 0:
                 hits.append((name, table.slice(row, 1).to_pylist()[0]))
         if not hits:
@@ -244,40 +315,42 @@ class TicketSet:
 
     def ok_keys(self, name: str) -> list[str]:
         """Keys of one shard's samples that succeeded, in stored order."""
-        return list(self._extents(name))
+        return _ok(self, name)["key"].to_pylist()
 
-    def _extents(self, name: str) -> dict[str, tuple[int, int]]:
-        table = self.shard_table(name).select(["key", "status", "offset", "bytes"])
-        columns = (table[c].to_pylist() for c in table.column_names)
-        return {key: (offset, size) for key, status, offset, size in zip(*columns, strict=True) if status == "ok"}
-
-    def sample(self, key: str, members: dict[str, bytes], pictured: dict[str, bytes], where: str) -> Sample:
+    def sample(self, name: str, row: Row, members: dict[str, bytes], pictured: dict[str, bytes], where: str) -> Sample:
         """A sample from the members of its own tar and of the tar that holds its image.
 
+        Args:
+            name: of its shard.
+            row: what the index says of it.
+            members: of its own tar.
+            pictured: of the tar that holds its image.
+            where: for errors.
         Raises:
-            TicketSetError: a member is missing, or an array has another shape than the manifest says.
+            TicketSetError: a member is missing, or is not what manifest and index say: rankings that are no
+                permutations, boxes outside the image, another label.
         """
+        where = f"{where}: {row.key}"
         image = next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
         if image is None and self.manifest["base"] and self.base is None:
             image = b""  # opened without images
         boxes = (members if self.has_tickets else pictured).get(fmt.VIEWS)
         if image is None or boxes is None or (self.has_tickets and fmt.RANKING not in members):
-            raise TicketSetError(f"{where}: {key}: expected an image, a ranking and views, got {sorted(pictured)}")
+            raise TicketSetError(f"{where}: expected an image, a ranking and views, got {sorted(pictured)}")
+        _check_label(members.get(fmt.LABEL), row.label, where)
+        count = self.manifest["splits"][name.rpartition("-")[0]]["views"]
         views = fmt.decode_npy(boxes)
-        n = self.num_patches if self.has_tickets else 0
-        rankings = fmt.decode_npy(members[fmt.RANKING]) if n else np.empty((len(views), 0), np.uint8)
-        if rankings.shape != (len(views), n):
-            raise TicketSetError(
-                f"{where}: {key}: expected rankings of {len(views)} views and {n} patches, got {list(rankings.shape)}"
-            )
-        digits = members.get(fmt.LABEL)
-        if digits is not None and not digits.isdigit():
-            raise TicketSetError(f"{where}: {key}: expected digits in .cls, got {digits[:20]!r}")
-        label = None if digits is None else int(digits)
-        labels = self.token_labels(key, members, where)
+        _check_views(views, count, row, where)
+        if self.has_tickets:
+            rankings = fmt.decode_npy(members[fmt.RANKING])
+            _check_rankings(rankings, count, self.num_patches, where)
+        else:
+            rankings = np.empty((count, 0), np.uint8)
+        labels = self.token_labels(row.key, members, where)
         if labels is None and self.base is not None:
-            labels = self.base.token_labels(key, pictured, where)
-        return Sample(key, image, label, views, rankings, self.k, labels)
+            labels = self.base.token_labels(row.key, pictured, where)
+        size = (row.height, row.width)
+        return Sample(row.key, image, row.label, views, rankings, self.k, size, self.exif, labels)
 
     def token_labels(self, key: str, members: dict[str, bytes], where: str) -> np.ndarray | None:
         """uint16 [2, T, G, G] among the members of a sample of this very set; None where the set has none.
@@ -288,27 +361,75 @@ class TicketSet:
         if not self.has_token_labels:
             return None
         if fmt.TOKEN_LABELS not in members:
-            raise TicketSetError(f"{where}: {key}: expected token labels, got {sorted(members)}")
+            raise TicketSetError(f"{where}: expected token labels, got {sorted(members)}")
         expected = self.manifest["members"][fmt.TOKEN_LABELS]
-        return token_labels.decode(members[fmt.TOKEN_LABELS], expected, f"{where}: {key}")
+        return token_labels.decode(members[fmt.TOKEN_LABELS], expected, len(self.classes), where)
 
 
-def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """A small parquet file in this thread: Arrow's pools cost more than they give, and may abort at exit."""
-    return pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(columns, use_threads=False)
+def _ok(opened: TicketSet, name: str) -> pa.Table:
+    table = opened.shard_table(name)
+    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "height", "width", "offset", "bytes"])
+
+
+def _check_label(digits: bytes | None, label: int | None, where: str) -> None:
+    expected = None if label is None else str(label).encode("ascii")
+    if digits != expected:
+        raise TicketSetError(f"{where}: expected label {label} (index) in .cls, got {digits and digits[:20]!r}")
+
+
+def _check_views(views: np.ndarray, count: int, row: Row, where: str) -> None:
+    if views.dtype != np.int32 or views.shape != (count, len(fmt.VIEW_COLUMNS)):
+        raise TicketSetError(
+            f"{where}: expected int32 boxes of {count} views, got {views.dtype} of shape {list(views.shape)}"
+        )
+    top, left, height, width, flip = views.T.astype(np.int64)  # so that no sum wraps round
+    inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
+    inside &= (top + height <= row.height) & (left + width <= row.width) & ((flip == 0) | (flip == 1))
+    if not inside.all():
+        raise TicketSetError(f"{where}: view {int(np.argmin(inside))} is not inside the {row.width}x{row.height} image")
+
+
+def _check_rankings(rankings: np.ndarray, count: int, num_patches: int, where: str) -> None:
+    expected = fmt.ranking_dtype(num_patches)
+    if rankings.dtype != expected or rankings.shape != (count, num_patches):
+        raise TicketSetError(
+            f"{where}: expected {expected} rankings of {count} views and {num_patches} patches, got {rankings.dtype}"
+            f" {list(rankings.shape)}"
+        )
+    seen = np.zeros((count, 1 << 8 * expected.itemsize), bool)  # a column for whatever the type can hold
+    seen[np.arange(count)[:, None], rankings] = True
+    if not seen[:, :num_patches].all():
+        raise TicketSetError(f"{where}: expected rankings that are permutations of {num_patches} patches")
 
 
 def resolve_base(url: str, path: str) -> str:
-    """Where the base of a linked set is: a relative path starts at the set's own folder."""
-    if storage.is_remote(path) or path.startswith("/"):
-        return path
-    if storage.is_remote(url):  # URLs know no `..`; walk it up
-        head, _, tail = url.partition("://")
-        parts = tail.split("/")
-        for step in path.split("/"):
-            parts = parts[:-1] if step == ".." else parts if step == "." else [*parts, step]
-        return f"{head}://{'/'.join(parts)}"
-    return os.path.normpath(os.path.join(url, path))
+    """Where the base of a linked set is: a relative path starts at the set's own folder.
+
+    A downloaded manifest decides what is opened here. So the base of a local set is a local path, that of a remote set
+    is on the same store; another place is the user's to name, with --base.
+
+    Raises:
+        TicketSetError: it is elsewhere.
+    """
+    advice = "name its place with --base if you trust it"
+    if not storage.is_remote(url):
+        if "://" in path or "::" in path:
+            raise TicketSetError(
+                f"{url}: its base is said to be at {path}, but a local set's is a local folder; {advice}"
+            )
+        return os.path.normpath(os.path.join(url, path))
+    scheme, _, tail = url.partition("://")
+    parts = tail.split("/")
+    store = f"{scheme}://{parts[0]}/"
+    if path.startswith(store) and "::" not in path:
+        parts, path = [parts[0]], path.removeprefix(store)
+    if "://" in path or "::" in path or path.startswith("/"):
+        raise TicketSetError(f"{url}: its base is said to be at {path}, expected a place on {store}; {advice}")
+    for step in path.split("/"):  # URLs know no `..`; walk it up
+        parts = parts[:-1] if step == ".." else parts if step == "." else [*parts, step]
+        if not parts:
+            raise TicketSetError(f"{url}: its base is said to be at {path}, above {store}; {advice}")
+    return f"{scheme}://{'/'.join(parts)}"
 
 
 def _open_tar(url: str) -> storage.Ranges:
@@ -321,23 +442,10 @@ def _open_tar(url: str) -> storage.Ranges:
 def _read_manifest(url: str) -> dict[str, Any]:
     where = storage.join(url, fmt.MANIFEST)
     try:
-        manifest = json.loads(storage.read_bytes(where))
+        return schema.parse_manifest(storage.read_bytes(where, schema.MAX_JSON_BYTES), where)
     except (FileNotFoundError, NotADirectoryError):
         if storage.exists(storage.join(url, fmt.PLAN)):
             raise TicketSetError(
                 f"{url}: this ticket set is not finished (no {fmt.MANIFEST}); run its datalth-mine command again"
             ) from None
         raise TicketSetError(f"{url}: expected a ticket set, found no {fmt.MANIFEST}") from None
-    except ValueError as error:
-        raise TicketSetError(f"{where}: not readable as JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != fmt.KIND:
-        raise TicketSetError(f"{where}: expected the manifest of a ticket set (kind {fmt.KIND!r})")
-    fmt.check_format(manifest.get("format"), where)
-    fields = [(manifest, name, kind) for name, kind in MANIFEST_FIELDS.items()]
-    splits = manifest.get("splits")
-    for split in splits.values() if isinstance(splits, dict) else []:
-        fields += [(split, name, int) for name in ("shards", "samples", "failed", "views", "bytes", "image_bytes")]
-    for owner, name, kind in fields:
-        if not isinstance(owner, dict) or not isinstance(owner.get(name, ...), kind):
-            raise TicketSetError(f"{where}: damaged: expected a field {name!r} of the right kind")
-    return manifest

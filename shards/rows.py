@@ -1,10 +1,13 @@
 """Random access to the samples of a split by (shard, row): what a trainer reads in its own order.
 
-Offsets come from the index, so nothing is scanned; a remote tar is fetched whole, once, into a cache folder.
+Offsets come from the index, so nothing is scanned; a remote tar is fetched whole, once, into a cache folder,
+and checked on its way.
 """
 
 import functools
+import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from shards import storage
+from shards import schema, storage
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet
+from shards.reader import Row, Sample, TicketSet
 from shards.tar import split_members
 
 OPEN_FILES = 64
@@ -67,6 +70,7 @@ class Rows:
         for each in (opened, opened.base, token_labels):
             if each is not None:
                 each.check_unchanged()  # the tables are of one set
+        self._tars: dict[tuple[str, str], tuple[int, str]] = {}
         self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
 
     def __len__(self) -> int:
@@ -116,12 +120,14 @@ class Rows:
         if self._set.base is not None:
             tar, url = self._tar(self._set.base, name)
             pictured = split_members(tar.read(base_offset, base_size), key, url)
-        sample = self._set.sample(key, members, pictured, url)
+        label = int(self.labels[position])
+        said = Row(key, None if label < 0 else label, *self.image_sizes[position].tolist())
+        sample = self._set.sample(name, said, members, pictured, url)
         if self._token_labels is None:
             return sample
         tar, url = self._tar(self._token_labels, name)
         members = split_members(tar.read(*labelled), key, url)
-        return replace(sample, token_labels=self._token_labels.token_labels(key, members, url))
+        return replace(sample, token_labels=self._token_labels.token_labels(key, members, f"{url}: {key}"))
 
     def _tar(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")
@@ -129,14 +135,20 @@ class Rows:
 
     def _open_tar(self, url: str, opened: TicketSet) -> storage.Ranges:
         try:
-            # A folder for each set: a link's tars have the names of its base's.
-            cache = Path(self._cache, f"datalth-{opened.manifest['set_id'][:16]}")
-            ranges = storage.open_ranges(fetch(url, cache) if storage.is_remote(url) else url)
+            path = self._fetched(url, opened.manifest["set_id"]) if storage.is_remote(url) else url
+            ranges = storage.open_ranges(path)
             opened.check_unchanged()
             return ranges
         except FileNotFoundError:
             opened.check_unchanged()
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None
+
+    def _fetched(self, url: str, set_id: str) -> str:
+        if (url, set_id) not in self._tars:
+            self._tars[url, set_id] = tar_of(url)
+        # A folder for each set, so that sets do not drive out each other's tars.
+        folder = f"datalth-{hashlib.sha256(set_id.encode()).hexdigest()[:16]}"
+        return fetch(url, own_folder(Path(self._cache)) / folder, *self._tars[url, set_id])
 
 
 def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:
@@ -154,49 +166,91 @@ def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:
 
 
 def _joined(opened: TicketSet, name: str, labels: TicketSet | None) -> pa.Table:
-    """key, label and EXTENTS of one shard's samples; those that `labels` lacks are left out."""
-    own = _with_base(opened, name)
+    """`TicketSet.joined` of one shard, with the place of its token labels; samples that `labels` lacks are left out."""
+    own = opened.joined(name)
     if labels is None:
         return own
-    theirs = _extents(labels, name)
+    theirs = labels.joined(name)
     own = own.filter(pc.is_in(own["key"], theirs["key"]))
     found = theirs.take(pc.index_in(own["key"], theirs["key"]))
     return own.append_column("labels_offset", found["offset"]).append_column("labels_bytes", found["bytes"])
 
 
-def _with_base(opened: TicketSet, name: str) -> pa.Table:
-    own = _extents(opened, name)
-    if opened.base is None:
-        return own.append_column("base_offset", own["offset"]).append_column("base_bytes", own["bytes"])
-    base = _extents(opened.base, name)
-    places = pc.index_in(own["key"], base["key"])
-    if places.null_count:
-        missing = own.filter(pc.is_null(places))["key"][0].as_py()
-        raise TicketSetError(f"{opened.base.url}: expected an image of {missing}, which {opened.url} links to")
-    found = base.take(places)
-    return own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
+def tar_of(url: str) -> tuple[int, str]:
+    """Bytes and sha256 of a shard's tar, as the JSON beside it says.
+
+    Raises:
+        TicketSetError: the JSON is missing, or damaged.
+    """
+    where = f"{url.removesuffix('.tar')}.json"
+    try:
+        tar = schema.parse_shard(storage.read_bytes(where, schema.MAX_JSON_BYTES), where)["tar"]
+    except FileNotFoundError:
+        raise TicketSetError(f"{where}: missing; expected the JSON of a shard") from None
+    return tar["bytes"], tar["sha256"]
 
 
-def _extents(opened: TicketSet, name: str) -> pa.Table:
-    table = opened.shard_table(name)
-    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "offset", "bytes", "height", "width"])
+def own_folder(folder: Path) -> Path:
+    """A folder in which nobody else can put a file; made where it is missing.
+
+    Raises:
+        TicketSetError: it is a link, or others can write in it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise TicketSetError(
+            f"{folder}: expected a folder of yours that nobody else can write, for copies of tars; remove it, or name"
+            " another place in TMPDIR"
+        )
+    return folder
 
 
-def fetch(url: str, cache: Path) -> str:
-    """A local copy of a remote tar; processes share it, and those not opened for longest are removed."""
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / url.rpartition("/")[2]
+def fetch(url: str, cache: Path, size: int, sha256: str) -> str:
+    """A local copy of a remote tar, which is that of its hash; processes share it, and those not opened for longest go.
+
+    A copy is named by its hash and appears only after it was checked: what is there needs no trust in where it came from.
+
+    Args:
+        url: of the tar.
+        cache: the folder for copies; see `own_folder`.
+        size: bytes that the tar has.
+        sha256: that it has, 64 hex digits.
+    Raises:
+        FileNotFoundError: there is no such tar.
+        TicketSetError: it is another one, its store fails, or others can write in the folder.
+    """
+    path = own_folder(cache) / f"{sha256}.tar"
     with FileLock(f"{path}.lock"):  # one process fetches it, the others wait
-        if path.exists():
+        if path.is_file() and path.stat().st_size == size:
             os.utime(path)
             return str(path)
-        size, ranges = storage.size_of(url), storage.open_ranges(url)
-        with storage.atomic_file(path) as file:
-            for offset in range(0, size, storage.REMOTE_BLOCK):
-                file.write(ranges.read(offset, min(storage.REMOTE_BLOCK, size - offset)))
-    for old in sorted(cache.glob("*.tar"), key=_opened)[:-CACHED_TARS]:
+        for left in cache.glob(f"{path.name}.*.tmp"):  # by a process that was killed: it had the lock
+            left.unlink()
+        _copy(url, path, size, sha256)
+    for old in sorted(cache.glob(f"{'[0-9a-f]' * 64}.tar"), key=_opened)[:-CACHED_TARS]:
         old.unlink(missing_ok=True)  # a process that reads it keeps its open file
     return str(path)
+
+
+def _copy(url: str, path: Path, size: int, sha256: str) -> None:
+    found, count = hashlib.sha256(), 0
+    try:
+        with storage.atomic_file(path) as file:
+            for part in storage.blocks(url, size):
+                file.write(part)
+                found.update(part)
+                count += len(part)
+            if (count, found.hexdigest()) != (size, sha256):
+                raise TicketSetError(
+                    f"{url}: expected {size} bytes of sha256 {sha256[:12]}, as its JSON says, got {count} of"
+                    f" {found.hexdigest()[:12]}"
+                )
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a full disk says no name
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _opened(path: Path) -> float:

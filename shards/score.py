@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import TicketSetError
+from shards.images import decode
 from shards.reader import TicketSet
 from shards.views import center_distance
 
@@ -69,8 +70,9 @@ def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict
 
 def object_patches(path: str, size: tuple[int, int], view: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """bool [N]: patches of a view that are at least half object. `size` is the stored image's (width, height)."""
-    with Image.open(path) as image:
-        mask = image.convert("L").point(lambda value: 255 if value > 127 else 0)
+    with open(path, "rb") as file:
+        pixels = decode(file.read())  # its size is checked before it is decoded
+    mask = Image.fromarray(pixels).convert("L").point(lambda value: 255 if value > 127 else 0)
     if mask.size != size:  # the set stores a smaller image
         mask = mask.resize(size, Image.Resampling.NEAREST)
     top, left, height, width, flip = (int(v) for v in view)
@@ -88,6 +90,7 @@ def _mask_path(masks: str, source: str, split: str) -> str | None:
     stem = os.path.splitext(source)[0]
     for candidate in (stem, stem.partition("/")[2]):
         path = os.path.join(masks, candidate + ".png")
-        if candidate and ".." not in candidate.split("/") and os.path.isfile(path):
+        inside = not (os.path.isabs(candidate) or ".." in candidate.split("/") or "\0" in candidate)
+        if candidate and inside and os.path.isfile(path):
             return path
     return None

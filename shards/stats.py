@@ -22,7 +22,7 @@ def statistics(opened: TicketSet, split: str) -> dict[str, Any]:
     table = opened.table(split)
     ok = table.filter(pc.equal(table["status"], "ok"))
     n = opened.num_patches
-    packed = np.frombuffer(b"".join(ok["ticket"].to_pylist()), np.uint8).reshape(len(ok), -1)
+    packed = np.frombuffer(b"".join(ok["ticket"].to_pylist()), np.uint8).reshape(len(ok), -(-n // 8))
     masks = np.unpackbits(packed, axis=1, count=n)  # [images, N]
     labels = np.array([-1 if v is None else v for v in ok["label"].to_pylist()])
     per_class = {}

@@ -1,14 +1,16 @@
 """Samples in a tar: written by webdataset's TarWriter, read by offset.
 
 A sample's members lie next to each other, so one read of (offset, bytes) from the index brings all of
-them: about ten times cheaper than going through tarfile, and every sample is within reach.
+them, at half the cost of going through tarfile, and every sample is within reach.
 """
 
+import re
 from typing import Any
 
 from shards.errors import TicketSetError
 
 BLOCK = 512
+_OCTAL = re.compile(rb"[0-7]+")
 
 
 class SampleTarWriter:
@@ -40,7 +42,7 @@ def split_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
     Raises:
         TicketSetError: the bytes are not tar members of this key (a truncated or exchanged tar, or another's index).
     """
-    members = {}
+    members: dict[str, bytes] = {}
     position = 0
     while position < len(data):
         header = data[position : position + BLOCK]
@@ -49,16 +51,23 @@ def split_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
         start = position + BLOCK
         if size is None or not name.startswith(key + ".") or start + size > len(data):
             raise TicketSetError(f"{where}: expected a member of {key}, got {name[:100] or 'nothing'!r}")
-        members[name[len(key) + 1 :]] = data[start : start + size]
+        member = name[len(key) + 1 :]
+        if member in members:
+            raise TicketSetError(f"{where}: {key}: expected each member once, got {member!r} twice")
+        members[member] = data[start : start + size]
         position = start + -(-size // BLOCK) * BLOCK
     return members
 
 
 def _member_size(header: bytes) -> int | None:
-    """Bytes of a member; None where the header's checksum is wrong."""
-    try:
-        checksum, size = int(header[148:155].rstrip(b"\0 "), 8), int(header[124:135], 8)
-    except ValueError:
+    """Bytes of a plain file's member; None where it is none or the header's checksum is wrong.
+
+    The two numbers are octal digits and nothing else: int() alone would take a sign, and a member of negative size leads
+    back to where it began.
+    """
+    size, checksum = header[124:135], header[148:154]
+    if not (_OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum)) or header[156:157] not in (b"0", b"\0"):
         return None
     # The checksum is taken as if its own eight bytes were spaces.
-    return size if sum(header[:148]) + 8 * 32 + sum(header[156:]) == checksum else None
+    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    return int(size, 8) if total == int(checksum, 8) else None

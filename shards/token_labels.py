@@ -34,20 +34,23 @@ def encode(probabilities: np.ndarray, classes: np.ndarray) -> bytes:
     return fmt.encode_npy(np.stack([units, classes]).astype("<u2"))
 
 
-def decode(data: bytes, expected: dict[str, Any], where: str) -> np.ndarray:
+def decode(data: bytes, expected: dict[str, Any], num_classes: int, where: str) -> np.ndarray:
     """uint16 [2, T, G, G], read-only.
 
     Args:
         data: of the member.
         expected: what the manifest says of it: dtype and shape.
+        num_classes: of the set.
         where: for the error.
     Raises:
-        TicketSetError: it is no such array.
+        TicketSetError: it is no such array, or names a class that the set lacks.
     """
     array = fmt.decode_npy(data)
     kind, size = expected.get("dtype"), expected.get("shape")
     if (str(array.dtype), list(array.shape)) != (kind, size):
         raise TicketSetError(f"{where}: expected token labels {kind} {size}, got {array.dtype} {list(array.shape)}")
+    if array[1].max() >= num_classes:
+        raise TicketSetError(f"{where}: token labels: expected classes below {num_classes}, got {array[1].max()}")
     return array
 
 
@@ -56,11 +59,9 @@ def probabilities(labels: np.ndarray) -> np.ndarray:
     return labels[0].astype(np.float32) / UNIT
 
 
-def problems(labels: np.ndarray, num_classes: int) -> Iterator[str]:
-    """What is wrong with a decoded member, for `verify`."""
+def problems(labels: np.ndarray) -> Iterator[str]:
+    """What is wrong with a decoded member besides what `decode` refuses, for `verify`."""
     units, classes = labels.astype(np.int64)
-    if (classes >= num_classes).any():
-        yield f"token labels: expected classes below {num_classes}, got {classes.max()}"
     if (np.diff(np.sort(classes, axis=0), axis=0) == 0).any():
         yield "token labels: a class stands twice at one place"
     if (np.diff(units, axis=0) > 0).any():

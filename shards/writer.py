@@ -7,7 +7,6 @@ shard whose JSON is there is done, whatever was killed. `finalize` writes the ma
 import contextlib
 import hashlib
 import io
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,35 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import format as fmt
+from shards import storage
 from shards.errors import TicketSetError
+from shards.index import index_schema
+from shards.schema import MAX_JSON_BYTES, parse_shard
 from shards.storage import atomic_file, write_atomic
 from shards.tar import SampleTarWriter
-
-
-def index_schema(num_patches: int) -> pa.Schema:
-    """Columns of index/*.parquet: one row per INPUT sample, failures too (docs/FORMAT.md explains each)."""
-    return pa.schema(
-        [
-            ("key", pa.string()),
-            ("source", pa.string()),
-            ("label", pa.int32()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("source_width", pa.int32()),
-            ("source_height", pa.int32()),
-            ("source_bytes", pa.int64()),
-            ("orientation", pa.int8()),
-            ("status", pa.string()),
-            ("error", pa.string()),
-            ("transcoded", pa.bool_()),
-            ("offset", pa.int64()),
-            ("bytes", pa.int64()),
-            ("ticket", pa.binary(-(-num_patches // 8))),
-            ("k", pa.int32()),
-            ("mean_score", pa.float32()),
-            ("entropy", pa.float32()),
-        ]
-    )
 
 
 class _HashingFile:
@@ -174,7 +150,7 @@ def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -
     totals = {field: sum(s[field] for s in splits.values()) for field in next(iter(splits.values()))}
     for name, split in splits.items():
         split.update(head["splits"][name])
-    plan = (folder / fmt.PLAN).read_bytes()
+    plan = storage.read_bytes(str(folder / fmt.PLAN))
     head = {**head, "plan": {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}}
     manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
     manifest["digest"] = fmt.manifest_digest(manifest)
@@ -215,14 +191,8 @@ def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | N
     """
     path = folder / f"{fmt.shard_name(split, number)}.json"
     try:
-        stats = json.loads(path.read_bytes())
-        fmt.check_format(stats["format"], str(path))
-        return stats
+        return parse_shard(storage.read_bytes(str(path), MAX_JSON_BYTES), str(path))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, TicketSetError):
-            raise
-        raise TicketSetError(
-            f"{path}: expected a shard's JSON, got something else; remove it to mine it again"
-        ) from None
+    except TicketSetError as error:
+        raise TicketSetError(f"{error}; remove the file to mine its shard again") from None

@@ -11,9 +11,8 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 
 from conftest import mine
-from shards import images
+from shards import reader
 from shards.errors import TicketSetError
-from shards.images import render_view
 from shards.reader import Sample, TicketSet
 from shards.rows import Rows
 from shards.score import center_ranking
@@ -24,9 +23,7 @@ from trainer.order import epoch_samples, view_of_visit
 from trainer.ticket_vit import gather_patches, patchify
 
 CPU = torch.device("cpu")
-PLAIN = FeedOptions(
-    arm="winning", tokens=6, img_size=64, patch_size=16, exif="ignore", seed=0, batch_size=8, global_batch=8
-)
+PLAIN = FeedOptions(arm="winning", tokens=6, img_size=64, patch_size=16, seed=0, batch_size=8, global_batch=8)
 RICH = replace(
     PLAIN, arm="random", repeats=3, aa="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5
 )
@@ -72,7 +69,7 @@ def shown(feed: TrainFeed, epoch: int) -> list[tuple[int, int, int]]:
 
 def whole(sample: Sample, view: int) -> torch.Tensor:
     """uint8 [N, C*p*p] by the oracle's patchify."""
-    pixels = torch.from_numpy(render_view(sample.image, sample.views[view], 64))
+    pixels = torch.from_numpy(sample.render(view, 64))
     return patchify(pixels.permute(2, 0, 1)[None], 16)[0]
 
 
@@ -191,14 +188,14 @@ def test_all_patches_may_be_fewer_and_coarser_than_the_ticket_was_mined_on(rows,
     if not changes:
         for patches, (shard, row, view) in zip(batch["patches"], shown(feed, 0), strict=False):
             sample = stored[shard, row]
-            pixels = torch.from_numpy(render_view(sample.image, sample.views[view], 32))
+            pixels = torch.from_numpy(sample.render(view, 32))
             assert torch.equal(patches, patchify(pixels.permute(2, 0, 1)[None], 16)[0])
 
 
 def test_every_image_is_decoded_once_a_batch(rows, monkeypatch):
     calls = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data, *rest: calls.append(data) or decode(data, *rest))
+    decode = reader.decode
+    monkeypatch.setattr(reader, "decode", lambda data, *rest: calls.append(data) or decode(data, *rest))
     feed = TrainFeed(rows, replace(RICH, batch_size=18, global_batch=18))
     feed[0, 0, 0]
     assert len(calls) == len(set(calls)) == len({(s, r) for s, r, _ in shown(feed, 0)[:18]}) == 7

@@ -389,10 +389,31 @@ def test_missing_urls_are_errors_in_words(in_memory: str) -> None:
 
 def test_bases_of_urls_are_found_from_the_link() -> None:
     assert resolve_base("s3://bucket/sets/link", "../base") == "s3://bucket/sets/base"
-    assert resolve_base("s3://bucket/sets/link", "s3://other/base") == "s3://other/base"
+    assert resolve_base("s3://bucket/sets/link", "s3://bucket/a/base") == "s3://bucket/a/base"
     assert resolve_base("/sets/link", "../base") == "/sets/base"
     assert resolve_base("/sets/link", "/base") == "/base"
     assert resolve_base("link", "../a/../base") == "base"
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("/sets/link", "ftp://127.0.0.1/base"),
+        ("/sets/link", "s3://bucket/base"),
+        ("/sets/link", "simplecache::s3://bucket/base"),
+        ("s3://bucket/sets/link", "s3://other/base"),
+        ("s3://bucket/sets/link", "s3://bucket2/base"),
+        ("s3://bucket/sets/link", "ftp://bucket/base"),
+        ("s3://bucket/sets/link", "/etc"),
+        ("s3://bucket/sets/link", "file:///etc"),
+        ("s3://bucket/sets/link", "../../../other/base"),
+        ("s3://bucket/sets/link", "s3://bucket/../other/base"),
+        ("s3://bucket/sets/link", "a::file"),
+    ],
+)
+def test_a_manifest_cannot_send_a_reader_elsewhere(url: str, path: str) -> None:
+    with pytest.raises(TicketSetError, match="name its place with --base"):
+        resolve_base(url, path)
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +455,7 @@ def move(path: str) -> Change:
         (edit("link/manifest.json", format=[2, 0]), "manifest.json: format 2.0, but this datalth reads up to 1.x"),
         (edit("link/manifest.json", kind="other"), "expected the manifest of a ticket set"),
         (lambda folder: (folder / "link/manifest.json").write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / "link/manifest.json").write_text("[]"), "expected the manifest of a ticket set"),
+        (lambda folder: (folder / "link/manifest.json").write_text("[]"), "expected names and values, got list"),
         (move("base"), "its images are in a base set that cannot be opened"),
         (remove("base/manifest.json"), "base: this ticket set is not finished"),
         (edit("base/manifest.json", format=[2, 0]), "format 2.0"),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from conftest import SELECTOR, inspect, mine
+from shards import draw
 from shards.compare import overlap
 from shards.draw import rank_tile, ticket_tile, view_tile
 from shards.reader import TicketSet
@@ -191,3 +192,28 @@ def test_an_unfinished_set_is_named_as_such(center_set, tmp_path):
     copy = Path(shutil.copytree(center_set, tmp_path / "set"))
     (copy / "manifest.json").unlink()
     assert "not finished" in inspect("info", copy, code=1).output
+
+
+def test_stats_of_a_split_without_a_good_sample(photos, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for path in (data / "val").rglob("*.*"):
+        path.write_bytes(b"no image")
+    mine("--data", data, "--out", tmp_path / "set", "--method", "center", "--max-failures", 1)
+    found = json.loads(inspect("stats", tmp_path / "set", "--split", "val", "--json").stdout)
+    assert (found["samples"], found["failed"], found["entropy"], found["per_class"]) == (0, 6, None, {})
+    assert found["frequency"] == [[0.0] * 4] * 4
+    inspect("stats", tmp_path / "set", "--split", "val", "-o", tmp_path / "x.png")
+
+
+def test_letters_beyond_latin_are_drawn_and_what_no_font_has_is_spelled():
+    for text in ("ant", "Kätzchen", "кошка", "γάτα"):
+        font, shown = draw._font(text, 12)
+        box = bytes(font.getmask("\U0010ffff"))
+        assert shown == text and all(bytes(font.getmask(char)) != box for char in text)
+    assert draw._font("猫 кот\n", 12)[1] == "U+732B котU+000A"
+    plain = draw._font("ant", 12)[0]
+    assert bytes(plain.getmask("к")) == bytes(plain.getmask("\U0010ffff")), "the control: Pillow's own font lacks it"
+    tile = Image.new("RGB", (160, 160))
+    one, other = (np.asarray(draw.page([(text, [tile])], [], "")) for text in ("кошка", "собак"))
+    assert not np.array_equal(one, other), "boxes in their place would be equal"

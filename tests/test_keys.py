@@ -1,13 +1,14 @@
 """Keys: safe as tar names, told apart, and recovered by webdataset from a member's name."""
 
 import io
+import random
 import re
 import tarfile
 
 import pytest
 from webdataset.tariterators import base_plus_ext
 
-from shards.keys import MAX_KEY_BYTES, key_of, natural_sorted, unique_keys
+from shards.keys import MAX_KEY_BYTES, key_of, natural_order, natural_sorted, unique_keys
 
 LITERAL = {
     "train/ant/ant_0.jpg": "train/ant/ant_0",
@@ -98,3 +99,23 @@ def test_natural_order_counts_numbers():
         "A", "a/9", "a/10", "img02.jpg", "img2.jpg", "img10.jpg",
     ]  # fmt: skip
     assert sorted(["img10.jpg", "img2.jpg"]) == ["img10.jpg", "img2.jpg"]  # plain order does not
+
+
+def test_natural_order_is_that_of_the_numbers():
+    """Against the plain way to say it, over names of digits with zeros ahead, other scripts' digits, and text."""
+
+    def by_int(text):
+        parts = re.split(r"(\d+)", text)
+        return [(1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts)]
+
+    pick = random.Random(0)
+    names = ["".join(pick.choices(["a", "B", "/", ".", "0", "00", "1", "2", "9", "10", "٣", "１"], k=pick.randrange(1, 7)))
+             for _ in range(3000)]  # fmt: skip
+    assert sorted(names, key=lambda n: (natural_order(n), n)) == sorted(names, key=lambda n: (by_int(n), n))
+
+
+def test_more_digits_than_int_takes_are_sorted():
+    names = ["1" + "0" * 5000, "9" * 5000, "0" * 6000 + "7", "8"]
+    with pytest.raises(ValueError, match="4300"):
+        int(names[0])
+    assert natural_sorted(names) == [names[2], names[3], names[1], names[0]]

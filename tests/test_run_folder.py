@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import multiprocessing
@@ -344,15 +345,21 @@ def test_a_remote_tar_is_fetched_once_and_the_longest_unused_copy_goes_first(tmp
 
     monkeypatch.setattr(rows, "CACHED_TARS", 2)
     memory = fsspec.filesystem("memory")
-    for i in range(3):
-        memory.pipe(f"/set/{i}.tar", bytes([i]) * 10)
+    contents = [bytes([i]) * 10 for i in range(3)]
+    hashes = [hashlib.sha256(content).hexdigest() for content in contents]
+    for i, content in enumerate(contents):
+        memory.pipe(f"/set/{i}.tar", content)
+
+    def copy(i: int) -> str:
+        return fetch(f"memory://set/{i}.tar", tmp_path, 10, hashes[i])
+
     now = time.time()
     for age, i in ((200, 0), (100, 1)):
-        os.utime(fetch(f"memory://set/{i}.tar", tmp_path), (now - age, now - age))
+        os.utime(copy(i), (now - age, now - age))
     memory.pipe("/set/0.tar", b"changed")
-    assert Path(fetch("memory://set/0.tar", tmp_path)).read_bytes() == bytes(10)  # the copy, now the newest
-    fetch("memory://set/2.tar", tmp_path)
-    assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["0.tar", "2.tar"]
+    assert Path(copy(0)).read_bytes() == bytes(10)  # the copy, now the newest
+    copy(2)
+    assert {p.stem for p in tmp_path.glob("*.tar")} == {hashes[0], hashes[2]}
 
 
 def test_a_val_split_without_one_good_image_is_refused_before_an_epoch_is_spent(photos, tmp_path):

@@ -1,84 +1,25 @@
 """Sources: every form that --data accepts, its labels, its keys, and the bytes read back."""
 
-import csv
+import errno
 import io
+import itertools
 import json
 import os
 import re
-import tarfile
 from dataclasses import replace
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy.io import savemat
 from torchvision.datasets import ImageFolder
 
 from conftest import mine
-from miner.plan import make_plan, shard_rows
+from inputs import keys, labels, plan, read_all, refusal, rows, write_csv, write_tree
+from miner.plan import shard_rows
 from miner.sources import open_source
 from miner.sources.source import split_off_val
-from shards.errors import TicketSetError
+from shards.errors import ImageError
 from shards.reader import TicketSet
-
-
-def write_tree(root, *paths):
-    """Files whose contents are their paths; listing never decodes. A path that ends in / is a folder."""
-    for path in paths:
-        if path.endswith("/"):
-            (root / path).mkdir(parents=True)
-        else:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(path)
-    return root
-
-
-def write_tar(path, members):
-    """A tar of {name: contents}; `path` may be a memory:// URL."""
-    with fsspec.open(str(path), "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(first, count, **members):
-    """Tar members of `count` WebDataset samples; {} in a member's text is the sample's number."""
-    out = {}
-    for i in range(first, first + count):
-        for extension, text in (members or {"cls": "{}", "jpg": "picture {}"}).items():
-            out[f"{i:04d}.{extension.replace('_', '.')}"] = text.replace("{}", str(i)).encode()
-    return out
-
-
-def labels(source, split="train"):
-    """source path -> class name"""
-    columns = (source.splits[split][c].to_pylist() for c in ("source", "label"))
-    return {path: None if label is None else source.classes[label] for path, label in zip(*columns, strict=True)}
-
-
-def keys(source, split="train"):
-    return source.splits[split]["key"].to_pylist()
-
-
-def read_all(source, split="train"):
-    """source path -> bytes"""
-    return {row["source"]: source.read(row)[0] for row in source.splits[split].to_pylist()}
-
-
-def plan(source, shard_size=4):
-    geometry = {"img_size": 64, "patch_size": 16, "views": 1, "scale": (0.08, 1), "ratio": (0.75, 1.33), "hflip": 0.5}
-    storing = {"exif": "ignore", "store_side": None, "images": "copy", "shard_size": shard_size, "limit": None}
-    return make_plan(source, {"method": "center"}, k=8, val_share=0, seed=0, batch_size=8, **geometry, **storing)
-
-
-def refusal(*arguments, **options):
-    with pytest.raises(TicketSetError) as error:
-        open_source(*map(str, arguments), **options)
-    return str(error.value)
-
 
 # Folders.
 
@@ -252,12 +193,6 @@ def test_sizes_are_listed(tmp_path):
 # --labels.
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return str(path)
-
-
 def test_labels_from_a_csv(tmp_path):
     write_tree(tmp_path / "flat", "1.jpg", "2.jpg")
     table = write_csv(
@@ -412,368 +347,6 @@ def test_a_single_file_is_no_source(tmp_path):
     assert "a single file; expected one of" in refusal(write_tree(tmp_path, "a.jpg") / "a.jpg")
 
 
-# WebDataset tars.
-
-
-@pytest.fixture
-def tars(tmp_path):
-    """Two train tars of three samples and one val tar of two."""
-    for name, first, count in (("train-0000", 0, 3), ("train-0001", 3, 3), ("val-0000", 1, 2)):
-        write_tar(tmp_path / f"{name}.tar", samples(first, count))
-    return tmp_path
-
-
-@pytest.mark.parametrize("spec", ["train-{0000..0001}.tar", "train-*.tar", "train-000[01].tar", "train-000?.tar"])
-def test_braces_and_globs(spec, tars):
-    source = open_source(str(tars / spec), val_share=0)
-    assert labels(source) == {f"{i:04d}.jpg": str(i) for i in range(6)}
-    assert read_all(source) == {f"{i:04d}.jpg": f"picture {i}".encode() for i in range(6)}
-    assert keys(source) == [f"{i:04d}" for i in range(6)]
-
-
-@pytest.mark.parametrize("spec", ["", "/{train,val}-*.tar", "/*.tar"])
-def test_a_tars_split_is_in_its_name(spec, tars):
-    source = open_source(f"{tars}{spec}")
-    assert {split: len(table) for split, table in source.splits.items()} == {"train": 6, "val": 2}
-    assert read_all(source, "val") == {"0001.jpg": b"picture 1", "0002.jpg": b"picture 2"}
-
-
-def test_a_single_tar(tars):
-    assert len(open_source(str(tars / "train-0001.tar"), val_share=0).splits["train"]) == 3
-    assert len(open_source(f"file://{tars}/train-0001.tar", val_share=0).splits["train"]) == 3
-
-
-def test_a_hidden_folder_beside_tars_is_no_matter(tars):
-    (tars / ".cache").mkdir()
-    assert len(open_source(str(tars)).splits["train"]) == 6
-
-
-def test_a_member_of_the_braces_that_is_missing_is_an_error(tars):
-    text = refusal(tars / "train-{0000..0002}.tar")
-    assert "train-0002.tar is missing" in text
-    assert "no such path" in refusal(tars / "test-*.tar")
-
-
-def test_labels_from_json(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", samples(0, 3, json='{"label": {}, "other": "n{}"}', png="p{}"))
-    assert labels(open_source(str(tar), val_share=0)) == {"0000.png": "0", "0001.png": "1", "0002.png": "2"}
-    named = open_source(str(tar), val_share=0, label_field="other")
-    assert named.classes == ["n0", "n1", "n2"]
-    assert labels(open_source(str(tar), val_share=0, label_field="none")) == dict.fromkeys(labels(named))
-
-
-def test_cls_goes_before_json(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", samples(0, 2, cls="1\n", json='{"label": 0}', png="p"))
-    assert set(labels(open_source(str(tar), val_share=0)).values()) == {"1"}
-
-
-def test_int_labels_reach_as_far_as_the_highest_of_any_split(tmp_path):
-    write_tar(tmp_path / "train.tar", samples(0, 2))
-    write_tar(tmp_path / "val.tar", samples(7, 1))
-    source = open_source(str(tmp_path))
-    assert source.classes == [str(i) for i in range(8)]
-    assert "5 of 8 classes hold no images" in "".join(source.notes) or "6 of 8" in "".join(source.notes)
-
-
-@pytest.mark.parametrize(
-    ("members", "expected"),
-    [
-        ({"cls": "cat", "jpg": "x"}, "0000: expected digits in .cls or an object in .json"),
-        ({"json": "[1]", "jpg": "x"}, "0000: expected digits in .cls or an object in .json"),
-        ({"json": "{", "jpg": "x"}, "0000: expected digits in .cls or an object in .json"),
-        ({"cls": "-1", "jpg": "x"}, "expected labels that are all names or all numbers from 0"),
-        ({"cls": "123456789012", "jpg": "x"}, "123456789012"),
-        ({"json": '{"label": true}', "jpg": "x"}, "0000: expected a name or a number in its json's label, got True"),
-    ],
-)
-def test_labels_that_are_none(members, expected, tmp_path):
-    write_tar(tmp_path / "a.tar", samples(0, 2, **members))
-    text = refusal(tmp_path / "a.tar")
-    assert expected in text and "a.tar" in text and "\n" not in text
-
-
-def test_names_and_numbers_together_are_an_error(tmp_path):
-    write_tar(tmp_path / "train.tar", samples(0, 2, json='{"label": "cat"}', jpg="x"))
-    write_tar(tmp_path / "val.tar", samples(0, 2))
-    assert "val" in refusal(tmp_path)
-    write_tar(tmp_path / "train.tar", {**samples(0, 1, json='{"label": "cat"}', jpg="x"), **samples(1, 1)})
-    assert "all names or all numbers" in refusal(tmp_path / "train.tar")
-
-
-def test_a_val_name_that_train_lacks_is_an_error(tmp_path):
-    write_tar(tmp_path / "train.tar", samples(0, 2, json='{"label": "cat"}', jpg="x"))
-    write_tar(tmp_path / "val.tar", samples(0, 2, json='{"label": "dog"}', jpg="x"))
-    assert "class 'dog' (0000.jpg) is not among train's 1" in refusal(tmp_path)
-
-
-def test_samples_without_an_image_are_noted(tmp_path):
-    write_tar(tmp_path / "a.tar", {**samples(0, 2), **samples(5, 1, cls="1", txt="x")})
-    source = open_source(str(tmp_path / "a.tar"), val_share=0)
-    assert list(labels(source)) == ["0000.jpg", "0001.jpg"]
-    (note,) = [n for n in source.notes if "image member" in n]
-    assert note.startswith(f"{tmp_path / 'a.tar'}: 1 samples have no image member") and "first: 0005" in note
-
-
-def test_tars_without_any_image_are_an_error(tmp_path):
-    write_tar(tmp_path / "a.tar", samples(0, 2, txt="x"))
-    assert "no images in 1 tars" in refusal(tmp_path / "a.tar")
-
-
-def test_the_plain_image_member_is_the_image_whatever_comes_first(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", samples(0, 2, depth_png="mask", jpg="picture {}", seg_png="mask"))
-    assert read_all(open_source(str(tar), val_share=0)) == {"0000.jpg": b"picture 0", "0001.jpg": b"picture 1"}
-
-
-def test_two_images_under_one_name_are_noted(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", {"img.1.jpg": b"one", "img.2.jpg": b"two"})
-    source = open_source(str(tar), val_share=0)
-    assert read_all(source) == {"img.1.jpg": b"one"}
-    assert source.notes == [f"{tar}: 1 samples have several images, one of each is taken (first: img: img.1.jpg)"]
-
-
-def test_one_sample_name_in_two_tars_gives_two_keys(tmp_path):
-    for name in "ab":
-        write_tar(tmp_path / f"{name}.tar", {"x.jpg": name.encode()})
-    source = open_source(str(tmp_path / "{a,b}.tar"), val_share=0)
-    assert keys(source) == ["x", "x-1"]
-    assert [source.read(row)[0] for row in source.splits["train"].to_pylist()] == [b"a", b"b"]
-
-
-def test_folders_inside_a_tar_are_part_of_the_key(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", {"./d.1/x.jpg": b"1", "d.2/x.jpg": b"2"})
-    assert keys(open_source(str(tar), val_share=0)) == ["d%2E1/x", "d%2E2/x"]
-
-
-def test_unlabelled_tars_take_labels_from_a_csv(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", samples(0, 2, jpg="x"))
-    assert open_source(str(tar), val_share=0).classes == []
-    table = write_csv(tmp_path / "l.csv", [("0000.jpg", "cat"), ("0001.jpg", "ant")])
-    assert labels(open_source(str(tar), labels=table, val_share=0)) == {"0000.jpg": "cat", "0001.jpg": "ant"}
-
-
-@pytest.mark.parametrize("data", [b"", b"this is text", bytes(100)])
-def test_a_file_that_is_no_tar(data, tmp_path):
-    (tmp_path / "a.tar").write_bytes(data)
-    text = refusal(tmp_path / "a.tar")
-    assert f"{tmp_path / 'a.tar'}: not a readable tar" in text and "\n" not in text
-
-
-@pytest.mark.parametrize(
-    ("cut", "expected"),
-    [
-        (700, "unexpected end of data"),  # inside the first file
-        (1536, "expected a member or the end mark at 1536, got the end of the file"),  # between two members
-        (2000, "expected a member or the end mark at 1536, got the end of the file"),  # inside a header
-        (3072, "expected a member or the end mark at 3072, got the end of the file"),  # nothing lacks but the end mark
-    ],
-)
-def test_a_truncated_tar_is_an_error(cut, expected, tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples(0, 2, jpg="x" * 600))
-    path.write_bytes(path.read_bytes()[:cut])
-    assert f"a.tar: not a readable tar: {expected}" in refusal(path)
-    with tarfile.open(path) as tar:
-        assert cut == 700 or len(tar.getmembers()) == (2 if cut == 3072 else 1), "the control: tarfile sees no error"
-
-
-def test_a_broken_header_is_an_error_and_not_the_end(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples(0, 3, jpg="x" * 600))
-    data = bytearray(path.read_bytes())
-    data[1536 + 3] ^= 1
-    path.write_bytes(data)
-    assert "expected a member or the end mark at 1536, got something else" in refusal(path)
-
-
-def test_a_tar_that_shrank_after_listing_fails_when_read(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples(0, 1, jpg="x" * 600))
-    source = open_source(str(path), val_share=0)
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(OSError, match="a.tar ends inside 0000.jpg"):
-        source.read(source.splits["train"].to_pylist()[0])
-
-
-# Remote tars.
-
-
-@pytest.fixture
-def remote():
-    """Five tars of eight samples in memory://, whose names run against the order of the tars."""
-    fs = fsspec.filesystem("memory")
-    for i in range(5):
-        write_tar(f"memory://tars/train-{i}.tar", samples(100 - 10 * i, 8, cls="0", jpg="picture {}"))
-    yield "memory://tars/train-{0..4}.tar"
-    fs.rm("/tars", recursive=True)
-
-
-def containers(source, shard_size=8):
-    """For each shard of the plan, the tars and offsets of its rows."""
-    table, whole = source.splits["train"], plan(source, shard_size)
-    rows = [table.take(shard_rows(whole, source, *shard)) for shard in whole.shards()]
-    return [list(zip(r["container"].to_pylist(), r["offset"].to_pylist(), strict=True)) for r in rows]
-
-
-def test_remote_tars_are_read_in_order_and_shuffled_within_a_shard(remote):
-    source = open_source(remote, val_share=0)
-    shards = containers(source)
-    assert [{tar for tar, _ in shard} for shard in shards] == [{0}, {1}, {2}, {3}, {4}]
-    assert all(len(set(shard)) == 8 for shard in shards)
-    assert all(shard != sorted(shard) for shard in shards)
-    assert len({tuple(offset for _, offset in shard) for shard in shards}) > 1, "not the same shuffle in each"
-
-
-def test_local_tars_are_shuffled_across_shards(remote, tmp_path):
-    """The control of the test above."""
-    fsspec.filesystem("memory").get("/tars/", f"{tmp_path}/", recursive=True)
-    shards = containers(open_source(f"{tmp_path}/train-{{0..4}}.tar", val_share=0))
-    assert all(len({tar for tar, _ in shard}) > 1 for shard in shards)
-    assert len(set().union(*shards)) == 40
-
-
-@pytest.mark.parametrize("glob", ["train-*.tar", "train-{0..4}.tar", "train-[0-4].tar"])
-def test_remote_tars_read_back(remote, glob):
-    source = open_source(f"memory://tars/{glob}", val_share=0)
-    assert read_all(source) == {
-        f"{n:04d}.jpg": f"picture {n}".encode() for i in range(5) for n in range(100 - 10 * i, 108 - 10 * i)
-    }
-
-
-def test_a_remote_val_split_keeps_the_order_of_tars(remote):
-    source = open_source(remote, val_share=0.25)
-    for split in ("train", "val"):
-        pairs = list(zip(*(source.splits[split][c].to_pylist() for c in ("container", "offset")), strict=True))
-        assert pairs == sorted(pairs) and len({c for c, _ in pairs}) > 1
-
-
-def test_a_remote_tar_that_is_missing(remote):
-    text = refusal("memory://tars/train-{0..5}.tar")
-    assert "memory://tars/train-5.tar" in text and "\n" not in text
-    assert "memory://tars/no-*.tar" in refusal("memory://tars/no-*.tar")
-
-
-# The ILSVRC2012 archives.
-
-WNIDS = ("n01440764", "n02119789", "n03000134")
-
-
-@pytest.fixture
-def imagenet(tmp_path):
-    """The train tar of tars (3 classes of 2) and the flat val tar (4 images)."""
-    folder = tmp_path / "ILSVRC2012"
-    folder.mkdir()
-    inner = {}
-    for wnid in WNIDS:
-        files = {f"{wnid}_{i}.JPEG": f"{wnid} {i}".encode() * 100 for i in (2, 10)}
-        inner[f"{wnid}.tar"] = write_tar(tmp_path / "inner.tar", files).read_bytes()
-    write_tar(folder / "ILSVRC2012_img_train.tar", inner)
-    write_tar(folder / "ILSVRC2012_img_val.tar", {f"ILSVRC2012_val_{i:08d}.JPEG": b"val %d" % i for i in range(1, 5)})
-    return folder
-
-
-VAL_CLASSES = dict(zip(range(1, 5), (WNIDS[2], WNIDS[0], WNIDS[0], WNIDS[1]), strict=True))
-
-
-def write_devkit(folder):
-    """The devkit's numbers run otherwise than the sorted WordNet ids, and it lists inner nodes of the tree too."""
-    numbers = {WNIDS[0]: 3, WNIDS[1]: 1, WNIDS[2]: 2, "n00001740": 4}
-    kind = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
-    synsets = np.array([(n, w, "words, more", 3 if n == 4 else 0) for w, n in numbers.items()], kind)
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": synsets[:, None]})
-    truth = "".join(f"{numbers[VAL_CLASSES[i]]}\n" for i in VAL_CLASSES).encode()
-    root = "ILSVRC2012_devkit_t12"
-    members = {f"{root}/data/meta.mat": mat.getvalue(), f"{root}/data/ILSVRC2012_validation_ground_truth.txt": truth}
-    with tarfile.open(folder / f"{root}.tar.gz", "w:gz") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def extract(imagenet, root):
-    """What everybody makes of the archives: train/WNID and val/WNID."""
-    for wnid in WNIDS:
-        (root / "train" / wnid).mkdir(parents=True)
-        archive = imagenet / "ILSVRC2012_img_train.tar"
-        with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(f"{wnid}.tar")) as inside:
-            inside.extractall(root / "train" / wnid, filter="data")
-    with tarfile.open(imagenet / "ILSVRC2012_img_val.tar") as tar:
-        for i, wnid in VAL_CLASSES.items():
-            (root / "val" / wnid).mkdir(parents=True, exist_ok=True)
-            tar.extract(f"ILSVRC2012_val_{i:08d}.JPEG", root / "val" / wnid, filter="data")
-    return root
-
-
-@pytest.mark.parametrize("way", ["devkit", "labels"])
-def test_imagenet_tars_are_what_the_extracted_folders_are(way, imagenet, tmp_path):
-    options = {}
-    if way == "devkit":
-        write_devkit(imagenet)
-    else:
-        rows = [(f"ILSVRC2012_val_{i:08d}.JPEG", wnid) for i, wnid in VAL_CLASSES.items()]
-        options["labels"] = write_csv(tmp_path / "val.csv", rows)
-    listed = set(os.listdir(imagenet))
-    source = open_source(str(imagenet), **options)
-    folders = open_source(str(extract(imagenet, tmp_path / "extracted")))
-    assert source.classes == folders.classes == sorted(WNIDS)
-    for split in ("train", "val"):
-        for column in ("key", "source", "label", "size"):
-            assert source.splits[split][column].equals(folders.splits[split][column]), column
-        assert read_all(source, split) == read_all(folders, split)
-    assert keys(source)[:2] == ["train/n01440764/n01440764_2", "train/n01440764/n01440764_10"]
-    assert set(os.listdir(imagenet)) == listed, "no cache is left beside the archives"
-
-
-def test_the_val_tar_without_devkit_is_an_error_that_names_both_ways_out(imagenet):
-    for data in (imagenet, imagenet / "ILSVRC2012_img_val.tar"):
-        text = refusal(data)
-        assert "ILSVRC2012_devkit_t12.tar.gz" in text and "--labels FILE.csv (filename,class)" in text
-        assert "\n" not in text
-
-
-def test_the_train_tar_alone_needs_no_devkit(imagenet):
-    source = open_source(str(imagenet), splits=("train",))
-    assert len(source.splits["train"]) == 6, "the val tar is there: nothing of train becomes a val split"
-    alone = open_source(str(imagenet / "ILSVRC2012_img_train.tar"))
-    assert (len(alone.splits["train"]), len(alone.splits["val"])) == (3, 3)
-
-
-def test_the_val_tar_alone(imagenet):
-    write_devkit(imagenet)
-    source = open_source(str(imagenet / "ILSVRC2012_img_val.tar"))
-    assert labels(source, "val") == {f"val/{w}/ILSVRC2012_val_{i:08d}.JPEG": w for i, w in VAL_CLASSES.items()}
-    text = refusal(imagenet / "ILSVRC2012_img_val.tar", splits=("train",))
-    assert "expected a split of ['val'], got --split train" in text
-
-
-def test_a_csv_that_lacks_a_val_image(imagenet, tmp_path):
-    table = write_csv(tmp_path / "val.csv", [("ILSVRC2012_val_00000001.JPEG", WNIDS[0])])
-    assert "val.csv: expected a class for every image, got none for ILSVRC2012_val_00000002.JPEG" in refusal(
-        imagenet, labels=table
-    )
-
-
-def test_a_devkit_that_is_none(imagenet):
-    devkit = imagenet / "ILSVRC2012_devkit_t12.tar.gz"
-    devkit.write_bytes(b"not a gzip file")
-    assert "ILSVRC2012_devkit_t12.tar.gz: not a readable tar" in refusal(imagenet)
-    with tarfile.open(devkit, "w:gz"):
-        pass
-    assert "expected data/ILSVRC2012_validation_ground_truth.txt and data/meta.mat in it" in refusal(imagenet)
-
-
-@pytest.mark.parametrize("cut", [3000, 5000])
-def test_a_truncated_train_tar_is_an_error(cut, imagenet):
-    archive = imagenet / "ILSVRC2012_img_train.tar"
-    archive.write_bytes(archive.read_bytes()[:cut])
-    text = refusal(imagenet, splits=("train",))
-    assert "ILSVRC2012_img_train.tar" in text and "not a readable tar" in text
-
-
-def test_a_member_of_the_train_tar_that_is_no_tar_is_an_error(imagenet):
-    write_tar(imagenet / "ILSVRC2012_img_train.tar", {"n01440764.tar": b"text"})
-    text = refusal(imagenet, splits=("train",))
-    assert "ILSVRC2012_img_train.tar: n01440764.tar: not a readable tar" in text
-
-
 # timm's readers.
 
 
@@ -880,6 +453,63 @@ def test_timm_targets_that_are_no_class(target, monkeypatch):
     assert "timm:hfds/owner/name" in text and "expected a class number" in text and repr(target) in text
 
 
+def test_class_names_of_a_timm_reader_are_those_of_its_numbers(monkeypatch):
+    """Numbers that are not 0, 1, 2, ... are their own names: the third of four names need not be class 2."""
+    timm_readers(monkeypatch, train=Reader(ITEMS, {"a": 0, "b": 1, "c": 5, "d": 7}))
+    assert open_source("timm:hfds/owner/name").classes == ["0", "1"]
+    timm_readers(monkeypatch, train=Reader(ITEMS, {"a": "x", "b": None}))
+    assert open_source("timm:hfds/owner/name").classes == ["0", "1"]
+
+
+class Broken(Reader):
+    """Raises what a backend may raise, in two lines."""
+
+    def __init__(self, where):
+        super().__init__(ITEMS)
+        self.where = where
+
+    def __len__(self):
+        if self.where == "length":
+            raise RuntimeError("no such table\nat line 3")
+        return len(self.items)
+
+    def iter_targets(self):
+        if self.where == "targets":
+            raise KeyError("label")
+        if self.where == "endless":
+            return itertools.cycle([0])
+        return iter([0] * (11 if self.where == "short" else 12))
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("length", "timm cannot list split train: RuntimeError: no such table"),
+        ("targets", "timm cannot list split train: KeyError: 'label'"),
+        ("short", "split train: expected a class number for each of 12, got 11"),
+        ("endless", "split train: expected a class number for each of 12, got 13"),
+    ],
+)
+def test_what_a_timm_reader_raises_while_listed_is_one_line(where, expected, monkeypatch):
+    timm_readers(monkeypatch, train=Broken(where))
+    text = refusal("timm:hfds/owner/name")
+    assert expected in text and "\n" not in text
+
+
+def test_what_a_timm_reader_raises_while_read_is_the_images_or_the_machines(monkeypatch):
+    reader = Reader(ITEMS)
+    timm_readers(monkeypatch, train=reader)
+    source = open_source("timm:hfds/owner/name", val_share=0)
+    row = source.splits["train"].to_pylist()[0]
+    reader.items = [(None, "text", 0)]  # no bytes
+    with pytest.raises(ImageError, match="^cannot be read: TypeError: "):
+        source.read(row)
+    monkeypatch.setattr(Reader, "__getitem__", lambda self, i: os.stat("/nowhere"))
+    with pytest.raises(OSError) as error:
+        source.read(row)
+    assert error.value.errno == errno.ENOENT, "with its number, so that EMFILE is told from a bad image"
+
+
 # Ticket sets.
 
 
@@ -948,3 +578,26 @@ def test_split_folders_in_other_spellings_are_no_classes(tmp_path, train, val):
     source = open_source(str(tmp_path))
     assert source.classes == ["cat", "dog"] and list(source.splits) == ["train", "val"]
     assert keys(source, "val") == [f"{val}/cat/1", f"{val}/dog/1"]
+
+
+# What was mined before must be mined alike: key, source, label, size, container and offset of every input, in order.
+
+PINNED_FOLDER = [
+    ("train/9/a%20b", "train/9/a b.jpg", 1, 15, 0, 0),
+    ("train/9/x2", "train/9/x2.JPEG", 1, 15, 0, 0),
+    ("train/9/x10", "train/9/x10.jpg", 1, 15, 0, 0),
+    ("train/9/x10-1", "train/9/x10.png", 1, 15, 0, 0),
+    ("train/10/b", "train/10/b.png", 0, 14, 0, 0),
+    ("train/Bee/deep/er/1%2E0", "train/Bee/deep/er/1.0.webp", 2, 26, 0, 0),
+    ("train/%C3%A9t%C3%A9/1", "train/été/1.gif", 3, 17, 0, 0),
+    ("train/%C3%A9t%C3%A9/link", "train/été/link.jpg", 3, 15, 0, 0),
+]
+
+
+def test_the_listing_of_an_ordinary_folder_is_pinned(tmp_path):
+    root = write_tree(tmp_path, *(row[1] for row in PINNED_FOLDER if "link" not in row[1]), "val/Bee/1.jpg")
+    (root / "train/été/link.jpg").symlink_to(root / "train/9/x2.JPEG")
+    source = open_source(str(root))
+    assert source.classes == ["10", "9", "Bee", "été"]
+    assert rows(source) == PINNED_FOLDER
+    assert rows(source, "val") == [("val/Bee/1", "val/Bee/1.jpg", 2, 13, 0, 0)]

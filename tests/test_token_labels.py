@@ -133,7 +133,7 @@ def test_the_members_bytes() -> None:
     data = token_labels.encode(shares, classes)
     assert b"'<u2', 'fortran_order': False, 'shape': (2, 2, 1, 2)" in data
     assert data[128:] == bytes.fromhex("ffbf ffff 0040 0000 0100 2c01 0000 ffff")
-    found = token_labels.decode(data, {"dtype": "uint16", "shape": [2, 2, 1, 2]}, "here")
+    found = token_labels.decode(data, {"dtype": "uint16", "shape": [2, 2, 1, 2]}, 65536, "here")
     assert np.allclose(token_labels.probabilities(found), shares, atol=1e-5)
     assert len("x" * MAX_KEY_BYTES + "." + fmt.TOKEN_LABELS) <= 100
 
@@ -443,10 +443,11 @@ def test_verify_holds_the_manifest_against_the_plan(damaged: Path) -> None:
         edit_json(folder / "manifest.json", edit)
         return lines(folder)
 
-    assert "token labels of shape [2, 4, 18, 18]" in refresh(lambda m: m["members"][fmt.TOKEN_LABELS].update(shape=[2, 4, 18, 18]))  # fmt: skip
-    assert "token labels of shape None" in refresh(lambda m: m["members"].pop(fmt.TOKEN_LABELS))
-    assert "token_labels is None, but plan.json says" in refresh(lambda m: m.pop("token_labels"))
-    assert "do not go with 0 patches" in refresh(lambda m: m["members"].update({fmt.RANKING: {}}))
+    wrong = refresh(lambda m: m["members"][fmt.TOKEN_LABELS].update(shape=[2, 4, 18, 18]))
+    assert "labels.npy: shape: expected [2, 3, 18, 18], got [2, 4, 18, 18]" in wrong
+    assert "members have token labels, or lack them" in refresh(lambda m: m["members"].pop(fmt.TOKEN_LABELS))
+    assert "token labels without their model" in refresh(lambda m: m.pop("token_labels"))
+    assert "expected one above 0 where there are rankings" in refresh(lambda m: m["members"].update({fmt.RANKING: {}}))
 
 
 # --- refusals

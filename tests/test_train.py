@@ -131,19 +131,18 @@ def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):
 def test_evaluation_equals_timms_own_on_all_patches(tickets, whole):
     opened = TicketSet.open(str(tickets))
     rows = Rows(opened, "val")
-    options = FeedOptions("winning", 8, 64, 16, "ignore", 0, 4, 4)
+    options = FeedOptions("winning", 8, 64, 16, 0, 4, 4)
     kwargs = {"num_classes": 3, "img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(whole / "last.pth.tar"), **kwargs).eval()
     from timm.data import resolve_model_data_config
 
-    from shards import render_view
     from trainer.engine import StepOptions
 
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[name])[:, None, None] * 255 for name in ("mean", "std"))
     expected = []
     for sample in opened.stream("val"):
-        view = torch.from_numpy(render_view(sample.image, sample.views[0], 64)).permute(2, 0, 1).float()
+        view = torch.from_numpy(sample.render(0, 64)).permute(2, 0, 1).float()
         expected.append(int(model(((view - mean) / std)[None]).argmax()))
     step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 3, 0.1, None, "norm", 1, None, 0)
     feed = EvalFeed(rows, options)

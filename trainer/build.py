@@ -108,7 +108,11 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
     if not len(rows):
         raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
     if not rows.labelled:
-        raise TicketSetError(f"{opened.url}: split {split} has images without label")
+        bare = (rows.labels < 0).nonzero()[0]
+        raise TicketSetError(
+            f"{opened.url}: split {split} has {len(bare)} of {len(rows)} images without label (first:"
+            f" {rows.keys[int(bare[0])]}); training needs one for each: mine again with labels"
+        )
     if rows.skipped:
         log.info(f"{split}: {rows.skipped} images of the base have no ticket and are skipped")
     if split != options.train_split:

@@ -14,7 +14,7 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
 from shards.errors import TicketSetError
-from shards.images import decode, render_pixels, render_views
+from shards.images import render_pixels
 from shards.reader import Sample
 from shards.rows import Rows
 from trainer.arms import arm_ranking, mixed_ranking
@@ -32,7 +32,6 @@ class FeedOptions:
     tokens: int
     img_size: int  # of the views that tickets are cut from
     patch_size: int
-    exif: str
     seed: int
     batch_size: int
     global_batch: int
@@ -159,7 +158,7 @@ class TrainFeed:
             sample = self.rows.read(shard, row)
             visits = chosen[members, 2].tolist()
             numbers = [view_of_visit(options.seed, shard, row, visit, len(sample.views)) for visit in visits]
-            rendered = render_views(sample.image, sample.views[numbers], size, options.exif)
+            rendered = sample.render(numbers, size)
             for slot, number, view in zip(members, numbers, rendered, strict=True):
                 name = (options.seed, epoch, int(positions[slot]))
                 if self.augment.draws:
@@ -249,7 +248,7 @@ class EvalFeed:
         sizes = {"patches": self.options.side(False)}
         if self.options.side(True) != self.options.side(False):
             sizes["whole"] = self.options.side(True)
-        images = [decode(sample.image, self.options.exif) for sample in samples]
+        images = [sample.pixels() for sample in samples]
         return {
             **{name: self._patches(images, samples, side) for name, side in sizes.items()},
             "rankings": torch.from_numpy(np.stack([s.rankings[0] for s in samples]).astype(np.int64)),

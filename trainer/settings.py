@@ -25,7 +25,6 @@ def feed_options(options: Options, opened: TicketSet, student: TicketModel, toke
         wants_all=student.wants_all,
         token_labels=student.wants_token_labels and options.token_labels != "none",
         patch_size=opened.manifest["patch_size"],
-        exif=opened.exif,
         seed=options.seed,
         batch_size=options.batch_size,
         global_batch=options.batch_size * ranks * options.grad_accum_steps,

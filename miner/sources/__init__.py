@@ -2,12 +2,23 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
+from miner.sources.archive import compressed, packer_of
 from miner.sources.folder import folder_source
 from miner.sources.imagenet import imagenet_source, is_imagenet
-from miner.sources.source import Source, split_off_val
+from miner.sources.source import (
+    JUNK_NOTE,
+    Source,
+    Tally,
+    is_junk,
+    note_unlabelled,
+    spelled,
+    spelled_classes,
+    split_off_val,
+)
 from miner.sources.tars import tar_source
 from miner.sources.ticket_set import ticket_set_source
 from miner.sources.timm_reader import timm_source
@@ -50,6 +61,7 @@ def open_source(
     """
     source = _open(spec, splits, labels, label_field, base)
     if source.base is None:
+        source = replace(source, classes=spelled_classes(source.classes, f"--data {spec}"))
         source = split_off_val(source, val_share, seed)
     missing = [s for s in splits if s not in source.splits]
     if missing:
@@ -60,6 +72,7 @@ def open_source(
     empty = [name for name, table in source.splits.items() if len(table) == 0]
     if empty:
         raise TicketSetError(f"--data {spec}: split {empty[0]} holds no images")
+    note_unlabelled(source)
     return source
 
 
@@ -67,6 +80,9 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str
     if spec.startswith("timm:"):
         return timm_source(spec, splits)
     path = storage.local(spec)
+    packer = packer_of(path)
+    if packer:
+        raise compressed(f"--data {spec}", packer)
     if storage.is_remote(path):
         if path.endswith(".tar"):
             return tar_source(spec, _expand(path), label_field, labels)
@@ -85,17 +101,46 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str
         if not path.endswith(".tar"):
             raise TicketSetError(f"--data {spec}: a single file; {FORMS}")
         return tar_source(spec, [path], label_field, labels)
+    if not os.path.isdir(path):
+        raise TicketSetError(f"--data {spec}: neither a file nor a folder; {FORMS}")
     if os.path.exists(os.path.join(path, fmt.MANIFEST)) or os.path.exists(os.path.join(path, fmt.PLAN)):
         return ticket_set_source(path, base)
-    tars = sorted(str(p) for p in Path(path).glob("*.tar"))
-    if tars and not any(p.is_dir() and not p.name.startswith(".") for p in Path(path).iterdir()):
-        return tar_source(spec, tars, label_field, labels)
-    return folder_source(spec, path, splits, labels)
+    return _folder_or_tars(spec, path, splits, labels, label_field)
+
+
+# What img2dataset writes beside its tars: one JSON and one parquet a tar, and a folder of work in progress.
+_IMG2DATASET = re.compile(r".*_tmp|[0-9]+_stats\.json|[0-9]+\.parquet")
+
+
+def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | None, label_field: str) -> Source:
+    """Tars that lie in a folder without other folders are what it holds."""
+    try:
+        with os.scandir(path) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    except OSError as error:
+        raise TicketSetError(f"--data {spec}: cannot be listed: {error.strerror}") from None
+    tars = [os.path.join(path, name) for name, _ in found if name.endswith(".tar") and not is_junk(name)]
+    if not tars:
+        packed = next((name for name, is_dir in found if packer_of(name) and not is_dir), None)
+        if packed and not any(is_dir for _, is_dir in found):
+            raise compressed(os.path.join(path, packed), str(packer_of(packed)))
+        return folder_source(spec, path, splits, labels)
+    if any(is_dir and not is_junk(name) and not _IMG2DATASET.fullmatch(name) for name, is_dir in found):
+        source = folder_source(spec, path, splits, labels)
+        note = f"{len(tars)} tars beside the folders are not read (first: {tars[0]}); give them as --data 'DIR/*.tar'"
+        return replace(source, notes=[note, *source.notes])
+    tally = Tally()
+    for name, _ in found:
+        if is_junk(name):
+            tally.add(JUNK_NOTE, spelled(name))
+        elif _IMG2DATASET.fullmatch(name):
+            tally.add("{count} files and folders of img2dataset beside the tars are not read (first: {first})", name)
+    source = tar_source(spec, tars, label_field, labels)
+    return replace(source, notes=[*tally.notes(), *source.notes])
 
 
 def _remote_glob(url: str) -> list[str]:
-    fs, path = storage.filesystem(url)
-    found = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path))]
+    found = storage.glob_remote(url)
     if not found:
         raise TicketSetError(f"--data {url}: no such files")
     return found

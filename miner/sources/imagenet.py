@@ -8,12 +8,24 @@ import functools
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from miner.sources.source import Entry, Source, class_names, is_image, label_entries, listing, read_labels
-from miner.sources.tars import TarReader, members, open_tar, read_member
-from shards.errors import TicketSetError
+from miner.sources.archive import REPLACED, Archive, Member, open_archive
+from miner.sources.source import (
+    Entry,
+    Source,
+    Tally,
+    class_names,
+    is_image,
+    is_junk,
+    label_entries,
+    listing,
+    read_labels,
+    spelled,
+)
+from miner.sources.tars import TarReader
+from shards.errors import TicketSetError, first_line
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -42,10 +54,12 @@ def imagenet_source(spec: str, path: str, splits: Sequence[str], labels: str | N
         if os.path.exists(os.path.join(folder, name)) and (os.path.isdir(path) or os.path.basename(path) == name)
     }
     entries: dict[str, list[Entry]] = {}
+    tally, read = Tally(), TarReader(list(archives.values()))
     for container, (split, archive) in enumerate(archives.items()):
         if splits and split not in splits and split != "train":
             continue
-        entries[split] = list(_train(archive, container) if split == "train" else _val(archive, container))
+        list_archive = _train if split == "train" else _val
+        entries[split] = list(list_archive(archive, container, read, tally))
         if split == "val":
             if labels:
                 label_entries(entries[split], read_labels(labels), f"--labels {labels}")
@@ -56,33 +70,48 @@ def imagenet_source(spec: str, path: str, splits: Sequence[str], labels: str | N
     if not entries:
         raise TicketSetError(f"--data {spec}: expected a split of {list(archives)}, got --split {splits[0]}")
     classes = class_names(entries["train" if "train" in entries else "val"], f"--data {spec}")
-    notes: list[str] = []
+    notes = tally.notes()
+    beside = sorted(e.name for e in os.scandir(path) if e.is_dir() and not is_junk(e.name)) if path == folder else []
+    if beside:
+        notes.append(f"{len(beside)} folders beside the archives are not read (first: {spelled(beside[0])})")
     tables = {split: listing(e, classes, f"--data {spec}, split {split}", notes) for split, e in entries.items()}
-    return Source(spec, classes, tables, TarReader(list(archives.values())), notes, own_val="val" in archives)
+    return Source(spec, classes, tables, read, notes, own_val="val" in archives)
 
 
-def _train(archive: str, container: int) -> Iterator[Entry]:
-    with open_tar(archive) as (outer, file):
-        for class_tar in members(outer, archive):
+def _train(archive: str, container: int, read: TarReader, tally: Tally) -> Iterator[Entry]:
+    with open_archive(archive, tally) as outer:
+        for class_tar in _latest(outer, lambda name: True, archive, tally):
+            where = f"{archive}: {spelled(class_tar.name)}"
+            if class_tar.odd is not None:
+                why = class_tar.odd if isinstance(class_tar.odd, str) else "is a sparse file"
+                raise TicketSetError(f"{where}: expected a plain tar, got a member that {why}")
             wnid = os.path.basename(class_tar.name).removesuffix(".tar")
             # A view of the class tar's bytes inside the archive: nothing is unpacked.
-            section: Any = _Section(file, class_tar.offset_data, class_tar.size)
-            where = f"{archive}: {class_tar.name}"
-            try:
-                inside = tarfile.open(fileobj=section, mode="r:")  # noqa: SIM115 - closes with the archive
-            except tarfile.TarError as error:
-                raise TicketSetError(f"{where}: not a readable tar: {error}") from None
-            for member in members(inside, where):
-                if is_image(member.name):
-                    offset = class_tar.offset_data + member.offset_data
-                    yield Entry(f"train/{wnid}/{os.path.basename(member.name)}", wnid, member.size, container, offset)
+            section: Any = _Section(outer.file, class_tar.offset, class_tar.size)
+            for member in _latest(Archive(section, where, tally), is_image, where, tally):
+                source = f"train/{wnid}/{os.path.basename(member.name)}"
+                entry = read.entry(source, member, container, class_tar.offset)
+                entry.name = wnid
+                yield entry
 
 
-def _val(archive: str, container: int) -> Iterator[Entry]:
-    with open_tar(archive) as (tar, _):
-        for member in members(tar, archive):
-            if is_image(member.name):
-                yield Entry(os.path.basename(member.name), None, member.size, container, member.offset_data)
+def _val(archive: str, container: int, read: TarReader, tally: Tally) -> Iterator[Entry]:
+    with open_archive(archive, tally) as tar:
+        for member in _latest(tar, is_image, archive, tally):
+            yield read.entry(os.path.basename(member.name), member, container)
+
+
+def _latest(archive: Archive, wanted: Callable[[str], bool], where: str, tally: Tally) -> list[Member]:
+    """The wanted members, of equal names the last, their links followed."""
+    found: dict[str, Member] = {}
+    for member in archive:
+        if wanted(member.name):
+            name = member.name.removeprefix("./")
+            if name in found:
+                tally.add(REPLACED, f"{where}: {spelled(member.name)}")
+            found[name] = member
+    archive.follow(found.values())
+    return list(found.values())
 
 
 class _Section(io.RawIOBase):
@@ -125,15 +154,21 @@ def _devkit_labels(spec: str, folder: str) -> dict[str, str]:
     found = {}
     try:
         with tarfile.open(devkit, "r:gz") as tar:
-            for member in members(tar, devkit):
+            for member in tar:
                 for wanted in (_TRUTH, _META):
-                    if member.name.endswith(wanted):
-                        found[wanted] = read_member(tar, member)
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise TicketSetError(f"{devkit}: not a readable tar: {error}") from None
+                    if member.isfile() and member.name.endswith(wanted):
+                        found[wanted] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    except Exception as error:  # also zlib's and whatever tarfile trips over
+        raise TicketSetError(f"{devkit}: not a readable tar: {first_line(error)}") from None
     if len(found) != 2:
         raise TicketSetError(f"{devkit}: expected {_TRUTH} and {_META} in it, got {sorted(found) or 'neither'}")
-    synsets = loadmat(io.BytesIO(found[_META]), squeeze_me=True)["synsets"]
-    wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
-    truth = found[_TRUTH].decode("ascii").split()
-    return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of[int(number)] for i, number in enumerate(truth, 1)}
+    try:
+        synsets = loadmat(io.BytesIO(found[_META]), squeeze_me=True)["synsets"]
+        wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+        truth = found[_TRUTH].decode("ascii").split()
+        return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of[int(number)] for i, number in enumerate(truth, 1)}
+    except Exception as error:  # scipy has no class of its own for a file that is none of Matlab's
+        raise TicketSetError(
+            f"{devkit}: expected the synsets of ILSVRC2012 and a number of one of them a line, got"
+            f" {type(error).__name__}: {first_line(error)}"
+        ) from None

@@ -2,15 +2,18 @@
 
 import csv
 import hashlib
+import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-from shards.errors import TicketSetError
+from shards.errors import ImageError, TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
 
@@ -18,7 +21,13 @@ IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm"]
     + [".tif", ".tiff", ".avif", ".jp2", ".tga"]
 )
+JUNK = frozenset(  # what file managers, network disks and file systems leave behind; and whatever begins with a dot
+    ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"]
+    + ["Thumbs.db", "desktop.ini"]
+)
+JUNK_NOTE = "{count} hidden or system files and folders are skipped (first: {first})"
 MAX_CLASSES = 1_000_000  # a number above is an id that somebody took for a label
+MAX_IMAGE_BYTES = 1 << 30  # a file above is none that Pillow would decode
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -26,7 +35,7 @@ SCHEMA = pa.schema(
         ("label", pa.int32()),  # null where the image has none
         ("size", pa.int64()),  # bytes; -1 where the source cannot say
         ("container", pa.int32()),  # which tar, ticket-set shard, or 0
-        ("offset", pa.int64()),  # where in it
+        ("offset", pa.int64()),  # where in it; the source's own affair
     ]
 )
 
@@ -71,9 +80,77 @@ class Entry:
     offset: int = 0
 
 
+class Tally:
+    """What a listing leaves out or mends, counted by kind, so that thousands of them are one note."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """`kind` is the note, with places for {count} and the {first} example."""
+        before, first = self._found.get(kind, (0, example))
+        self._found[kind] = before + count, first
+
+    def notes(self) -> list[str]:
+        return [kind.format(count=count, first=first) for kind, (count, first) in self._found.items()]
+
+
 def is_image(path: str) -> bool:
     dot = path.rfind(".")
     return dot >= 0 and path[dot:].lower() in IMAGE_SUFFIXES
+
+
+def is_junk(name: str) -> bool:
+    """A hidden or system file or folder, by its own name."""
+    return name in JUNK or (name.startswith(".") and name not in (".", ".."))
+
+
+def open_plain(path: str | bytes) -> BinaryIO:
+    """Open a file for reading; never waits for a writer, as opening a FIFO does.
+
+    Raises:
+        OSError: it cannot be opened, or is a FIFO, a socket or a device.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("expected a plain file, got a FIFO, a socket, a device or a folder")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def check_size(size: int) -> None:
+    """
+    Raises:
+        ImageError: no image has that many bytes.
+    """
+    if size > MAX_IMAGE_BYTES:
+        raise ImageError(f"expected an image file of at most {MAX_IMAGE_BYTES} bytes, got {size}")
+
+
+_UNSPEAKABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def spelled(name: str) -> str:
+    """A name as text that any file and any line can hold: control characters, ends of lines and bytes
+    that are no UTF-8 are written as Python would, `\\n`, `\\udce9`."""
+    return _UNSPEAKABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), name)
+
+
+def spelled_classes(classes: list[str], where: str) -> list[str]:
+    """Class names as a set holds them; their order, torchvision's, is that of the raw names.
+
+    Raises:
+        TicketSetError: two of them are spelled alike, or one is empty.
+    """
+    raw: dict[str, str] = {}
+    for name in classes:
+        text = spelled(name)
+        if not text.strip():
+            raise TicketSetError(f"{where}: expected a name for every class, got {name!r}")
+        if text in raw:
+            raise TicketSetError(
+                f"{where}: classes {raw[text]!r} and {name!r} would both be spelled {text}; rename one"
+            )
+        raw[text] = name
+    return list(raw)
 
 
 def listing(entries: Iterable[Entry], classes: list[str], where: str, notes: list[str]) -> pa.Table:
@@ -139,17 +216,25 @@ def read_labels(path: str) -> dict[str, str]:
     """filename -> class of a two-column CSV; a first line `filename,class` is a header.
 
     Raises:
-        TicketSetError: not such a file.
+        TicketSetError: not such a file, or it gives one file two classes.
     """
+    labels: dict[str, str] = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row]
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte-order mark
+            lines = csv.reader(file)
+            for row in lines:
+                row = [cell.strip() for cell in row]
+                where = f"--labels {path}, line {lines.line_num}"
+                if not any(row) and len(row) < 2 or (not labels and row[0].lower() == "filename"):
+                    continue
+                if len(row) != 2 or not all(row):
+                    raise TicketSetError(f"{where}: expected lines of filename,class, got {','.join(row)[:200]!r}")
+                name, label = row
+                if labels.setdefault(name, label) != label:
+                    raise TicketSetError(f"{where}: {name} is of class {label!r} here, of {labels[name]!r} further up")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TicketSetError(f"--labels {path}: {error}") from None
-    bad = next((row for row in rows if len(row) != 2), None)
-    if bad is not None:
-        raise TicketSetError(f"--labels {path}: expected lines of filename,class, got {','.join(bad)!r}")
-    return {name.strip(): label.strip() for name, label in rows if name != "filename"}
+    return labels
 
 
 def label_entries(entries: list[Entry], labels: dict[str, str] | None, where: str) -> None:
@@ -193,3 +278,14 @@ def split_off_val(source: Source, share: float, seed: int) -> Source:
         f" by hash of the key, from every class)"
     )
     return replace(source, splits=splits, notes=[*source.notes, note])
+
+
+def note_unlabelled(source: Source) -> None:
+    """Note images without a label where others have one: mining does without, training does not."""
+    for split, table in source.splits.items() if source.classes else ():
+        if table["label"].null_count:
+            first = table.filter(table["label"].is_null())["source"][0]
+            source.notes.append(
+                f"{split}: {table['label'].null_count} of {len(table)} images have no label (first: {first});"
+                " training needs labels: mend them, or give --labels FILE.csv"
+            )

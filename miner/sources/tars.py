@@ -6,49 +6,73 @@ A sample's label is its `cls` member, else a field of its `json` member, else no
 import functools
 import json
 import re
-import tarfile
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from miner.sources.archive import REPLACED, Archive, Member, Pieces, member_bytes, open_archive
 from miner.sources.source import (
+    MAX_CLASSES,
     Entry,
     Source,
+    Tally,
     class_names,
     empty_classes,
     is_image,
     label_entries,
     listing,
     read_labels,
+    spelled,
 )
 from shards import storage
 from shards.errors import TicketSetError
 from shards.format import IMAGE_MEMBERS
 
-_SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset: the key ends at the basename's first dot
-_SPLIT_WORDS = (("train", "train"), ("val", "val"), ("test", "test"))
+SPLIT_WORDS = {
+    **dict.fromkeys(["train", "training"], "train"),
+    **dict.fromkeys(["val", "valid", "validation"], "val"),
+    "test": "test",
+}
+MAX_LABEL_BYTES = 16 << 20  # of a cls or json member
+_SAMPLE_NAME = re.compile(
+    r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL
+)  # WebDataset: the key ends at the basename's first dot
+_DIGITS = re.compile(rb"\s*(-?[0-9]+)\s*")  # not what int() takes: 1_0, +1, digits of other scripts
+_NO_IMAGE = f"{{count}} samples have no image member (.{', .'.join(IMAGE_MEMBERS)}, ...; first: {{first}})"
+_SECOND = (
+    "{count} images are left out: WebDataset's samples end at the first dot of a name, so that they share one with"
+    " another image; rename them without that dot (first: {first})"
+)
+_PART = "{count} images with further dots in their names are taken for parts of samples and left out (first: {first})"
 
 
 def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None) -> Source:
-    """List the samples of tars; a tar's split is the word train, val or test in its file name, else train.
+    """List the samples of tars; `split_of` says which split a tar belongs to.
 
     Raises:
         TicketSetError: a tar cannot be read, holds no images, or its labels are no labels.
     """
-    notes: list[str] = []
+    tally = Tally()
     label_map = read_labels(labels) if labels else None
+    read = TarReader(urls)
     by_split: dict[str, list[Entry]] = {}
     for container, url in enumerate(urls):
-        entries = by_split.setdefault(split_of(url), [])
-        with open_tar(url) as (tar, _):
-            entries.extend(_samples(tar, url, container, label_field, notes))
+        entries = by_split.setdefault(split_of(url)[0], [])
+        with open_archive(url, tally) as archive:
+            for name, sample in _samples(archive, url, tally).items():
+                image = _image(sample, f"{url}: {spelled(name)}", tally)
+                entry = read.entry(image.name, image, container)
+                entry.name = _label(archive, sample, f"{url}: {spelled(name)}", label_field)
+                entries.append(entry)
+    notes = [*_split_notes(urls), *tally.notes()]
     for entries in by_split.values():
         label_entries(entries, label_map, f"--labels {labels}")
     every = [e for entries in by_split.values() for e in entries]
     if not every:
-        raise TicketSetError(f"--data {spec}: no images in {len(urls)} tars")
+        why = f" ({notes[-1]})" if notes else ""
+        raise TicketSetError(f"--data {spec}: no images in {len(urls)} tars{why}")
     classes = class_names(by_split.get("train") or every, f"--data {spec}")
     if classes and all(isinstance(e.name, int) for e in every if e.name is not None):
         classes = class_names(every, f"--data {spec}")
@@ -58,7 +82,7 @@ def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None)
         tables = {split: table.take(_far_order(table)) for split, table in tables.items()}
     if "train" in tables:
         empty_classes(classes, tables["train"], notes)
-    return Source(spec, classes, tables, TarReader(urls), notes, in_order=remote)
+    return Source(spec, classes, tables, read, notes, in_order=remote)
 
 
 class TarReader:
@@ -66,118 +90,128 @@ class TarReader:
 
     def __init__(self, urls: list[str]) -> None:
         self._urls = urls
+        self._odd: dict[tuple[int, int], Pieces | str] = {}  # of members that are no plain run of bytes
         self._open = functools.lru_cache(2 if any(map(storage.is_remote, urls)) else 64)(storage.open_ranges)
 
+    def entry(self, source: str, member: Member, container: int, shift: int = 0) -> Entry:
+        """The input that a member is, and what this reader has to know of it.
+
+        Args:
+            shift: offset of the member's tar, where that lies in another.
+        """
+        offset = member.offset + shift
+        if member.odd is not None:
+            self._odd[container, offset] = member.odd
+        return Entry(source, None, -1 if isinstance(member.odd, str) else member.size, container, offset)
+
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, None]:
-        url = self._urls[row["container"]]
-        data = self._open(url).read(row["offset"], row["size"])
-        if len(data) != row["size"]:
-            raise OSError(f"{url} ends inside {row['source']}")
-        return data, None
+        url, offset = self._urls[row["container"]], row["offset"]
+        odd = self._odd.get((row["container"], offset))
+        return member_bytes(self._open(url).read, offset, row["size"], odd, url, row["source"]), None
 
 
-class open_tar:
-    """A tar opened for listing, local or remote, as a context: (tar, file)."""
+def split_of(url: str) -> tuple[str, str]:
+    """The split of a tar, and why: whole words of its name decide, else the one such word of its folder's name.
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> tuple[tarfile.TarFile, BinaryIO]:
-        try:
-            fs, path = storage.filesystem(storage.local(self._url))
-            self._file = fs.open(path, "rb")
-            return tarfile.open(fileobj=self._file, mode="r:"), self._file
-        except FileNotFoundError:
-            raise TicketSetError(f"{self._url}: no such file") from None
-        except (OSError, tarfile.TarError) as error:
-            raise TicketSetError(f"{self._url}: not a readable tar: {error}") from None
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-
-def members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, one at a time and without keeping them.
-
-    tarfile takes a broken header, and a file that is cut between two members, for the end of the tar.
-
-    Raises:
-        TicketSetError: the tar ends early, or without its end mark.
+    A folder called test-run or latest_tests is nobody's test split: there, test counts only as the whole name.
     """
-    try:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it saw
-            if member.isfile():
-                yield member
-    except tarfile.TarError as error:
-        raise TicketSetError(f"{where}: not a readable tar: {error}") from None
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if block != bytes(tarfile.BLOCKSIZE):
-        got = "something else" if len(block) == tarfile.BLOCKSIZE else "the end of the file"
-        raise TicketSetError(
-            f"{where}: not a readable tar: expected a member or the end mark at {tar.offset}, got {got}"
-        )
+    folder, _, name = url.rpartition("/")
+    words = _words(name.removesuffix(".tar"))
+    word = next((w for split in ("train", "val", "test") for w in words if SPLIT_WORDS.get(w) == split), None)
+    if word:
+        return SPLIT_WORDS[word], f"by the word {word} in their names"
+    words = _words(folder.rpartition("/")[2])
+    found = {w for w in words if w in SPLIT_WORDS}
+    if len({SPLIT_WORDS[w] for w in found}) == 1 and (found != {"test"} or len(words) == 1):
+        return SPLIT_WORDS[min(found)], f"by the word {min(found)} in their folder's name"
+    return "train", "without such a word"
 
 
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, "members() gives regular files only"
-    return file.read()
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W\d_]+", name.lower()) if word]
 
 
-def split_of(url: str) -> str:
-    name = url.rpartition("/")[2].lower()
-    return next((split for word, split in _SPLIT_WORDS if word in name), "train")
+def _split_notes(urls: list[str]) -> list[str]:
+    """Which tars went where, if not all to train."""
+    counts = Counter(split_of(url) for url in urls)
+    if all(split == "train" for split, _ in counts):
+        return []
+    return [f"split {split}: {count} tars {why}" for (split, why), count in counts.items()]
 
 
 def _far_order(table: pa.Table) -> np.ndarray:
     return np.lexsort((table["offset"].to_numpy(), table["container"].to_numpy()))
 
 
-def _samples(tar: tarfile.TarFile, url: str, container: int, label_field: str, notes: list[str]) -> Iterator[Entry]:
-    """The image of a sample is its member with the plainest name: x.jpg before x.seg.png, whichever comes first."""
-    grouped: dict[str, dict[str, Any]] = {}
-    for member in members(tar, url):
-        match = _SAMPLE_NAME.match(member.name)
+def _samples(archive: Archive, url: str, tally: Tally) -> dict[str, dict[str, Any]]:
+    """Sample name -> ending of its name -> image Member, or the bytes of its label.
+
+    Of equal names the last counts, for images and labels alike, as when the tar is unpacked.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    for member in archive:
+        match = _SAMPLE_NAME.fullmatch(member.name.removeprefix("./"))
         if match is None:
             continue
-        name, extension = match[1], match[2].lower()
-        sample = grouped.setdefault(name, {})
-        if extension in ("cls", "json"):
-            sample[extension] = read_member(tar, member)
-        elif is_image("." + extension):
-            sample.setdefault("images", []).append((member.name, member.size, member.offset_data))
-    pictured = {name: sample for name, sample in grouped.items() if "images" in sample}
-    if len(pictured) < len(grouped):
-        odd = next(name for name in grouped if name not in pictured)
-        notes.append(
-            f"{url}: {len(grouped) - len(pictured)} samples have no image member (.{', .'.join(IMAGE_MEMBERS)}, ...;"
-            f" first: {odd})"
-        )
-    several = []
-    for name, sample in pictured.items():
-        plainest = min(path.count(".") for path, _, _ in sample["images"])
-        images = [image for image in sample["images"] if image[0].count(".") == plainest]
-        if len(images) > 1:
-            several.append(f"{name}: {images[0][0]}")
-        path, size, offset = images[0]
-        yield Entry(path, _label(sample, name, url, label_field), size, container, offset)
-    if several:
-        notes.append(f"{url}: {len(several)} samples have several images, one of each is taken (first: {several[0]})")
+        name, ending = match.groups()
+        sample = samples.setdefault(name, {})
+        if ending.lower() in ("cls", "json"):
+            ending = ending.lower()
+        elif not is_image("." + ending):
+            continue
+        if ending in sample:
+            tally.add(REPLACED, f"{url}: {spelled(member.name)}")
+        # A label is read while its place in the tar is near; that of a link is not known yet.
+        sample[ending] = _label_bytes(archive, member, url) if ending in ("cls", "json") else member
+    archive.follow(part for sample in samples.values() for part in sample.values() if isinstance(part, Member))
+    pictured = {name: s for name, s in samples.items() if any(ending not in ("cls", "json") for ending in s)}
+    if len(pictured) < len(samples):
+        odd = next(name for name in samples if name not in pictured)
+        tally.add(_NO_IMAGE, f"{url}: {spelled(odd)}", len(samples) - len(pictured))
+    return pictured
 
 
-def _label(sample: dict[str, Any], name: str, url: str, label_field: str) -> int | str | None:
+def _label_bytes(archive: Archive, member: Member, url: str) -> bytes | Member:
+    if member.target is not None:
+        return member
+    if isinstance(member.odd, str) or member.size > MAX_LABEL_BYTES:
+        why = member.odd if isinstance(member.odd, str) else f"expected a label, got {member.size} bytes"
+        raise TicketSetError(f"{url}: {spelled(member.name)}: {why}")
+    return archive.read(member)
+
+
+def _image(sample: dict[str, Any], where: str, tally: Tally) -> Member:
+    """The member with the plainest name: x.jpg before x.seg.png, whichever comes first."""
+    images = [part for ending, part in sample.items() if ending not in ("cls", "json")]
+    plainest = min(image.name.count(".") for image in images)
+    image = next(image for image in images if image.name.count(".") == plainest)
+    for other in images:
+        if other is not image:
+            second = other.name.count(".") == plainest
+            tally.add(_SECOND if second else _PART, f"{where}: {spelled(other.name)}")
+    return image
+
+
+def _label(archive: Archive, sample: dict[str, Any], where: str, label_field: str) -> int | str | None:
+    kind = "cls" if "cls" in sample else "json"
+    if kind not in sample:
+        return None
+    data = sample[kind]
+    if isinstance(data, Member):
+        data = _label_bytes(archive, data, where)
+    if kind == "cls":
+        match = _DIGITS.fullmatch(data)
+        if match is None or len(match[1]) > 18:
+            got = data[:40].decode("ascii", "backslashreplace")
+            raise TicketSetError(f"{where}: expected digits in .cls or an object in .json, got {got!r}")
+        return int(match[1])
     try:
-        if "cls" in sample:
-            return int(sample["cls"])
-        if "json" in sample:
-            value = json.loads(sample["json"]).get(label_field)
-        else:
-            return None
-    except (ValueError, AttributeError):
-        raise TicketSetError(f"{url}: {name}: expected digits in .cls or an object in .json") from None
-    if value is None or isinstance(value, str) or type(value) is int:
+        value = json.loads(data).get(label_field)
+    except (ValueError, AttributeError, RecursionError):
+        raise TicketSetError(f"{where}: expected digits in .cls or an object in .json") from None
+    if value is None or (isinstance(value, str) and value.strip()) or (type(value) is int and 0 <= value < MAX_CLASSES):
         return value
-    raise TicketSetError(f"{url}: {name}: expected a name or a number in its json's {label_field}, got {value!r}")
+    raise TicketSetError(
+        f"{where}: expected a name or a number in its json's {label_field}, got {repr(value)[:40]};"
+        f" numbers go from 0 to {MAX_CLASSES - 1}"
+    )

@@ -8,10 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from miner.sources.source import SCHEMA, Source
-from shards import format as fmt
 from shards import storage
-from shards.errors import TicketSetError
-from shards.reader import TicketSet
+from shards.reader import Row, TicketSet
 from shards.tar import split_members
 
 
@@ -47,11 +45,15 @@ class _TicketSetReader:
     def __init__(self, images: TicketSet, shards: list[str]) -> None:
         self._images, self._shards = images, shards
         self._open = functools.lru_cache(2 if storage.is_remote(images.url) else 64)(storage.open_ranges)
+        self._rows = functools.lru_cache(4)(self._rows_of)
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
-        url = storage.join(self._images.url, self._shards[row["container"]] + ".tar")
-        members = split_members(self._open(url).read(row["offset"], row["size"]), row["key"], url)
-        image = next((members[name] for name in fmt.IMAGE_MEMBERS if name in members), None)
-        if image is None:
-            raise TicketSetError(f"{url}: {row['key']}: expected an image, got {sorted(members)}")
-        return image, fmt.decode_npy(members[fmt.VIEWS])
+        name, key = self._shards[row["container"]], row["key"]
+        url = storage.join(self._images.url, name + ".tar")
+        members = split_members(self._open(url).read(row["offset"], row["size"]), key, url)
+        sample = self._images.sample(name, self._rows(name)[key], members, members, url)
+        return sample.image, sample.views
+
+    def _rows_of(self, name: str) -> dict[str, Row]:
+        rows = self._images.joined(name).select(Row._fields).to_pylist()
+        return {row["key"]: Row(**row) for row in rows}

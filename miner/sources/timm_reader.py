@@ -1,12 +1,13 @@
 """timm's map-style dataset readers as a source: `timm:hfds/NAME` and what else timm can index."""
 
+import itertools
 import numbers
 import threading
 from collections.abc import Sequence
 from typing import Any
 
-from miner.sources.source import Entry, Source, class_names, empty_classes, listing
-from shards.errors import TicketSetError, first_line
+from miner.sources.source import Entry, Source, class_names, empty_classes, listing, spelled
+from shards.errors import ImageError, TicketSetError, first_line
 
 _ITERABLE = ("wds", "tfds", "hfids")
 _ADVICE = {
@@ -44,9 +45,9 @@ def timm_source(spec: str, splits: Sequence[str]) -> Source:
     notes: list[str] = []
     entries = {split: _entries(spec, reader, i, split) for i, (split, reader) in enumerate(readers.items())}
     classes = class_names([e for split in entries.values() for e in split], f"--data {spec}")
-    names = getattr(next(iter(readers.values())), "class_to_idx", None) or {}
+    names = _names(next(iter(readers.values())))
     if len(names) >= len(classes):
-        classes = [str(n) for n, _ in sorted(names.items(), key=lambda item: item[1])]
+        classes = names
     tables = {split: listing(e, classes, f"--data {spec}", notes) for split, e in entries.items()}
     if "train" in tables:
         empty_classes(classes, tables["train"], notes)
@@ -72,6 +73,13 @@ def _create(spec: str, name: str, split: str) -> Any:
     return reader
 
 
+def _names(reader: Any) -> list[str]:
+    """A reader's class names by their numbers; none where these are not 0, 1, 2, ..."""
+    numbered = getattr(reader, "class_to_idx", None)
+    names = {number: str(name) for name, number in numbered.items()} if isinstance(numbered, dict) else {}
+    return [names[i] for i in range(len(names))] if names.keys() == set(range(len(names))) else []
+
+
 def _try(name: str, split: str) -> Any | None:
     try:
         return _create(name, name, split)
@@ -84,13 +92,25 @@ def _entries(spec: str, reader: Any, container: int, split: str) -> list[Entry]:
 
     A reader's own file names are left alone: hfds would decode every image for them.
     """
-    targets = reader.iter_targets() if hasattr(reader, "iter_targets") else (reader[i][1] for i in range(len(reader)))
     out = []
-    for i, target in enumerate(targets):
-        name = f"{split}/{i:08d}"
-        if target is not None and not isinstance(target, numbers.Integral):
-            raise TicketSetError(f"--data {spec}: {name}: expected a class number, got {target!r}")
-        out.append(Entry(name, None if target is None or target < 0 else int(target), -1, container, i))
+    try:
+        count = len(reader)
+        targets = reader.iter_targets() if hasattr(reader, "iter_targets") else (reader[i][1] for i in range(count))
+        for i, target in enumerate(itertools.islice(targets, count + 1)):
+            name = f"{split}/{i:08d}"
+            if target is not None and not isinstance(target, numbers.Integral):
+                raise TicketSetError(f"--data {spec}: {name}: expected a class number, got {target!r}")
+            out.append(Entry(name, None if target is None or target < 0 else int(target), -1, container, i))
+    except TicketSetError:
+        raise
+    except Exception as error:  # whatever the reader's backend raises
+        raise TicketSetError(
+            f"--data {spec}: timm cannot list split {split}: {type(error).__name__}: {first_line(error)}"
+        ) from None
+    if len(out) != count:
+        raise TicketSetError(
+            f"--data {spec}: split {split}: expected a class number for each of {count}, got {len(out)}"
+        )
     return out
 
 
@@ -105,5 +125,7 @@ class _TimmRead:
             try:
                 with self._readers[row["container"]][row["offset"]][0] as image:
                     return image.read(), None
+            except OSError:
+                raise  # with its number: the machine's errors are no image's
             except Exception as error:  # whatever the reader's backend raises: this image failed, not the run
-                raise OSError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+                raise ImageError(f"cannot be read: {type(error).__name__}: {spelled(first_line(error))}") from error

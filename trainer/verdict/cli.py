@@ -63,11 +63,14 @@ def main(folders: tuple[str, ...], output: str | None, margin: float, allowed: t
     runs = [read_run(Path(folder)) for folder in folders]
     check_comparable(runs, fields)
     report = Report(runs, judge(group_runs(runs, fields)), margin)
-    click.echo(report.screen())
-    if output is not None:
+    written: list[Path] = []
+    if output is not None:  # before the first line: `| head` ends the command
         from trainer.verdict.files import write_files
 
-        click.echo("\nwritten: " + ", ".join(map(str, write_files(report, Path(output)))))
+        written = write_files(report, Path(output))
+    click.echo(report.screen())
+    if written:
+        click.echo("\nwritten: " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

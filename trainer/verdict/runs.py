@@ -11,7 +11,7 @@ import pyarrow as pa
 import yaml
 
 from shards.errors import TicketSetError, first_line
-from shards.reader import read_parquet
+from shards.index import read_parquet
 
 PROTOCOLS = ("tickets", "all", "random")
 COSTS = ("tokens", "patches", "train_gmacs", "dense_gmacs", "seconds")
@@ -107,13 +107,9 @@ def _read_predictions(path: Path, top1: dict[str, float]) -> tuple[pa.Array, dic
     """Keys, and which images were right under each protocol; they must give the accuracies of final.json."""
     if not path.is_file():
         raise TicketSetError(f"{path}: missing; datalth-train writes it when a run finishes")
-    try:
-        table = read_parquet(path.read_bytes(), ["key", "label", *top1])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise TicketSetError(f"{path}: damaged: {first_line(error)}") from None
-    missing = {"key", "label", *top1} - set(table.column_names)
-    if missing or not len(table):
-        raise TicketSetError(f"{path}: damaged: {f'no column {min(missing)}' if missing else 'no images'}")
+    table = read_parquet(path.read_bytes(), f"{path}: damaged", ["key", "label", *top1])
+    if not len(table):
+        raise TicketSetError(f"{path}: damaged: no images")
     labels = table["label"].to_numpy()
     hits = {name: table[name].to_numpy() == labels for name in top1}
     for name, found in hits.items():

@@ -1,0 +1,80 @@
+"""Small labelled inputs whose files hold no pictures (listing never decodes), and what is listed and read of them."""
+
+import csv
+import io
+import tarfile
+
+import fsspec
+import pytest
+
+from miner.plan import make_plan
+from miner.sources import open_source
+from shards.errors import TicketSetError
+
+
+def write_tree(root, *paths):
+    """Files whose contents are their paths; listing never decodes. A path that ends in / is a folder."""
+    for path in paths:
+        if path.endswith("/"):
+            (root / path).mkdir(parents=True)
+        else:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(path.encode("utf-8", "surrogateescape"))
+    return root
+
+
+def write_tar(path, members):
+    """A tar of {name: contents}; `path` may be a memory:// URL."""
+    with fsspec.open(str(path), "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(first, count, **members):
+    """Tar members of `count` WebDataset samples; {} in a member's text is the sample's number."""
+    out = {}
+    for i in range(first, first + count):
+        for extension, text in (members or {"cls": "{}", "jpg": "picture {}"}).items():
+            out[f"{i:04d}.{extension.replace('_', '.')}"] = text.replace("{}", str(i)).encode()
+    return out
+
+
+def labels(source, split="train"):
+    """source path -> class name"""
+    columns = (source.splits[split][c].to_pylist() for c in ("source", "label"))
+    return {path: None if label is None else source.classes[label] for path, label in zip(*columns, strict=True)}
+
+
+def keys(source, split="train"):
+    return source.splits[split]["key"].to_pylist()
+
+
+def rows(source, split="train"):
+    """(key, source, label, size, container, offset) of every input"""
+    return [tuple(row.values()) for row in source.splits[split].to_pylist()]
+
+
+def read_all(source, split="train"):
+    """source path -> bytes"""
+    return {row["source"]: source.read(row)[0] for row in source.splits[split].to_pylist()}
+
+
+def plan(source, shard_size=4):
+    geometry = {"img_size": 64, "patch_size": 16, "views": 1, "scale": (0.08, 1), "ratio": (0.75, 1.33), "hflip": 0.5}
+    storing = {"exif": "ignore", "store_side": None, "images": "copy", "shard_size": shard_size, "limit": None}
+    return make_plan(source, {"method": "center"}, k=8, val_share=0, seed=0, batch_size=8, **geometry, **storing)
+
+
+def refusal(*arguments, **options):
+    with pytest.raises(TicketSetError) as error:
+        open_source(*map(str, arguments), **options)
+    return str(error.value)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return str(path)
