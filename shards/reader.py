@@ -196,6 +196,24 @@ class TicketSet:
         if not self.has_tickets:
             raise TicketSetError(f"{self.url}: expected a set with tickets, got one of token labels alone")
 
+    def check_unchanged(self) -> None:
+        """Hold what is there now against what was opened; call it after a file of the set was opened.
+
+        Mining anew takes the manifest away before it touches a shard, so a file opened before this passes is of this set.
+
+        Raises:
+            TicketSetError: the set was mined anew, or is being.
+        """
+        try:
+            found = _read_manifest(self.url)["set_id"]
+        except TicketSetError as error:
+            raise TicketSetError(f"{self.url}: changed while it was read: {error}") from None
+        if found != self.manifest["set_id"]:
+            raise TicketSetError(
+                f"{self.url}: mined anew while it was read: expected set_id {self.manifest['set_id'][:12]},"
+                f" got {found[:12]}; start again on the new set"
+            )
+
     def shard_names(self, split: str) -> list[str]:
         """Stems of a split's shards, in order.
 

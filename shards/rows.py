@@ -67,6 +67,9 @@ class Rows:
         self.labels = pc.fill_null(labels, -1).to_numpy()
         in_base = opened.manifest if opened.base is None else opened.base.manifest
         self.skipped = in_base["splits"][split]["samples"] - len(table)
+        for each in (opened, opened.base, token_labels):
+            if each is not None:
+                each.check_unchanged()  # the tables are of one set
         self._tars: dict[tuple[str, str], tuple[int, str]] = {}
         self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
 
@@ -128,12 +131,16 @@ class Rows:
 
     def _tar(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")
-        return self._open(url, opened.manifest["set_id"]), url
+        return self._open(url, opened), url
 
-    def _open_tar(self, url: str, set_id: str) -> storage.Ranges:
+    def _open_tar(self, url: str, opened: TicketSet) -> storage.Ranges:
         try:
-            return storage.open_ranges(self._fetched(url, set_id) if storage.is_remote(url) else url)
+            path = self._fetched(url, opened.manifest["set_id"]) if storage.is_remote(url) else url
+            ranges = storage.open_ranges(path)
+            opened.check_unchanged()
+            return ranges
         except FileNotFoundError:
+            opened.check_unchanged()
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None
 
     def _fetched(self, url: str, set_id: str) -> str:

@@ -76,7 +76,6 @@ def whole(sample: Sample, view: int) -> torch.Tensor:
 # Purity.
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_batches_are_equal_for_any_number_of_workers(rows):
     feed = TrainFeed(rows, RICH)
     places = [(epoch, step, 0) for epoch in (0, 1) for step in range(feed.steps())]

@@ -1,12 +1,18 @@
 """A run's folder: how runs begin, go on, stop and are evaluated, and what the verdict reads."""
 
+import contextlib
+import errno
 import hashlib
+import io
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,11 +23,14 @@ import yaml
 from click.testing import CliRunner
 
 from conftest import mine
+from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import fetch
+from trainer import checkpoint
 from trainer import run as run_module
-from trainer.cli import main
-from training import SMALL, arguments, same, train, two_ranks, weights_of
+from trainer.cli import cores, main
+from trainer.folder import Claim, Summary
+from training import SMALL, arguments, same, stopped_at, train, two_ranks, weights_of
 
 
 def test_resume_latest_begins_a_run_that_has_not_begun(tickets, whole, tmp_path):
@@ -127,9 +136,10 @@ def test_eval_of_a_run_knows_its_set(tickets, whole, center_set, tmp_path, monke
     assert "Missing option '--shards'" in CliRunner().invoke(main, ["--resume", str(run)]).output
 
 
-def test_weights_alone_cannot_be_resumed(tickets, whole):
-    output = train(tickets, whole.parent, "x", "--resume", whole / "model_best.pth.tar", code=1).output
-    assert "holds weights alone" in output and output.count("\n") == 1
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "model_best.safetensors"])
+def test_weights_alone_cannot_be_resumed(tickets, whole, name):
+    output = train(tickets, whole.parent, "x", "--resume", whole / name, code=1).output
+    assert "holds weights alone; take last.pth.tar, or start anew" in output and output.count("\n") == 1
 
 
 def test_eval_refuses_a_head_that_was_never_trained(tickets, whole, tmp_path):
@@ -178,7 +188,7 @@ def test_an_image_that_cannot_be_read_is_one_line_with_its_name(tickets, tmp_pat
     assert output.splitlines()[-1].startswith("Error: ") and "Traceback" not in output, output
 
 
-def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_one_line_that_names_the_last_checkpoint(tickets, whole, tmp_path, monkeypatch):
     from trainer.feed import TrainFeed
 
     parent = os.getpid()
@@ -189,9 +199,21 @@ def test_a_worker_that_dies_is_one_line(tickets, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return views(self, *arguments)
 
-    monkeypatch.setattr(TrainFeed, "_views", dies)
-    output = train(tickets, tmp_path, "run", "-j", 1, code=1).output
-    assert "Error: -j 1: DataLoader worker" in output and "Traceback" not in output
+    def last_line(*flags: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainFeed, "_views", dies)
+            return train(tickets, tmp_path, "run", "-j", 1, *flags, code=1).output.splitlines()[-1]
+
+    said = last_line()
+    assert said.startswith("Error: -j 1: worker process ") and "was killed by SIGKILL; out of memory?" in said
+    assert said.endswith("there was no checkpoint yet")
+    with monkeypatch.context() as patch:
+        stopped_at(8, patch)
+        train(tickets, tmp_path, "run", "--resume", "latest", code=143)
+    recovery = tmp_path / "run" / "recovery.pth.tar"
+    assert last_line("--resume", "latest").endswith(f"; --resume latest goes on from {recovery}")
+    train(tickets, tmp_path, "run", "-j", 1, "--resume", "latest")
+    assert same(weights_of(tmp_path / "run"), weights_of(whole))
 
 
 def wait_for(path: Path, rank: subprocess.Popen) -> None:
@@ -241,6 +263,14 @@ if fault == "signal in validation" and rank == 1:
 if fault == "loss" and rank == 1:
     cross_entropy = ticket_model.soft_cross_entropy
     ticket_model.soft_cross_entropy = lambda *arguments: cross_entropy(*arguments) * float("nan")
+if fault == "worker" and rank == 1:
+    from trainer.feed import TrainFeed
+    run_pid, views = os.getpid(), TrainFeed._views
+    def dies(*arguments):
+        if os.getpid() != run_pid:
+            os.kill(os.getpid(), 9)
+        return views(*arguments)
+    TrainFeed._views = dies
 if fault == "image" and rank == 1:
     def broken(*arguments):
         raise OSError("val/bee/bee_0: cannot be read")
@@ -256,11 +286,12 @@ main()
         ("signal in validation", [143, 143], ["stopped at epoch 0, step 6", ""]),
         ("loss", [1, 1], ["loss is not finite at epoch 0, step 0", "loss is not finite at epoch 0, step 0"]),
         ("image", [1, 1], ["another rank stopped; it says why", "val/bee/bee_0: cannot be read"]),
+        ("worker", [1, 1], ["another rank stopped; it says why", "-j 1: worker process"]),
     ],
 )
 def test_a_fault_of_one_rank_is_a_line_on_each(tickets, tmp_path, fault, codes, said):
     (tmp_path / "fault.py").write_text(FAULTS)
-    flags = arguments(tickets, tmp_path, "run", "-b", "2", "--log-interval", "50")
+    flags = arguments(tickets, tmp_path, "run", "-b", "2", "--log-interval", "50", "-j", int(fault == "worker"))
     ranks = two_ranks(fault, *flags, program=str(tmp_path / "fault.py"))
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == codes, outputs
@@ -372,3 +403,207 @@ def test_a_val_split_without_one_good_image_is_refused_before_an_epoch_is_spent(
     mine("--data", copy, "--out", tmp_path / "set", "--method", "center", "--max-failures", 1)
     output = train(tmp_path / "set", tmp_path, "run", "--repeats", 1, code=1).output
     assert "split val has no image that could be read" in output and not (tmp_path / "run").exists()
+
+
+# What a crash or a full disk leaves.
+
+
+class Full(io.RawIOBase):
+    """A file on a disk that has room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.pth.tar.tmp")
+        return len(data)
+
+
+def test_a_disk_that_fills_up_anywhere_in_a_checkpoint_says_so(tmp_path, monkeypatch):
+    content = {"state_dict": {str(i): torch.zeros(500) for i in range(8)}, "args": {}, "classes": ["ant"]}
+    checkpoint._write(tmp_path / "whole.pth.tar", content)
+    size = (tmp_path / "whole.pth.tar").stat().st_size
+    for room in range(0, size, size // 20):
+
+        @contextlib.contextmanager
+        def full(path: Path, room: int = room):
+            file = io.BufferedWriter(Full(room))
+            yield file
+            file.flush()
+
+        monkeypatch.setattr(checkpoint, "atomic_file", full)
+        with pytest.raises(OSError) as raised:
+            checkpoint._write(tmp_path / "last.pth.tar", content)
+        assert raised.value.errno == errno.ENOSPC, room
+
+
+ROW = {"epoch": 1, "train_loss": 0.5, "lr": 0.25}
+HEAD = "epoch,train_loss,lr\n"
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        (HEAD + "0,2.5,1.0\n1,2.25,1.0\n2,2.0,1.0\n", HEAD + "0,2.5,1.0\n"),  # of epochs that are trained again
+        (HEAD + "0,2.5,1.0\n1,2.2", HEAD + "0,2.5,1.0\n"),
+        (HEAD + "0,2.5,1.0\n\n" + 300 * "\0", HEAD + "0,2.5,1.0\n"),
+        (HEAD.replace("\n", "\r\n") + "0,2.5,1.0\r\n", HEAD + "0,2.5,1.0\n"),
+        ("0,2.5,1.0\n", "\n0,2.5,1.0\n"),  # the head was lost; the next row brings it back
+        ("", ""),
+    ],
+)
+def test_the_summary_is_mended_after_a_crash(tmp_path, left, kept):
+    path = tmp_path / "summary.csv"
+    path.write_bytes(left.encode())
+    summary = Summary(path, 1)
+    assert path.read_bytes().decode() == kept
+    summary.add(ROW)
+    assert path.read_bytes().decode() == HEAD + kept.removeprefix(HEAD).strip("\n") + "\n" * bool(kept) + "1,0.5,0.25\n"
+
+
+def test_a_row_of_the_summary_that_is_lost_is_said(tmp_path, caplog):
+    path = tmp_path / "summary.csv"
+    path.write_bytes(b"epoch,loss\n0,2.5\n1,\0\0\n2,2.0\n")
+    Summary(path, 3)
+    assert path.read_bytes() == b"epoch,loss\n0,2.5\n2,2.0\n"
+    assert f"{path}: no readable row of epoch 1" in caplog.text
+
+
+def test_a_run_killed_before_its_first_files_were_whole_begins_again(tickets, whole, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "classes.txt").write_text("ant\nbee\ncat\n")
+    ours = ["args.yaml.77-0a1b2c.tmp", "last.pth.tar.77-0a1b2c.tmp", "model_best.safetensors.77-0a1b2c.tmp"]
+    for name in ours:
+        (run / name).write_bytes(b"")
+    train(tickets, tmp_path, "run", "--resume", "latest", "--epochs", 1)
+    assert not list(run.glob("*.tmp"))
+    (run / "classes.txt").unlink()  # as a run that was interrupted after args.yaml left it
+    (run / "notes.77-0a1b2c.tmp").write_text("not ours")
+    train(tickets, tmp_path, "run", "--resume", "latest", "--epochs", 1)
+    assert (run / "classes.txt").read_text() == "ant\nbee\ncat\n"
+    assert [path.name for path in run.glob("*.tmp")] == ["notes.77-0a1b2c.tmp"]
+
+
+@pytest.mark.parametrize("text", ["", "a: [1", "just words", "\0\0\0"])
+def test_arguments_that_cannot_be_read_are_one_line(tickets, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.yaml").write_text(text)
+    output = train(tickets, tmp_path, "run", "--resume", "latest", code=1).output
+    assert "args.yaml: " in output and output.count("\n") == 1
+
+
+# Checksums.
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_or_is_of_no_account(whole, tmp_path):
+    """Some bytes of a zip are padding: then what is read is the same."""
+    data = (whole / "model_best.pth.tar").read_bytes()
+    expected, path, dice, found = (
+        checkpoint.read(whole / "model_best.pth.tar"),
+        tmp_path / "x.pth.tar",
+        random.Random(0),
+        0,
+    )
+    for _ in range(60):
+        place = dice.randrange(len(data))
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << dice.randrange(8)]) + data[place + 1 :])
+        try:
+            content = checkpoint.read(path)
+        except TicketSetError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            found += 1
+            continue
+        weights = content.pop("state_dict")
+        assert same(weights, expected["state_dict"])
+        assert content == {name: value for name, value in expected.items() if name != "state_dict"}
+    assert found > 40
+
+
+def test_damaged_files_are_named_where_they_are_used(tickets, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    command = ["sha256sum", "-c", "model_best.safetensors.sha256"]
+    assert subprocess.check_output(command, cwd=run) == b"model_best.safetensors: OK\n"
+    flags = {
+        "model_best.safetensors": ["--eval", "--initial-checkpoint"],
+        "model_best.pth.tar": ["--initial-checkpoint"],
+        "last.pth.tar": ["--resume"],
+    }
+    for name, flag in flags.items():
+        data = bytearray((run / name).read_bytes())
+        data[len(data) // 2] ^= 4
+        (run / name).write_bytes(data)
+        output = train(tickets, tmp_path, "x", *flag, run / name, code=1).output
+        assert f"{flag[-1]} {run / name}: damaged, not what was written: " in output and output.count("\n") == 1, output
+    assert "last.pth.tar: damaged" in train(tickets, tmp_path, "run", "--resume", "latest", code=1).output
+
+
+def test_a_checkpoint_of_odd_contents_is_one_line(tickets, whole, tmp_path):
+    content = torch.load(whole / "last.pth.tar", weights_only=True)
+    for changes in ({"args": 1}, {"classes": [1]}, {"epoch": None}, {"step": -1}, {"optimizer": {}},
+                    {"state_dict": {1: 2}}, {"state_dict": []}, {"args": {}}):  # fmt: skip
+        torch.save({**content, **changes}, tmp_path / "odd.pth.tar")
+        output = train(tickets, tmp_path, "x", "--resume", tmp_path / "odd.pth.tar", code=1).output
+        assert output.startswith("Error: ") and output.count("\n") == 1, (changes, output)
+
+
+# One folder, one run.
+
+
+def test_a_folder_that_a_living_run_has_is_refused(tickets, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with contextlib.closing(Claim()) as claim:
+        claim.hold(run)
+        for flags in ([], ["--resume", "latest"], ["--resume", run]):
+            output = train(tickets, tmp_path, "run", *flags, code=1).output
+            assert f"{run}: a run that is under way (process {os.getpid()}) has it" in output, output
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    train(tickets, tmp_path, "run", "--resume", "latest")
+
+
+@pytest.mark.parametrize(("named", "names"), [(True, ["run"]), (False, ["run", "run-1", "run-2", "run-3"])])
+def test_runs_that_start_at_once_share_no_folder(tmp_path, named, names):
+    won, barrier = [], threading.Barrier(4)
+
+    def start() -> None:
+        with contextlib.closing(Claim()) as claim:
+            barrier.wait()
+            with contextlib.suppress(TicketSetError):
+                won.append(claim.make(tmp_path / "output" / "run", named).name)
+            barrier.wait()
+
+    threads = [threading.Thread(target=start) for _ in names * (4 // len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == names
+
+
+def test_a_process_that_a_run_left_behind_does_not_keep_its_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+    with contextlib.closing(Claim()) as claim:
+        claim.hold(tmp_path / "run")
+        left = fork.Process(target=lambda: started.set() or time.sleep(60))
+        left.start()
+    try:
+        assert started.wait(30)
+        with contextlib.closing(Claim()) as claim:
+            claim.hold(tmp_path / "run")
+    finally:
+        left.kill()
+        left.join()
+
+
+def test_workers_are_as_many_as_there_are_cores_and_four_at_most(monkeypatch):
+    for have, expected in ((1, 1), (3, 3), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, have=have: set(range(have)))
+        assert cores() == expected

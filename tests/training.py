@@ -37,8 +37,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM before the given update."""
+def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """A signal before the given update."""
     from trainer import engine
 
     calls = []
@@ -47,7 +47,7 @@ def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def counted(*args: object) -> None:
         calls.append(1)
         if len(calls) == update:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         apply(*args)
 
     monkeypatch.setattr(engine, "apply_update", counted)

@@ -13,6 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 from shards.errors import TicketSetError, first_line
+from shards.ranks import rank_and_world
 from shards.reader import TicketSet
 from shards.rows import Rows
 from shards.verify import verify
@@ -53,7 +54,11 @@ def open_set(options: Options) -> TicketSet:
 
 
 def start_world(options: Options) -> World:
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """
+    Raises:
+        TicketSetError: no such place among the processes, no such device, or the others are not to be had.
+    """
+    rank, size = rank_and_world()
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
@@ -152,6 +157,8 @@ def build_state(options: Options, student: TicketModel, world: World, lr: float,
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
+        if scheduler is None:
+            raise ValueError("a run needs one; constant leaves the learning rate as it is")
         scheduler.step_update(0)
     except (AssertionError, AttributeError, TypeError, ValueError) as error:  # timm's factories, for unknown names
         reason = first_line(error) if str(error) else "not supported here"

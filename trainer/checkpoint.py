@@ -3,12 +3,14 @@
 last.pth.tar           after every epoch
 recovery.pth.tar       within an epoch, and before its validation
 model_best.pth.tar     the best epoch by the arm's own protocol, raw weights
-model_best.safetensors the same weights alone, with the class names
+model_best.safetensors the same weights alone, with the class names; beside it its sum, for sha256sum -c
 """
 
+import hashlib
 import json
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,6 +20,7 @@ from shards.storage import atomic_file, write_atomic
 from trainer.engine import State
 
 LAST, RECOVERY, BEST, BEST_WEIGHTS = "last.pth.tar", "recovery.pth.tar", "model_best.pth.tar", "model_best.safetensors"
+WEIGHTS_ALONE = f"holds weights alone; take {LAST}, or start anew from it with --initial-checkpoint"
 COUNTERS = ("epoch", "step", "loss_sum", "loss_count", "seconds", "best", "best_epoch")
 
 
@@ -47,7 +50,31 @@ def save(
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     with atomic_file(path) as file:
-        torch.save(content, file)
+        watched: Any = _Watched(file)
+        try:
+            torch.save(content, watched)
+        except RuntimeError:  # of torch's zip writer, which hides why
+            if watched.error is not None:
+                raise watched.error from None
+            raise
+
+
+class _Watched:
+    """A file that keeps the error of its writing: no space left."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def save_best(folder: Path, state: State, arguments: dict[str, Any], metric: float, classes: list[str]) -> None:
@@ -59,8 +86,50 @@ def save_best(folder: Path, state: State, arguments: dict[str, Any], metric: flo
     arch = timm_name(arguments["model"])
     content = {"epoch": state.epoch, "arch": arch, "state_dict": weights, "version": 2}
     _write(folder / BEST, {**content, "args": arguments, "classes": classes, "metric": metric})
-    metadata = {"format": "pt", "arch": arch, "classes": json.dumps(classes)}
-    write_atomic(folder / BEST_WEIGHTS, to_bytes(weights, metadata))
+    # One key alone: the order of several would differ from file to file.
+    data = to_bytes(weights, {"classes": json.dumps(classes)})
+    sums = _sums(folder / BEST_WEIGHTS)
+    sums.unlink(missing_ok=True)  # killed in between, the weights have no sum rather than a wrong one
+    write_atomic(folder / BEST_WEIGHTS, data)
+    write_atomic(sums, f"{hashlib.sha256(data).hexdigest()}  {BEST_WEIGHTS}\n".encode())
+
+
+def _sums(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def check(path: Path, flag: str) -> None:
+    """Hold a file against the checksums in it, of a zip's records, and beside it; a file may have none.
+
+    Raises:
+        TicketSetError: it is not what was written.
+    """
+    damaged = f"{flag} {path}: damaged, not what was written"
+    if _sums(path).exists():
+        expected = _sums(path).read_bytes()[:64].decode("ascii", "replace")
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            raise TicketSetError(f"{damaged}: expected sha256 {expected[:12]}, got {digest.hexdigest()[:12]}")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.CRC:  # torch can leave them out
+                    with archive.open(record) as data:
+                        while data.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
+        raise TicketSetError(f"{damaged}: {first_line(error)}") from None
+
+
+def lying(folder: Path) -> Path | None:
+    """The checkpoint that was written last, unread, or None."""
+    found = [path for name in (LAST, RECOVERY) if (path := folder / name).exists()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def newest(folder: Path) -> Path | None:
@@ -77,16 +146,24 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint's contents.
 
     Raises:
-        TicketSetError: not one of ours.
+        TicketSetError: not one of ours, or damaged.
     """
+    if path.suffix == ".safetensors":
+        raise TicketSetError(f"--resume {path}: {WEIGHTS_ALONE}")
     try:
+        check(path, "--resume")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TicketSetError(f"--resume {path}: no such file") from None
+    except TicketSetError:
+        raise
     except Exception as error:  # zip and pickle errors have no common class
         raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {first_line(error)}") from None
-    if not isinstance(content, dict) or not {"state_dict", "args", "classes"} <= content.keys():
+    kinds = {"state_dict": dict, "args": dict, "classes": list}
+    if not isinstance(content, dict) or not all(isinstance(content.get(n), kind) for n, kind in kinds.items()):
         raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train")
+    if not all(isinstance(name, str) for name in content["classes"]) or not content["classes"]:
+        raise TicketSetError(f"--resume {path}: expected names of classes in it, got {content['classes'][:3]}")
     return content
 
 
@@ -104,8 +181,8 @@ def restore_weights(path: Path, content: dict[str, Any], state: State, classes: 
         )
     try:
         model.load_state_dict(in_class_order(model, content["state_dict"], theirs, classes))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise TicketSetError(f"--resume {path}: does not fit this set: {reason}") from None
     if state.ema is not None and "state_dict_ema" in content:
         state.ema.module.load_state_dict(in_class_order(model, content["state_dict_ema"], theirs, classes))
@@ -117,16 +194,19 @@ def restore(path: Path, content: dict[str, Any], state: State) -> None:
     """Put a checkpoint's contents into a fresh state.
 
     Raises:
-        TicketSetError: it holds weights alone, as model_best.pth.tar does.
+        TicketSetError: it holds weights alone, as model_best.pth.tar does, or those of another model.
     """
     if not {"optimizer", "step"} <= content.keys():
-        raise TicketSetError(
-            f"--resume {path}: holds weights alone; take {LAST}, or start anew from it with --initial-checkpoint"
-        )
-    state.student.model.load_state_dict(content["state_dict"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.scaler.load_state_dict(content["amp_scaler"])
-    if state.ema is not None:
-        state.ema.module.load_state_dict(content.get("state_dict_ema") or content["young_ema"])
-    for name in COUNTERS:
-        setattr(state, name, content[name])
+        raise TicketSetError(f"--resume {path}: {WEIGHTS_ALONE}")
+    if any(not isinstance(content.get(name), int) or content[name] < 0 for name in ("epoch", "step")):
+        raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train: no epoch and step in it")
+    try:
+        state.student.model.load_state_dict(content["state_dict"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.scaler.load_state_dict(content["amp_scaler"])
+        if state.ema is not None:
+            state.ema.module.load_state_dict(content.get("state_dict_ema") or content["young_ema"])
+        for name in COUNTERS:
+            setattr(state, name, content[name])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise TicketSetError(f"--resume {path}: does not fit this run: {first_line(error)}") from None

@@ -51,6 +51,13 @@ def block_numbers(context: click.Context, parameter: click.Parameter, text: str 
         raise click.BadParameter(str(error)) from None
 
 
+def cores() -> int:
+    """Worker processes where none are asked for."""
+    import os
+
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
 SHARE, AMOUNT = Finite(0, 1), Finite(min=0)
 OPTIONS: list[Any] = [
@@ -109,7 +116,7 @@ OPTIONS: list[Any] = [
     click.option("--torchcompile", is_flag=True, help="torch.compile the model."),
     click.option("--device", help="cuda, cpu.  [default: cuda where there is one]"),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True),
-    click.option("-j", "--workers", type=COUNT, default=4, show_default=True, help="Processes that read and decode."),
+    click.option("-j", "--workers", type=COUNT, default=cores, show_default="4, or as many as there are cores", help="Processes that read and decode."),
     click.option("--log-interval", type=POSITIVE, default=50, show_default=True, metavar="STEPS"),
     click.option("--recovery-interval", type=COUNT, default=0, show_default=True, metavar="STEPS", help="Save within an epoch."),
     click.option("--output", default="output", show_default=True, metavar="DIR", help="Folder of the runs."),

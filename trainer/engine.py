@@ -141,6 +141,11 @@ def train_epoch(
     return state.loss_sum / max(1, state.loss_count)
 
 
+def learning_rate(state: State) -> float:
+    """Of the layers that have it whole: --layer-decay gives the lower ones less."""
+    return max(group["lr"] for group in state.optimizer.param_groups)
+
+
 def share_batch_norm(state: State, options: StepOptions) -> None:
     """Give all ranks the mean of their running averages: validation and checkpoints are then of one model."""
     for model in [state.student.model, *([state.ema.module] if state.ema is not None else [])]:

@@ -5,17 +5,15 @@ Augmentation and mixing happen here on whole uint8 views; then K patches of each
 """
 
 import math
-import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
-from torch.utils.data import DataLoader, Dataset
 
-from shards.errors import ImageError, TicketSetError, first_line
+from shards.errors import TicketSetError
 from shards.images import render_pixels
 from shards.reader import Sample
 from shards.rows import Rows
@@ -23,8 +21,7 @@ from trainer.arms import arm_ranking, mixed_ranking
 from trainer.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
 from trainer.mix_token import draw_box, mixed_tickets
 from trainer.order import batch_positions, epoch_samples, view_of_visit
-
-Batch = dict[str, torch.Tensor]
+from trainer.workers import Batch, batches, pinned
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class FeedOptions:
         return (self.side(whole) // self.patch_size,) * 2
 
 
-class TrainFeed(Dataset):
+class TrainFeed:
     """Batches by (epoch, step, micro-batch of the global batch).
 
     A batch holds patches uint8 [B, K, C*p*p] ([B, N, C*p*p] where all are wanted), keep_indices int64 [B, K], labels
@@ -231,7 +228,7 @@ class TrainFeed(Dataset):
         return covered.reshape(size // p, p, size // p, p).mean(axis=(1, 3)).flatten()
 
 
-class EvalFeed(Dataset):
+class EvalFeed:
     """View 0 of every sample: patches uint8 [B, N, C*p*p], rankings int64 [B, N], labels, positions.
 
     Where whole views are fed at another size, also those: whole uint8 [B, N', C*p*p].
@@ -276,46 +273,13 @@ def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:
     return kept.reshape(b, keep.shape[1], -1)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """SIGTERM often goes to the whole process group; workers must outlive the step that is under way."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class _Reporting(Dataset):
-    """A feed that hands its error over as a value: raised in a worker process, it would come wrapped in tracebacks."""
-
-    def __init__(self, feed: Any) -> None:
-        self._feed = feed
-
-    def __getitem__(self, place: Any) -> Batch | Exception:
-        try:
-            return self._feed[place]
-        except (TicketSetError, ImageError, OSError) as error:
-            return error
-
-
-def loader(feed: Dataset, places: Any, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Batches of a feed in the order of `places`.
+def loader(feed: Any, places: Iterable[Any], workers: int, device: torch.device) -> Generator[Batch, None, None]:
+    """Batches of a feed in the order of `places`; close it to end its worker processes.
 
     Raises:
         TicketSetError: a sample is not what the index says, or a worker process died.
         ImageError, OSError: an image that cannot be decoded, a file that cannot be read.
     """
-    batches = DataLoader(
-        _Reporting(feed),
-        batch_size=None,
-        sampler=places,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=_leave_signals_to_the_run,
-    )
-    try:
-        for batch in batches:
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TicketSetError(f"-j {workers}: {first_line(error)} Out of memory? Try fewer workers") from None
+    if workers:
+        return batches(feed, places, workers, device)
+    return (pinned(feed[place]) if device.type == "cuda" else feed[place] for place in places)

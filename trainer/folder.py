@@ -9,9 +9,15 @@ predictions.parquet  the last epoch's answer to every validation image
 *.pth.tar            see checkpoint.py
 """
 
+import contextlib
+import fcntl
+import itertools
 import json
 import logging
+import os
+import re
 import time
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from timm.utils import update_summary
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.storage import atomic_file, write_atomic
 from trainer import checkpoint
 from trainer.board import Board
@@ -29,20 +34,102 @@ from trainer.engine import State
 from trainer.options import FREE_TO_CHANGE, Options
 
 log = logging.getLogger("datalth")
-ARGUMENTS, CONFIG = "args.yaml", "config.json"
+ARGUMENTS, CLASSES, CONFIG = "args.yaml", "classes.txt", "config.json"
+TEMPORARY = re.compile(
+    r"(config\.json|args\.yaml|classes\.txt|summary\.csv|final\.json|predictions\.parquet|\w+\.pth\.tar|model_best\.\w[\w.]*)\.\d+-[0-9a-f]{6}\.tmp"
+)
+TAKEN = "a run is there already; go on with --resume latest, or name another --experiment"
+
+
+class Claim:
+    """A run's folder belongs to one run, from when it is found or made to the end; held on rank 0."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None  # once it is held
+        self._descriptor: int | None = None
+        register_after_fork(self, Claim.close)  # a worker that outlives its run for a moment does not keep the folder
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def hold(self, folder: Path) -> None:
+        """Take a folder that is there.
+
+        Raises:
+            TicketSetError: a living run has it.
+        """
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = _holder(descriptor)
+            os.close(descriptor)
+            raise TicketSetError(
+                f"{folder}: a run that is under way{pid} has it; wait for its end, or stop it"
+            ) from None
+        except OSError:  # file systems that have no locks
+            pass
+        self.path, self._descriptor = folder, descriptor
+
+    def make(self, folder: Path, named: bool) -> Path:
+        """Make a new folder and take it; where its name was not given, the first of NAME, NAME-1, ... that is free.
+
+        Raises:
+            TicketSetError: another run has just made it.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for name in itertools.chain([folder.name], (f"{folder.name}-{i}" for i in itertools.count(1))):
+            try:
+                folder.with_name(name).mkdir()
+            except FileExistsError:
+                if named:
+                    raise TicketSetError(f"{folder}: {TAKEN}") from None
+                continue
+            break
+        self.hold(folder.with_name(name))
+        return folder.with_name(name)
+
+
+def _holder(descriptor: int) -> str:
+    """Which process has the lock, where the system says so."""
+    with contextlib.suppress(OSError, IndexError):
+        inode = os.fstat(descriptor).st_ino
+        for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
+            if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
+                return f" (process {fields[4]})"
+    return ""
 
 
 class RunFolder:
-    """The files of one run, written by rank 0; opening a run that is there keeps its args.yaml."""
+    """The files of one run, written by rank 0; opening a run that is there keeps its args.yaml.
+
+    Args:
+        path: the run's alone, see `Claim`.
+        epoch: that is trained next.
+        config: timm's, for config.json.
+    """
 
     def __init__(
-        self, path: Path, arguments: dict[str, Any], classes: list[str], board: Board, config: dict[str, Any]
+        self,
+        path: Path,
+        arguments: dict[str, Any],
+        classes: list[str],
+        board: Board,
+        epoch: int,
+        config: dict[str, Any],
     ) -> None:
         self.path, self._arguments, self._classes, self._board, self._config = path, arguments, classes, board, config
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / ARGUMENTS).exists():
-            write_atomic(path / ARGUMENTS, yaml.safe_dump(arguments, sort_keys=False).encode())
-            write_atomic(path / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+        _remove_temporaries(path)
+        files = {
+            CLASSES: "".join(f"{name}\n" for name in classes),
+            ARGUMENTS: yaml.safe_dump(arguments, sort_keys=False),
+        }
+        for name, text in files.items():  # a folder with args.yaml is a run: it comes last
+            if not (path / name).exists():
+                write_atomic(path / name, text.encode())
+        self._summary = Summary(path / "summary.csv", epoch)
 
     def save_recovery(self, state: State, ema_is_mature: bool) -> None:
         path = self.path / checkpoint.RECOVERY
@@ -57,8 +144,8 @@ class RunFolder:
             checkpoint.save_best(self.path, state, self._arguments, metric, self._classes)
             # After the weights: where they are missing, timm would take another checkpoint of the folder.
             write_atomic(self.path / CONFIG, (json.dumps(self._config, indent=1) + "\n").encode())
-        summary = self.path / "summary.csv"
-        update_summary(epoch, {"loss": train_loss}, cells, summary, lr=lr, write_header=not summary.exists())
+        evaluated = {f"eval_{name}": value for name, value in cells.items()}
+        self._summary.add({"epoch": epoch, "train_loss": train_loss, **evaluated, "lr": lr})
         path = self.path / checkpoint.LAST
         checkpoint.save(path, state, self._arguments, metric, self._classes, ema_is_mature)
         figures = {name: value for name, value in cells.items() if value != ""}
@@ -73,30 +160,85 @@ class RunFolder:
         write_atomic(self.path / "final.json", (json.dumps(final, indent=1) + "\n").encode())
 
 
-def find(options: Options) -> tuple[Path, Path | None]:
+class Summary:
+    """summary.csv, a row an epoch, written whole each time: a full disk or a crash leaves the last good one."""
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        """Rows of epochs that will be trained again are taken back: a run may be killed between its row and its checkpoint.
+
+        What is no row of the file's own columns, as the tail may be after a crash, is left out and said.
+        """
+        self._path = path
+        if not path.exists():
+            self._head, self._rows = "", []
+            return
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+        self._head = lines[0] if lines and lines[0].startswith("epoch,") else ""
+        # Where the head is lost, the next row brings it back.
+        width = (self._head or max(lines, key=len, default="")).count(",")
+        sound = (line for line in lines if line.isprintable() and line.count(",") == width)
+        good = {int(number): line for line in sound if (number := line.partition(",")[0]).isdecimal()}
+        self._rows = [good[number] for number in range(epoch) if number in good]
+        if len(self._rows) < epoch:
+            missing = ", ".join(str(number) for number in range(epoch) if number not in good)
+            log.warning(f"{path}: no readable row of epoch {missing}")
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._head = self._head or ",".join(row)
+        self._rows.append(",".join(map(str, row.values())))
+        self._write()
+
+    def _write(self) -> None:
+        lines = [self._head, *self._rows] if self._head or self._rows else []
+        write_atomic(self._path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """What a killed run was writing; the folder is this run's alone."""
+    for path in folder.glob("*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder holds more than a run leaves that is killed before its args.yaml."""
+    return any(path.name != CLASSES and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+
+
+def find(options: Options, claim: Claim | None = None) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to go on from.
 
+    Args:
+        claim: takes the folder, where it is there, before anything in it is looked at.
     Raises:
-        TicketSetError: there is a run and --resume was not given, or no checkpoint where one was named.
+        TicketSetError: there is a run and --resume was not given, or it is under way, or there is no checkpoint where
+            one was named.
     """
+    folder, named = _place(options)
+    if claim is not None and folder.is_dir() and (options.resume or options.experiment):
+        claim.hold(folder)
+    if named is not None:
+        return folder, named
+    if options.resume:
+        found = checkpoint.newest(folder)
+        if options.resume != "latest" and not found:
+            raise TicketSetError(f"--resume {folder}: holds no {checkpoint.LAST} or {checkpoint.RECOVERY}")
+        return folder, found
+    if options.experiment and folder.exists() and _is_begun(folder):
+        raise TicketSetError(f"{folder}: {TAKEN}")
+    return folder, None
+
+
+def _place(options: Options) -> tuple[Path, Path | None]:
+    """The run's folder, and a checkpoint that was named."""
     if options.resume and options.resume != "latest":
         path = Path(options.resume)
-        if not path.is_dir():
-            return path.parent, path
-        if not (found := checkpoint.newest(path)):
-            raise TicketSetError(f"--resume {path}: holds no {checkpoint.LAST} or {checkpoint.RECOVERY}")
-        return path, found
+        return (path, None) if path.is_dir() else (path.parent, path)
     if options.resume and not options.experiment:
         raise TicketSetError("--resume latest: name the run with --experiment")
     name = options.experiment or "-".join([time.strftime("%Y%m%d-%H%M%S"), options.model, options.tickets])
-    folder = Path(options.output) / name
-    if options.resume:
-        return folder, checkpoint.newest(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise TicketSetError(
-            f"{folder}: a run is there already; go on with --resume latest, or name another --experiment"
-        )
-    return folder, None
+    return Path(options.output) / name, None
 
 
 def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str, Any]) -> None:
@@ -110,12 +252,14 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
     if content is not None:
         then = content["args"]
     elif (folder / ARGUMENTS).exists():
-        then = yaml.safe_load((folder / ARGUMENTS).read_text(encoding="utf-8"))
-    elif folder.exists() and any(folder.iterdir()):
+        then = _read_arguments(folder / ARGUMENTS)
+    elif folder.exists() and _is_begun(folder):
         raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
         return
-    then, now = (json.loads(json.dumps(arguments)) for arguments in (then, now))  # tuples are lists in a file
+    then, now = (
+        json.loads(json.dumps(arguments, default=str)) for arguments in (then, now)
+    )  # tuples are lists in a file
     differing = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if differing:
         raise TicketSetError(
@@ -125,10 +269,11 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
         )
 
 
-def drop_rows(folder: Path, epoch: int) -> None:
-    """Take back the rows of epochs that will be trained again: a run may be killed between its row and its checkpoint."""
-    summary = folder / "summary.csv"
-    if summary.exists():
-        lines = summary.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines[1:] if int(line.split(",")[0]) < epoch]
-        write_atomic(summary, "".join([*lines[:1], *kept]).encode())
+def _read_arguments(path: Path) -> dict[str, Any]:
+    try:
+        arguments = yaml.safe_load(path.read_bytes())
+    except (ValueError, yaml.YAMLError) as error:
+        raise TicketSetError(f"{path}: not readable as YAML: {first_line(error)}") from None
+    if not isinstance(arguments, dict):
+        raise TicketSetError(f"{path}: expected the arguments of a run, got {str(arguments)[:40]!r}")
+    return arguments

@@ -1,8 +1,10 @@
 """One datalth-train command: check, build, train epoch by epoch, validate, save."""
 
+import contextlib
 import copy
 import gc
 import logging
+import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,23 +14,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from trainer import checkpoint, screen
 from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
 from trainer.config import read_yaml
 from trainer.dropping_vit import DroppingViT, keep_rate_at
-from trainer.engine import State, Stopped, is_better, train_epoch, train_micro_batch
+from trainer.engine import State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
 from trainer.feed import Batch, EvalFeed, TrainFeed, loader
-from trainer.folder import ARGUMENTS, RunFolder, check_arguments, drop_rows, find
+from trainer.folder import ARGUMENTS, Claim, RunFolder, check_arguments, find
 from trainer.options import Options
 from trainer.settings import feed_options, protocols, step_options
+from trainer.signals import Signals
 from trainer.student import build_student, check_flags, costs, timm_config
 from trainer.ticket_model import TicketModel
+from trainer.workers import WorkerDied, quiet_images
 
 log = logging.getLogger("datalth")
+OPEN_FILES = 65536
 
 
 def run(options: Options) -> int:
@@ -37,19 +42,22 @@ def run(options: Options) -> int:
     Raises:
         TicketSetError: whatever a person can mend.
     """
-    check_flags(options)
-    options = with_own_set(options)
-    opened = open_set(options)
-    world = start_world(options)
-    logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
+    quiet_images()
+    allow_open_files()
     try:
-        if options.eval:
-            return validate(options, opened, world)
-        return train(options, opened, world)
-    except RuntimeError as error:
-        if world.size > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
-            raise TicketSetError(f"rank {world.rank}: another rank stopped; it says why") from None
-        raise
+        check_flags(options)
+        if options.initial_checkpoint:
+            checkpoint.check(Path(options.initial_checkpoint), "--initial-checkpoint")
+        options = with_own_set(options)
+        opened = open_set(options)
+        world = start_world(options)
+        logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
+        return validate(options, opened, world) if options.eval else train(options, opened, world)
+    except KeyboardInterrupt:
+        log.info("stopped; nothing was to be saved")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        raise _explained(error, options) from None
     finally:
         if torch.distributed.is_initialized():
             # The process group joins its threads only when nothing refers to it any more, DDP in reference cycles
@@ -58,21 +66,43 @@ def run(options: Options) -> int:
             torch.distributed.destroy_process_group()
 
 
+def _explained(error: Exception, options: Options) -> Exception:
+    """The error in words, where it is one of another rank or of a compiler."""
+    of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    if torch.distributed.is_initialized() and isinstance(error, RuntimeError) and of_ranks:
+        return TicketSetError(f"rank {torch.distributed.get_rank()}: another rank stopped; it says why")
+    makers = ("torch._dynamo", "torch._inductor", "triton")
+    if options.torchcompile and type(error).__module__.startswith(makers):
+        return TicketSetError(f"--torchcompile: the model cannot be compiled here: {first_line(error)}; leave it out")
+    return error
+
+
+def allow_open_files() -> None:
+    """Raise the soft limit: workers and shards are open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def train(options: Options, opened: TicketSet, world: World) -> int:
-    path, newest = on_first_rank(world, lambda: find(options))
-    content = checkpoint.read(newest) if newest else None
-    run = Run(options, opened, world)
-    run.begin(path, newest, content)
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
-    try:
-        run.train()
-        return 0
-    except Stopped:
-        state = run.state
-        log.info(f"stopped at epoch {state.epoch}, step {state.step}; --resume latest goes on from here")
-        return 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with contextlib.closing(Claim()) as claim:
+        path, newest = on_first_rank(world, lambda: find(options, claim))
+        content = checkpoint.read(newest) if newest else None
+        run = Run(options, opened, world)
+        path = run.begin(path, newest, content, claim)
+        with run.signals.heard():
+            try:
+                run.train()
+                return 0
+            except WorkerDied as error:
+                last = checkpoint.lying(path)
+                goes_on = f"--resume latest goes on from {last}" if last else "there was no checkpoint yet"
+                raise TicketSetError(f"-j {options.workers}: {error}; {goes_on}") from None
+            except Stopped:
+                state = run.state
+                log.info(f"stopped at epoch {state.epoch}, step {state.step}; --resume latest goes on from here")
+                return 128 + run.stop
 
 
 def validate(options: Options, opened: TicketSet, world: World) -> int:
@@ -89,6 +119,8 @@ def validate(options: Options, opened: TicketSet, world: World) -> int:
         log.info(f"{newest}: {options.model}, trained on {options.tickets}")
     # Nothing is trained: what training alone would refuse is no matter.
     untrained: dict[str, Any] = {"train_split": options.val_split, "repeats": 1}
+    if content is None:
+        untrained["model_ema"] = False  # an average has seen nothing
     untrained |= {"mixup": 0.0, "cutmix": 0.0, "mix_token": False, "token_labels": "none", "drop_path": 0.0}
     run = Run(replace(options, **untrained), opened, world)
     if content is not None:
@@ -160,7 +192,8 @@ class Run:
         self.final_protocols, self.own_protocol = protocols(options, self.plain)
         self.protocols = self.final_protocols[:2]
         self.folder: RunFolder | None = None  # rank 0's, in training
-        self.stop = False  # a signal came
+        self.signals = Signals()  # in training, those that came
+        self.stop = 0  # the number of one that came to any rank
 
     def _set_keep_rate(self, update: int) -> None:
         """Of a selector that learns to drop more and more; a function of the update, so that resuming is exact."""
@@ -172,14 +205,14 @@ class Run:
 
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks hear it at the same step."""
-        if self._hosts is None:
-            return self.stop
-        flag = torch.tensor(int(self.stop))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._hosts)
-        return bool(flag)
+        number = torch.tensor(self.signals.number)
+        if self._hosts is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._hosts)
+        self.stop = int(number)
+        return bool(self.stop)
 
-    def begin(self, path: Path, newest: Path | None, content: dict[str, Any] | None) -> None:
-        """Open the run's folder, and go on from its checkpoint where there is one."""
+    def begin(self, path: Path, newest: Path | None, content: dict[str, Any] | None, claim: Claim) -> Path:
+        """Open the run's folder, and go on from its checkpoint where there is one; returns the folder."""
         arguments = self._arguments()
         if self.options.resume:
             on_first_rank(self.world, lambda: check_arguments(path, content, arguments))
@@ -187,19 +220,23 @@ class Run:
             checkpoint.restore(newest, content, self.state)
             self.state.scheduler.step_update(self._updates())
             log.info(f"resuming {newest}: epoch {self.state.epoch}, step {self.state.step}")
-        on_first_rank(self.world, lambda: self._open_folder(path, arguments))
+        path = on_first_rank(self.world, lambda: self._open_folder(path, arguments, claim))
         self.costs = costs(self.options, self.opened, self.plain, self.tokens, self.test_tokens, self.final_protocols)
         screen.show(self.options, self.plain, self.costs, self.feed_options, self.lr, self.steps, self.feed.labelled)
         if self.feed.augment.skipped:
             skipped = ", ".join(sorted(set(self.feed.augment.skipped)))
             log.info(f"--aa: geometry is mined; {skipped} leave the view as it is")
         log.info(f"output: {path}")
+        return path
 
-    def _open_folder(self, path: Path, arguments: dict[str, Any]) -> None:
+    def _open_folder(self, path: Path, arguments: dict[str, Any], claim: Claim) -> Path:
+        Board(self.options.log_tensorboard, self.options.wandb_project)  # says what is not installed
+        if claim.path is None:
+            path = claim.make(path, named=bool(self.options.experiment or self.options.resume))
         board = Board(self.options.log_tensorboard, self.options.wandb_project, path, arguments)
         config = timm_config(self.options, self.opened, self.plain)
-        self.folder = RunFolder(path, arguments, self.opened.classes, board, config)
-        drop_rows(path, self.state.epoch)
+        self.folder = RunFolder(path, arguments, self.opened.classes, board, self.state.epoch, config)
+        return path
 
     def _updates(self) -> int:
         return self.state.epoch * self.steps + self.state.step
@@ -244,10 +281,10 @@ class Run:
             for step in range(state.step, self.steps)
             for micro in range(options.grad_accum_steps)
         ]
-        batches = loader(self.feed, places, options.workers, world.device)
-        train_loss = train_epoch(state, batches, self.steps, self.step_options, self._log, self._save_recovery)
-        del batches  # its worker processes end before those of validation begin
-        lr = state.optimizer.param_groups[0]["lr"]
+        # Its worker processes end before those of validation begin, and whatever goes wrong.
+        with contextlib.closing(loader(self.feed, places, options.workers, world.device)) as batches:
+            train_loss = train_epoch(state, batches, self.steps, self.step_options, self._log, self._save_recovery)
+        lr = learning_rate(state)
         is_last = state.epoch == options.epochs - 1
         found = self.evaluate(self.final_protocols if is_last else self.protocols)
         results = found[0]
@@ -282,10 +319,12 @@ class Run:
         models = {"": self.plain}
         if self._ema_is_mature():
             models["ema_"] = self._averaged()
-        batches = loader(self.val, range(len(self.val)), self.options.workers, self.world.device)
         images = len(self.val.rows)
-        shown = self._until_stopped(batches, -(-images // (self.world.size * self.options.batch_size)))
-        return evaluate(models, shown, protocols, self.test_tokens, images, self.step_options)
+        with contextlib.closing(
+            loader(self.val, range(len(self.val)), self.options.workers, self.world.device)
+        ) as batches:
+            shown = self._until_stopped(batches, -(-images // (self.world.size * self.options.batch_size)))
+            return evaluate(models, shown, protocols, self.test_tokens, images, self.step_options)
 
     def _averaged(self) -> TicketModel:
         """The student with EMA's weights."""

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from trainer.engine import State
+from trainer.engine import State, learning_rate
 from trainer.evaluate import Figures
 from trainer.feed import FeedOptions
 from trainer.options import Options
@@ -41,17 +41,18 @@ def show(
         log.warning(
             f"--warmup-epochs {options.warmup_epochs}: not less than --epochs {options.epochs}; the learning rate only rises"
         )
+    if lr < options.min_lr and options.sched not in ("step", "multistep", "constant"):
+        log.warning(f"--min-lr {options.min_lr:g}: above the learning rate {lr:.3g}, which rises to it by the end")
 
 
 def progress(state: State, steps: int, figures: dict[str, float], ranks: int, tokens: str) -> None:
     """Within an epoch, as timm's."""
     images, seconds = figures["images"] * ranks, figures["seconds"]
     mean = state.loss_sum / state.loss_count
-    lr = state.optimizer.param_groups[0]["lr"]
     log.info(
         f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
         f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / seconds:.1f}/s"
-        f"  LR: {lr:.3e}  Data: {figures['waited'] / seconds:.0%}  Tokens: {tokens}"
+        f"  LR: {learning_rate(state):.3e}  Data: {figures['waited'] / seconds:.0%}  Tokens: {tokens}"
     )
 
 
