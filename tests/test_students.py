@@ -26,7 +26,7 @@ from shards.reader import TicketSet
 from trainer.cli import main
 from trainer.evaluate import best_classes, figures
 from trainer.verdict.cli import main as verdict
-from training import train, weights_of
+from training import same, train, weights_of
 
 # Flags of tiny models, and the patches that their tickets are of.
 SWIN = ["--model", "swin_tiny_patch4_window7_224", "--drop-path", 0, "--model-kwargs", "embed_dim=12",
@@ -135,7 +135,7 @@ def test_half_precision_runs_go_through_the_verdict(sets, tmp_path, monkeypatch,
 
 def shown(run: Path, opened: TicketSet) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
     """By plain timm: the student, view 0 of each image as it is, the original images as timm prepares them; labels."""
-    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{run}", checkpoint_path=run / "model_best.safetensors").eval()
     config = timm.data.resolve_model_data_config(model)
     prepare = timm.data.create_transform(**config)
     samples = list(opened.stream("val"))
@@ -201,6 +201,8 @@ def test_plain_timm_reaches_the_reported_accuracy_on_the_original_images(sets, l
     with torch.inference_mode():
         found = 100 * (model(theirs).argmax(1) == labels).double().mean().item()
     assert best_of(learnt) >= 50 and abs(found - best_of(learnt)) <= 1
+    # timm finds the weights by itself, before it would take the other checkpoints of the folder.
+    assert same(timm.create_model(f"local-dir:{learnt}", pretrained=True).state_dict(), model.state_dict())
 
 
 @pytest.fixture

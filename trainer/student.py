@@ -138,7 +138,8 @@ def _check_student(options: Options, opened: TicketSet, student: TicketModel, gr
 def timm_config(options: Options, opened: TicketSet, student: TicketModel) -> dict[str, Any]:
     """config.json of timm's hub format: the model that the weights beside it are of, and how it is shown an image.
 
-    `timm.create_model("local-dir:RUN", pretrained=True)` builds it, from timm 1.0.16 on.
+    `timm.create_model("local-dir:RUN", pretrained=True)` builds it, from timm 1.0.29 on; before, timm took the last
+    checkpoint that it found in a folder, and from 1.0.16 on `checkpoint_path=` names it.
     """
     model, side = student.model, student.whole_side
     shown = resolve_model_data_config(model)
