@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from shards import format as fmt
 from shards.console import reports_errors
 from shards.errors import TicketSetError
+from shards.ranks import rank_and_world
 
 EXAMPLES = """
 \b
@@ -223,7 +224,12 @@ def main(context: click.Context, **options: Any) -> None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse what cannot be meant, before anything slow is imported."""
+    """Refuse what cannot be meant, before anything slow is imported.
+
+    Raises:
+        click.UsageError: flags that do not go together.
+        TicketSetError: RANK and WORLD_SIZE that name no place.
+    """
     if options["tokens"] and options["keep_rate"] is not None:
         raise click.UsageError("--tokens and --keep-rate both say how many patches a ticket has; give one of them")
     for name in ("token_label_weights", "token_label_size"):
@@ -240,11 +246,12 @@ def check_options(options: dict[str, Any]) -> None:
             raise click.UsageError(
                 f"--{name}: expected 0 < MIN <= MAX{' <= 1' if name == 'scale' else ''}, got {low:g} {high:g}"
             )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options["overwrite"]:
+    ranks = rank_and_world()[1]
+    if ranks > 1 and options["overwrite"]:
         raise click.UsageError(
             "--overwrite under torchrun: ranks would remove each other's work; remove the folder first"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options["retry_failed"]:
+    if ranks > 1 and options["retry_failed"]:
         raise click.UsageError(
             "--retry-failed under torchrun: a rank could finalize what another takes back; run it once without torchrun"
             " and stop it, then run torchrun without the flag"

@@ -26,6 +26,7 @@ from miner.sources import Source, open_source
 from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
+from shards.ranks import rank_and_world
 from shards.writer import finalize, read_shard_json
 
 DEFAULT_KEEP_RATE = 0.9
@@ -85,7 +86,7 @@ def run(options: Options) -> None:
         TicketSetError: whatever a person can mend.
     """
     quiet_libraries()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = rank_and_world()
     folder = Path(options.out)
     source = open_source(
         options.data,
