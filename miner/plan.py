@@ -28,7 +28,7 @@ from shards.storage import write_atomic
 from shards.views import CROP_PCT
 
 # Raise when the same inputs and options would give other bytes than before.
-ALGORITHM = 1
+ALGORITHM = 2  # since 2, grey of 12 bits and TIFFs whose white is 0 are scaled by what their file says
 TRAIN_VIEWS, OTHER_VIEWS = 16, 1
 
 
