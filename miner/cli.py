@@ -1,8 +1,11 @@
 """datalth-mine: a labelled image set -> a ticket set."""
 
+import contextlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +220,31 @@ def main(context: click.Context, **options: Any) -> None:
 
     given = {n for n in options if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     try:
-        run(Options(**options, given=frozenset(given)))
+        with stopped_by_sigterm():
+            run(Options(**options, given=frozenset(given)))
     except OSError as error:
         error.filename = error.filename or options["out"]  # a full disk says no more than that
         raise
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        click.echo(
+            f"{number.name}: stopped; finished shards are safe, and the same command goes on from there", err=True
+        )
+        raise SystemExit(128 + number) from None
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work inside as Ctrl-C does, with everything put away."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_options(options: dict[str, Any]) -> None:

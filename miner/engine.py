@@ -29,7 +29,7 @@ from miner.token_labels import VIEWS_AN_IMAGE, Labeller
 from miner.writer_thread import WriterThread
 from shards import format as fmt
 from shards import token_labels
-from shards.errors import ImageError, TicketSetError
+from shards.errors import ImageError, TicketSetError, is_machine_error
 from shards.images import render_pixels, store_image
 from shards.views import image_views, view_seed
 
@@ -259,6 +259,8 @@ class Miner:
                 everything = np.array([[0, 0, image.stored.height, image.stored.width, 0]])
                 image.whole = render_pixels(pixels, everything, self.labeller.input_size)[0]
         except (ImageError, OSError) as error:
+            if is_machine_error(error):  # it would meet any file: nothing that a row should say
+                raise
             image.error = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
             return image
         n = self.plan.num_patches

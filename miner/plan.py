@@ -177,13 +177,14 @@ def _permutation(count: int, name: str) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
-def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False) -> Plan:
+def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False, alone: bool = True) -> Plan:
     """Write plan.json, or hold the plan against the one that is there.
 
     Splits that only the folder's plan has are kept: they were mined before.
 
     Args:
         retry: accept inputs that changed where they had failed.
+        alone: nobody else mines into the folder; else its plan is only compared.
     Returns:
         The plan of the whole folder.
     Raises:
@@ -197,7 +198,8 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         old = None
     except (ValueError, KeyError, TypeError) as error:
         raise TicketSetError(f"{path}: not readable as a plan: {error}; start anew with --overwrite") from None
-    if old is None or not any(folder.glob("*-" + "[0-9]" * 6 + ".json")):  # nothing was mined by it
+    mined = any(folder.glob("*-" + "[0-9]" * 6 + ".json"))
+    if old is None or (alone and not mined):
         _store(path, plan, device)
         return plan
     shared = {name: old["splits"][name] for name in plan.splits if name in old["splits"]}
@@ -219,6 +221,11 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
             ours[name] = {**ours[name], "retried_inputs": retried}
     differing = _differences({"common": old["common"], "splits": shared}, {"common": plan.common, "splits": ours})
     if differing:
+        if not alone:
+            raise TicketSetError(
+                f"{folder}: another datalth-mine is at work in it by another plan ({'; '.join(differing[:6])});"
+                f" give another --out, or stop the other"
+            )
         mended = all(d.split(": ")[0].endswith(".inputs") for d in differing)
         raise TicketSetError(
             f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
@@ -226,9 +233,31 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         )
     whole = Plan(plan.common, {**old["splits"], **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
     if whole.splits != old["splits"] or retry:
+        if not alone:
+            raise TicketSetError(
+                f"{folder}: another datalth-mine is at work in it, and this command would change its plan;"
+                f" run it again when the other is done"
+            )
         (folder / fmt.MANIFEST).unlink(missing_ok=True)
         _store(path, whole, device)
     return whole
+
+
+def check_unchanged(folder: Path, split: str, plan_id: str) -> None:
+    """Before a commit: whether the folder's plan still is the one that a split is mined by.
+
+    Raises:
+        TicketSetError: it is another, or gone.
+    """
+    try:
+        found = json.loads((folder / fmt.PLAN).read_bytes())["splits"][split]["plan_id"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found = None
+    if found != plan_id:
+        raise TicketSetError(
+            f"{folder / fmt.PLAN}: another datalth-mine has changed it since this one began; expected plan"
+            f" {plan_id[:12]} of split {split}, got {str(found)[:12]}; give each its own --out"
+        )
 
 
 def _store(path: Path, plan: Plan, device: str) -> None:

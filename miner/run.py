@@ -17,9 +17,10 @@ import torch
 from timm.data import resolve_model_data_config
 
 from miner import models
+from miner.claim import Claim
 from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_for, parse_blocks
 from miner.engine import Miner, Progress
-from miner.plan import Plan, make_plan, manifest_head, shard_rows, write_plan
+from miner.plan import Plan, check_unchanged, make_plan, manifest_head, shard_rows, write_plan
 from miner.screen import Screen, show_plan, show_summary
 from miner.selectors import METHODS, MODEL_FREE, Selector, create_selector
 from miner.sources import Source, open_source
@@ -103,36 +104,31 @@ def run(options: Options) -> None:
     labeller = token_labeller(options, source)
     device = labeller.device if labeller else selector.device
     mined = plan_of(options, source, selector.k, identity, labeller, device)
-    if options.overwrite:
-        remove_set(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if world == 1:
-        for stale in folder.glob("*.json.*.tmp"):
-            stale.unlink(missing_ok=True)
-    plan = write_plan(folder, mined, source, device.type, options.retry_failed)
-    if rank == 0:
-        show_plan(plan, source, folder, str(device), list(mined.splits))
-
     own = [shard for i, shard in enumerate(mined.shards()) if i % world == rank]
-    done = committed(folder, plan, own, options.retry_failed)
-    todo = [shard for shard in own if shard not in done]
-    if done and rank == 0:
-        print(f"resuming: {len(done)} of {len(own)} shards are done")
-    seconds, progress = 0.0, Progress()
-    if todo:
-        started = time.monotonic()
-        screen = Screen(shard_images(plan, source, todo)) if rank == 0 else None
-        workers = options.workers or min(os.cpu_count() or 1, 16)
-        on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
-        miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
-        allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
-        try:
-            miner.run(todo, allowed)
-        finally:
-            if screen:
-                screen.close()
-            seconds, progress = time.monotonic() - started, miner.progress
-    if finish(folder, plan, source):
+    with Claim(folder) as claim:
+        plan, done = settle(claim, options, mined, source, device, own)
+        if rank == 0:
+            show_plan(plan, source, folder, str(device), list(mined.splits))
+        if done and rank == 0:
+            print(f"resuming: {len(done)} of {len(own)} shards are done")
+        todo = [shard for shard in own if shard not in done]
+        seconds, progress = 0.0, Progress()
+        if todo:
+            started = time.monotonic()
+            screen = Screen(shard_images(plan, source, todo)) if rank == 0 else None
+            workers = options.workers or min(os.cpu_count() or 1, 16)
+            on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
+            miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
+            allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
+            try:
+                miner.run(todo, allowed)
+            finally:
+                if screen:
+                    screen.close()
+                seconds, progress = time.monotonic() - started, miner.progress
+        complete = finish(folder, plan, source)
+    if complete:
         if rank == 0 or todo:
             show_summary(folder, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
@@ -140,6 +136,39 @@ def run(options: Options) -> None:
         if missing:
             print(f"not complete yet: {len(missing)} shards are missing (first: {missing[0]});", end=" ")
             print("other ranks are at them" if world > 1 else "run the command that mines them again")
+
+
+def settle(
+    claim: Claim,
+    options: Options,
+    mined: Plan,
+    source: Source,
+    device: torch.device,
+    own: list[tuple[str, int]],
+) -> tuple[Plan, dict[tuple[str, int], dict[str, Any]]]:
+    """Agree on the folder's plan, and let others of the same plan in.
+
+    Returns:
+        The plan of the whole folder, and the JSON of those of this process's shards that are done.
+    Raises:
+        TicketSetError: the folder holds, or another process mines, a set of another plan.
+    """
+    folder = Path(options.out)
+    if not claim.alone and (options.overwrite or options.retry_failed):
+        raise TicketSetError(
+            f"--{'overwrite' if options.overwrite else 'retry-failed'}: another datalth-mine is at work in {folder};"
+            f" stop it, or wait until it is done"
+        )
+    if options.overwrite:
+        remove_set(folder)
+    if claim.alone and claim.locked:
+        remove_temporary(folder)
+    plan = write_plan(folder, mined, source, device.type, options.retry_failed, claim.alone)
+    done = committed(folder, plan, own, options.retry_failed)
+    if claim.alone and claim.locked:
+        claim.share()
+        plan = write_plan(folder, mined, source, device.type, alone=False)
+    return plan, done
 
 
 def inherit(options: Options, source: Source) -> Options:
@@ -307,13 +336,20 @@ def planned_batch_size(folder: str) -> int | None:
 def remove_set(folder: Path) -> None:
     """Remove a ticket set's own files, the manifest first; anything else in the folder stays."""
     number = "-" + "[0-9]" * 6
-    shards = [f"*{number}.json", f"*{number}.tar", f"{fmt.INDEX}/*{number}.parquet", "*.tmp", f"{fmt.INDEX}/*.tmp"]
+    remove_temporary(folder)
+    shards = [f"*{number}.json", f"*{number}.tar", f"{fmt.INDEX}/*{number}.parquet"]
     for pattern in [fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES, *shards]:
         for path in folder.glob(pattern):
             path.unlink()
     with contextlib.suppress(OSError):  # not there, or not empty
         (folder / fmt.INDEX).rmdir()
     (folder / fmt.PLAN).unlink(missing_ok=True)  # last: until then the folder is known to be ours
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed runs left; nobody else may be writing."""
+    for stale in [*folder.glob("*.tmp"), *(folder / fmt.INDEX).glob("*.tmp")]:
+        stale.unlink(missing_ok=True)
 
 
 def committed(
@@ -346,12 +382,17 @@ def shard_images(plan: Plan, source: Source, shards: list[tuple[str, int]]) -> i
 
 
 def finish(folder: Path, plan: Plan, source: Source) -> bool:
-    """Write the manifest if every shard of the folder's plan is done; says whether it is."""
-    stats = [read_shard_json(folder, split, number) for split, number in plan.shards()]
-    committed_stats = [s for s in stats if s is not None]
-    if len(committed_stats) < len(stats):
+    """Write the manifest if every shard of the folder's plan is done; says whether it is.
+
+    Raises:
+        TicketSetError: a shard of another plan, or the folder's plan is another by now.
+    """
+    done = committed(folder, plan, plan.shards(), retry=False)
+    if len(done) < len(plan.shards()):
         return False
-    finalize(folder, manifest_head(plan, source, folder), committed_stats)
+    for split in plan.splits:
+        check_unchanged(folder, split, plan.splits[split]["plan_id"])
+    finalize(folder, manifest_head(plan, source, folder), list(done.values()))
     return True
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from miner.lane import Image
-from miner.plan import Plan
+from miner.plan import Plan, check_unchanged
 from shards import format as fmt
 from shards.writer import ShardWriter
 
@@ -68,6 +68,7 @@ class WriterThread:
                         self._add(shard, item[1])
                     if item[0] != "commit" or self._error:
                         raise self._error or RuntimeError("aborted")
+                    check_unchanged(self._folder, split, plan_id)
                     shard.commit(item[1])
         except BaseException as error:  # the main thread raises it
             self._error = self._error or error

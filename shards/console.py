@@ -7,6 +7,14 @@ from typing import Any
 
 import click
 
+WHAT_TO_DO = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EMFILE: "allow more open files (ulimit -n), or use fewer workers (-j),",
+    errno.ENFILE: "close some files",
+    errno.ENOMEM: "free some memory, or use fewer workers (-j),",
+}
+
 
 def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn errors that a person can act on into one line and exit code 1; others keep their traceback."""
@@ -25,9 +33,14 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            hint = "; what is finished is safe: free some space and run the same command again"
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise click.ClickException(f"{where}{error.strerror or error}{hint if full else ''}") from None
+            todo = WHAT_TO_DO.get(error.errno or 0)
+            hint = f"; what is finished is safe: {todo} and run the same command again" if todo else ""
+            raise click.ClickException(f"{where}{error.strerror or error}{hint}") from None
+        except MemoryError:
+            raise click.ClickException(
+                "out of memory; what is finished is safe: free some, or use fewer workers (-j), and run the same"
+                " command again"
+            ) from None
 
     return run
 

@@ -29,7 +29,7 @@ import miner.engine
 import miner.writer_thread
 from conftest import SELECTOR, contents, mine
 from miner.engine import Miner
-from miner.plan import make_plan, shard_rows
+from miner.plan import make_plan, shard_rows, write_plan
 from miner.selectors import create_selector
 from miner.sources import Source, open_source
 from miner.sources.source import SCHEMA
@@ -315,6 +315,8 @@ def small_miner(
         limit=None,
         **options,
     )
+    folder.mkdir(exist_ok=True)
+    write_plan(folder, plan, source, "cpu")
     batches: list[Pairs] = []
     selector = create_selector("random", None, (4, 4), (8,))
     return Miner(plan, source, selector, folder, workers, log_batch=batches.append), batches
@@ -346,7 +348,6 @@ def test_batches_are_fixed_by_the_plan_and_never_cross_a_shard(
         miner, batches = small_miner(
             dataclasses.replace(source, read=read), tmp_path / str(workers), 5, workers, views=3, shard_size=4
         )
-        (tmp_path / str(workers)).mkdir()
         miner.run(miner.plan.shards(), max_failures=len(broken))
         logs.append(batches)
         assert miner.progress.failures == len(broken)
@@ -393,7 +394,6 @@ def peak_in_flight(monkeypatch: pytest.MonkeyPatch, folder: Path, patience: floa
         rows = [{"key": f"k{i}", "source": f"k{i}.png", "label": 0, "size": 1, "container": 0, "offset": 0} for i in range(count)]  # fmt: skip
         source = Source("made", ["only"], {"train": pa.Table.from_pylist(rows, SCHEMA)}, read)
         miner, _ = small_miner(source, folder, 8, 2, views=1, shard_size=100)
-        folder.mkdir()
         miner.run(miner.plan.shards(), 0)
     assert seen["read"] == seen["written"] == count
     return seen["peak"]
@@ -594,11 +594,10 @@ def test_too_many_failures_stop_the_run_and_keep_the_shards_before(photos: Path,
             raise OSError("unplugged")
         return source.read(row)
 
-    folder.mkdir()
     miner, _ = small_miner(dataclasses.replace(source, read=read), folder, 5, 2, views=2, shard_size=4)
     with pytest.raises(TicketSetError, match="1 images failed, --max-failures allows 0 .*unplugged"):
         miner.run(miner.plan.shards(), max_failures=0)
-    assert sorted(p.name for p in folder.glob("*.json")) == ["train-000000.json", "train-000001.json"]
+    assert sorted(p.name for p in folder.glob("*-*.json")) == ["train-000000.json", "train-000001.json"]
     assert not list(folder.rglob("*.tmp")) and not (folder / "train-000002.tar").exists()
     assert not [t for t in threading.enumerate() if t.name.startswith(("read", "write"))]
 
