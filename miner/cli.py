@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,10 @@ def main(context: click.Context, **options: Any) -> None:
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work inside as Ctrl-C does, with everything put away."""
+    """SIGTERM ends the work inside as Ctrl-C does, with everything put away; in a thread it cannot be asked for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(signal.Signals(number))
