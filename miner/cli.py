@@ -18,6 +18,7 @@ from shards.console import reports_errors
 from shards.errors import TicketSetError
 from shards.ranks import rank_and_world
 
+MAX_JPEG_SIDE = 65_500  # libjpeg's
 EXAMPLES = """
 \b
 Examples:
@@ -51,7 +52,7 @@ Examples:
     default="deit_small",
     show_default=True,
     metavar="NAME",
-    help="timm ViT that ranks, or deit_tiny|deit_small|deit_base.",
+    help="timm ViT that ranks, or deit_tiny|deit_small|deit_base; a method of your own is given one where this is typed, or where it says `needs_model`.",
 )
 @click.option("--weights", metavar="FILE", help="Its weights, .safetensors or .pth. Default: timm's pretrained ones.")
 @click.option(
@@ -90,7 +91,7 @@ Examples:
     "--views",
     type=click.IntRange(min=1),
     metavar="V",
-    help="Views of every image, the canonical one included.  [default: 16 for train, 1 for other splits]",
+    help="Views of a train image, the canonical one included; of other splits only where --split names them.  [default: 16 for train, 1 for other splits]",
 )
 @click.option(
     "--scale",
@@ -133,7 +134,10 @@ Examples:
     help="EXIF orientation; timm and torchvision ignore it.",
 )
 @click.option(
-    "--store-side", type=click.IntRange(min=1), metavar="S", help="Store larger images as JPEGs of this short side."
+    "--store-side",
+    type=click.IntRange(1, MAX_JPEG_SIDE),
+    metavar="S",
+    help="Store larger images as JPEGs of this short side.",
 )
 @click.option(
     "--val-share",

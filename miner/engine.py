@@ -83,7 +83,7 @@ class Miner:
         self.workers, self.on_batch, self.log_batch, self.labeller = workers, on_batch, log_batch, labeller
         self.progress = Progress()
         common = plan.common["selector"]
-        self._size = common["input_size"]
+        self._size = common["input_size"]  # None: the method looks at no pixels
         self._seed = plan.common["seed"]
         self._scale = _scale(common["mean"], common["std"], selector.device)
         self._label_scale = _scale(labeller.mean, labeller.std, labeller.device) if labeller else self._scale
@@ -167,7 +167,7 @@ class Miner:
         self.log_batch([(image.row["key"], view) for image, view in batch])
         seeds = [view_seed(self._seed, image.row["key"], view) for image, view in batch]
         pixels = None
-        if self.selector.model is not None:
+        if self._size is not None:
             views = [image.pixels[view] for image, view in batch if image.pixels is not None]
             pixels = _normalised(views, *self._scale)
         rankings, scores = self.selector.rank_and_score(pixels, seeds)
@@ -253,7 +253,7 @@ class Miner:
                 size = (image.stored.width, image.stored.height)
                 views = image_views(self._seed, row["key"], split_plan["views"], *size, **boxes)
             image.views = views
-            if self.selector.model is not None:
+            if self._size is not None:
                 image.pixels = render_pixels(pixels, image.views, self._size)
             if self.labeller is not None:
                 everything = np.array([[0, 0, image.stored.height, image.stored.width, 0]])

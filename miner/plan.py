@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -85,6 +86,7 @@ def make_plan(
     batch_size: int,
     shard_size: int,
     limit: int | None,
+    viewed: Collection[str] = ("train",),
     token_labels: dict[str, Any] | None = None,
 ) -> Plan:
     """Resolve a source and options into a plan.
@@ -92,7 +94,8 @@ def make_plan(
     Args:
         source: with the splits to mine.
         selector: what identifies it: method, model, state hash, blocks, counts, dtype, input size, mean, std.
-        views: V of every split; None = 16 for train, 1 for the others. Inherited where the source has a base.
+        views: V of the splits in `viewed`; others have 1, as only their view 0 is ever used. None = 16 for train,
+            1 for the others. Inherited where the source has a base.
         limit: images taken of each split, after permutation.
         token_labels: what identifies their model, see `miner.token_labels.Labeller.identity`; None where none are mined.
     """
@@ -123,7 +126,8 @@ def make_plan(
             inherited = source.base.manifest["splits"][name]
             geometry = {field: inherited[field] for field in ("views", "scale", "ratio", "hflip")}
         else:
-            count = views or (TRAIN_VIEWS if name == "train" else OTHER_VIEWS)
+            usual = TRAIN_VIEWS if name == "train" else OTHER_VIEWS
+            count = views if views and name in viewed else usual
             geometry = {"views": count, "scale": list(scale), "ratio": list(ratio), "hflip": hflip}
         planned = len(table) if limit is None else min(limit, len(table))
         split = {

@@ -22,7 +22,7 @@ from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_fo
 from miner.engine import Miner, Progress
 from miner.plan import Plan, check_unchanged, make_plan, manifest_head, shard_rows, write_plan
 from miner.screen import Screen, show_plan, show_summary
-from miner.selectors import METHODS, MODEL_FREE, Selector, create_selector
+from miner.selectors import BLIND, Selector, create_selector, find_method, needs_model
 from miner.sources import Source, open_source
 from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
@@ -35,6 +35,7 @@ DEFAULT_KEEP_RATE = 0.9
 INHERITED = frozenset(
     ["views", "scale", "ratio", "hflip", "seed", "exif", "store_side", "val_share", "shard_size", "limit", "labels"]
 )
+SIZES = frozenset(["img_size", "patch_size"])  # too, and giving the same again is no mistake
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def settle(
 
 
 def inherit(options: Options, source: Source) -> Options:
-    """A ticket set as source brings its views, seed and frame.
+    """A ticket set as source brings its views, seed, frame and sizes.
 
     Raises:
         TicketSetError: one of these was given, or --images link has nothing to link to.
@@ -185,15 +186,21 @@ def inherit(options: Options, source: Source) -> Options:
         raise TicketSetError(f"--out {options.out}: is the set that holds the images of --data {options.data}")
     for name in sorted(INHERITED & options.given):
         raise TicketSetError(f"--{name.replace('_', '-')}: inherited from the ticket set {options.data}; leave it out")
-    manifest = source.base.manifest
-    return replace(options, seed=manifest["seed"], exif=manifest["exif"])
+    inherited = {name: source.base.manifest[name] for name in ("seed", "exif", *SIZES)}
+    for name in sorted(SIZES & options.given):
+        if getattr(options, name) != inherited[name]:
+            raise TicketSetError(
+                f"--{name.replace('_', '-')}: the ticket set {options.data} is of {inherited[name]} pixels, got"
+                f" {getattr(options, name)}; leave it out"
+            )
+    return replace(options, **inherited)
 
 
 def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
     """The selector, and what identifies it in the plan."""
     grid = (options.img_size // options.patch_size,) * 2
     n, method = grid[0] * grid[1], options.method
-    model = None if method in MODEL_FREE else models.build_vit(options.selector, grid, options.weights)
+    model = models.build_vit(options.selector, grid, options.weights) if uses_model(options) else None
     state = models.state_hash(model) if model else None
     blocks = parse_blocks(options.drop_blocks)
     if method == "evit" and model and blocks is None:
@@ -212,7 +219,11 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         selector = create_selector(method, model, grid, counts, blocks, device, options.amp, options.torchcompile)
     except (RuntimeError, AssertionError) as error:  # torch's word on a device that is not there
         raise TicketSetError(f"--device {device}: {first_line(error)}") from None
-    config = resolve_model_data_config(model) if model else {"mean": (), "std": ()}
+    blind = method in BLIND
+    if model:
+        config = resolve_model_data_config(model)
+    else:
+        config = {"mean": (), "std": ()} if blind else {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     return selector, {
         "method": method,
         "model": models.timm_name(options.selector) if model else None,
@@ -220,13 +231,13 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         "keep_rate": None if options.tokens or method == "none" else rate,
         "counts": list(counts),
         "blocks": list(selector.blocks),
-        "input_size": grid[0] * models.square_patch(model) if model else None,
+        "input_size": grid[0] * models.square_patch(model) if model else None if blind else options.img_size,
         "mean": list(config["mean"]),
         "std": list(config["std"]),
-        "dtype": "bfloat16" if options.amp and model else "float32",
+        "dtype": "bfloat16" if options.amp and not blind else "float32",
         "compiled": options.torchcompile,
         # Another version of a user's own method is another plan.
-        "code": source_hash(METHODS[method]) if ":" in method else None,
+        "code": source_hash(find_method(method)) if ":" in method else None,
     }
 
 
@@ -249,15 +260,13 @@ def token_labeller(options: Options, source: Source) -> Labeller | None:
 
 
 def check_method(options: Options) -> None:
-    """Refuse an unknown method before weights are loaded, and flags that a model-free one would ignore.
+    """Refuse an unknown method before weights are loaded, and flags that one without a model would ignore.
 
     Raises:
         TicketSetError: see above.
     """
-    if options.method not in METHODS and ":" not in options.method:
-        raise TicketSetError(f"--method {options.method}: expected one of {', '.join(METHODS)}, or module:function")
-    unused = ["selector", "weights", "drop_blocks", "torchcompile"] if options.method in MODEL_FREE else []
-    if unused and options.token_labels is None:
+    unused = [] if uses_model(options) else ["selector", "weights", "drop_blocks", "torchcompile"]
+    if options.method in BLIND and options.token_labels is None:
         unused.append("amp")
     for name in unused:
         if name in options.given:
@@ -271,6 +280,16 @@ def check_method(options: Options) -> None:
         raise TicketSetError(
             "--method none: mines token labels alone; expected --token-labels and --images link beside it"
         )
+
+
+def uses_model(options: Options) -> bool:
+    """Whether --selector's model is to be loaded: the method needs one, or one was asked for that it may use.
+
+    Raises:
+        TicketSetError: there is no such method.
+    """
+    asked = bool({"selector", "weights"} & options.given) and options.method not in BLIND
+    return needs_model(options.method) or asked
 
 
 def source_hash(function: Callable[..., Any]) -> str:
@@ -310,6 +329,7 @@ def plan_of(
         patch_size=options.patch_size,
         k=k,
         views=options.views,
+        viewed=options.splits or ("train",),
         scale=options.scale,
         ratio=options.ratio,
         hflip=options.hflip,
