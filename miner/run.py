@@ -123,7 +123,8 @@ def run(options: Options) -> None:
             miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
             allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
             try:
-                miner.run(todo, allowed)
+                with models.compiling():
+                    miner.run(todo, allowed)
             finally:
                 if screen:
                     screen.close()

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import zipfile
 import zlib
 
 import numpy as np
@@ -235,6 +236,7 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
         (("--drop-blocks", "2,2"), 1, "expected ascending block numbers from 0 to 5"),
         (("--drop-blocks", "-1"), 1, "expected ascending block numbers from 0 to 5"),
         (("--method", "rollout", "--drop-blocks", "1,2"), 1, "--method rollout: expected one block in --drop-blocks"),
+        (("--method", "center", "--store-side", 65501), 2, "'--store-side': 65501 is not in the range 1<=x<=65500"),
         (("--device", "nonsense"), 1, "--device nonsense: "),
         (("--split", "test", "--method", "center"), 1, "expected a split of ['train', 'val'], got --split test"),
     ],
@@ -786,6 +788,87 @@ def test_weights_of_another_model(photos, tmp_path):
     save_file(timm.create_model("test_vit3").state_dict(), tmp_path / "other.safetensors")
     line = selector_failure(photos, tmp_path, tmp_path / "other.safetensors")
     assert "do not fit VisionTransformer of depth 6, width 64" in line and "first: expected" in line
+
+
+def altered(weights, path, **tensors):
+    """A checkpoint of SELECTOR's own tensors, but for some."""
+    torch.save({**load_file(weights), **tensors}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"extra.thing": torch.ones(2)}, "do not fit VisionTransformer of depth 6, width 64: 0 tensors missing, 1 unknown, 0 of another shape (first: unknown tensor extra.thing)"),
+        ({"cls_token": torch.ones(1, 1, 8)}, "do not fit VisionTransformer of depth 6, width 64: 0 tensors missing, 0 unknown, 1 of another shape (first: expected cls_token [1, 1, 64], got [1, 1, 8])"),
+        ({"norm.weight": torch.ones(64, dtype=torch.int8)}, "expected norm.weight in floating point, got torch.int8: weights of a quantised model"),
+        ({"cls_token": {"a": 1}}, "expected tensors by name, got dict 'cls_token'"),
+        ({"cls_token": 3}, "expected tensors by name, got int 'cls_token'"),
+        ({"acc": np.float64(0.7)}, "not a loadable checkpoint: it holds numpy._core.multiarray.scalar, and nothing but tensors, numbers and text is read; save model.state_dict() alone"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_say_what_is_wrong(tensors, reason, photos, weights, tmp_path):
+    path = altered(weights, tmp_path / "w.pth", **tensors)
+    line = selector_failure(photos, tmp_path, path)
+    assert line.replace("numpy.core", "numpy._core") == f"Error: --weights {path}: {reason}"
+    line = selector_failure(photos, tmp_path, tmp_path)
+    assert line == f"Error: --weights {tmp_path}: expected a file, got a folder"
+
+
+def test_weights_that_lack_a_tensor(photos, weights, tmp_path):
+    state = load_file(weights)
+    del state["pos_embed"]
+    torch.save(state, tmp_path / "w.pth")
+    assert "(first: pos_embed is missing)" in selector_failure(photos, tmp_path, tmp_path / "w.pth")
+
+
+def test_weights_of_a_distilled_model_name_it(photos, tmp_path):
+    distilled = "deit_tiny_distilled_patch16_224"
+    torch.save({"model": timm.create_model(distilled, depth=1).state_dict()}, tmp_path / "w.pth")
+    line = selector_failure(photos, tmp_path, tmp_path / "w.pth", "deit_tiny")
+    assert line.endswith(f"weights of a distilled model (they hold dist_token); name that model, like {distilled}")
+    assert "depth 12" in selector_failure(photos, tmp_path, tmp_path / "w.pth", distilled), (
+        "the control: it gets further"
+    )
+
+
+@pytest.mark.parametrize("kind", ["list", "text", "script", "zip", "html", "cut", "safetensors"])
+def test_files_that_are_no_checkpoint_get_our_words(kind, photos, weights, tmp_path):
+    path, words = tmp_path / "w.pth", "no whole file of torch.save; one of safetensors is to be named .safetensors"
+    if kind == "list":
+        torch.save([1, 2], path)
+        words = "expected a dict of tensors by name"
+    elif kind == "text":
+        torch.save("hello", path)
+        words = "expected a dict of tensors by name"
+    elif kind == "script":
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+        words = "a TorchScript archive; save model.state_dict() instead"
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", "hello")
+    elif kind == "html":
+        path.write_text("<!DOCTYPE html><html></html>")
+    elif kind == "cut":
+        cut(altered(weights, path))
+    else:
+        shutil.copy(weights, path)
+    assert selector_failure(photos, tmp_path, path) == f"Error: --weights {path}: not a loadable checkpoint: {words}"
+
+
+def test_blocks_that_cannot_be_compiled_are_one_line(photos, weights, tmp_path, monkeypatch):
+    """What torch raises at the first batch where there is no C++ compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fail(*arguments):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: self.register_forward_pre_hook(fail))
+    command = "--data", photos, "--out", tmp_path / "out", "--selector", SELECTOR, "--weights", weights
+    line = failure(*command, "--torchcompile")
+    assert line.startswith("Error: --torchcompile: torch cannot compile here (No working C++ compiler found in ")
+    monkeypatch.undo()
+    mine(*command)
 
 
 def test_weights_that_are_nowhere(photos, tmp_path):
