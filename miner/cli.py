@@ -18,7 +18,6 @@ from shards.console import reports_errors
 from shards.errors import TicketSetError
 from shards.ranks import rank_and_world
 
-MAX_JPEG_SIDE = 65_500  # libjpeg's
 EXAMPLES = """
 \b
 Examples:
@@ -135,7 +134,7 @@ Examples:
 )
 @click.option(
     "--store-side",
-    type=click.IntRange(1, MAX_JPEG_SIDE),
+    type=click.IntRange(1, 65_500),
     metavar="S",
     help="Store larger images as JPEGs of this short side.",
 )

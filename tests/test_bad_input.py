@@ -832,6 +832,7 @@ def test_weights_of_a_distilled_model_name_it(photos, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["list", "text", "script", "zip", "html", "cut", "safetensors"])
 def test_files_that_are_no_checkpoint_get_our_words(kind, photos, weights, tmp_path):
     path, words = tmp_path / "w.pth", "no whole file of torch.save; one of safetensors is to be named .safetensors"

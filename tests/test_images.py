@@ -373,6 +373,14 @@ def test_a_tile_far_larger_than_its_image_is_refused_before_it_is_decoded():
         store_image(tiff(8, bytes(9), 3, 3, _322=30_000, _323=30_000))
 
 
+def test_an_image_that_stays_too_long_for_a_jpeg_is_refused(capfd):
+    data = encode(Image.new("L", (70_000, 10)), "PNG")
+    with pytest.raises(ImageError, match="^too long: 66500x95, to which it is resized, is more than a JPEG's 65500$"):
+        store_image(encode(Image.new("L", (70_000, 100)), "PNG"), store_side=95)
+    assert capfd.readouterr().err == ""
+    assert store_image(data, store_side=9)[0].width == 63_000, "the control"
+
+
 # Bad files.
 
 
