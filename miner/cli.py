@@ -1,8 +1,12 @@
 """datalth-mine: a labelled image set -> a ticket set."""
 
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from click.core import ParameterSource
 from shards import format as fmt
 from shards.console import reports_errors
 from shards.errors import TicketSetError
+from shards.ranks import rank_and_world
 
 EXAMPLES = """
 \b
@@ -46,7 +51,7 @@ Examples:
     default="deit_small",
     show_default=True,
     metavar="NAME",
-    help="timm ViT that ranks, or deit_tiny|deit_small|deit_base.",
+    help="timm ViT that ranks, or deit_tiny|deit_small|deit_base; a method of your own is given one where this is typed, or where it says `needs_model`.",
 )
 @click.option("--weights", metavar="FILE", help="Its weights, .safetensors or .pth. Default: timm's pretrained ones.")
 @click.option(
@@ -85,7 +90,7 @@ Examples:
     "--views",
     type=click.IntRange(min=1),
     metavar="V",
-    help="Views of every image, the canonical one included.  [default: 16 for train, 1 for other splits]",
+    help="Views of a train image, the canonical one included; of other splits only where --split names them.  [default: 16 for train, 1 for other splits]",
 )
 @click.option(
     "--scale",
@@ -128,7 +133,10 @@ Examples:
     help="EXIF orientation; timm and torchvision ignore it.",
 )
 @click.option(
-    "--store-side", type=click.IntRange(min=1), metavar="S", help="Store larger images as JPEGs of this short side."
+    "--store-side",
+    type=click.IntRange(1, 65_500),
+    metavar="S",
+    help="Store larger images as JPEGs of this short side.",
 )
 @click.option(
     "--val-share",
@@ -216,14 +224,43 @@ def main(context: click.Context, **options: Any) -> None:
 
     given = {n for n in options if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     try:
-        run(Options(**options, given=frozenset(given)))
+        with stopped_by_sigterm():
+            run(Options(**options, given=frozenset(given)))
     except OSError as error:
         error.filename = error.filename or options["out"]  # a full disk says no more than that
         raise
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        click.echo(
+            f"{number.name}: stopped; finished shards are safe, and the same command goes on from there", err=True
+        )
+        raise SystemExit(128 + number) from None
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work inside as Ctrl-C does, with everything put away; in a thread it cannot be asked for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse what cannot be meant, before anything slow is imported."""
+    """Refuse what cannot be meant, before anything slow is imported.
+
+    Raises:
+        click.UsageError: flags that do not go together.
+        TicketSetError: RANK and WORLD_SIZE that name no place.
+    """
     if options["tokens"] and options["keep_rate"] is not None:
         raise click.UsageError("--tokens and --keep-rate both say how many patches a ticket has; give one of them")
     for name in ("token_label_weights", "token_label_size"):
@@ -240,11 +277,12 @@ def check_options(options: dict[str, Any]) -> None:
             raise click.UsageError(
                 f"--{name}: expected 0 < MIN <= MAX{' <= 1' if name == 'scale' else ''}, got {low:g} {high:g}"
             )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options["overwrite"]:
+    ranks = rank_and_world()[1]
+    if ranks > 1 and options["overwrite"]:
         raise click.UsageError(
             "--overwrite under torchrun: ranks would remove each other's work; remove the folder first"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options["retry_failed"]:
+    if ranks > 1 and options["retry_failed"]:
         raise click.UsageError(
             "--retry-failed under torchrun: a rank could finalize what another takes back; run it once without torchrun"
             " and stop it, then run torchrun without the flag"

@@ -29,7 +29,7 @@ from miner.token_labels import VIEWS_AN_IMAGE, Labeller
 from miner.writer_thread import WriterThread
 from shards import format as fmt
 from shards import token_labels
-from shards.errors import ImageError, TicketSetError
+from shards.errors import ImageError, TicketSetError, is_machine_error
 from shards.images import render_pixels, store_image
 from shards.views import image_views, view_seed
 
@@ -83,7 +83,7 @@ class Miner:
         self.workers, self.on_batch, self.log_batch, self.labeller = workers, on_batch, log_batch, labeller
         self.progress = Progress()
         common = plan.common["selector"]
-        self._size = common["input_size"]
+        self._size = common["input_size"]  # None: the method looks at no pixels
         self._seed = plan.common["seed"]
         self._scale = _scale(common["mean"], common["std"], selector.device)
         self._label_scale = _scale(labeller.mean, labeller.std, labeller.device) if labeller else self._scale
@@ -167,7 +167,7 @@ class Miner:
         self.log_batch([(image.row["key"], view) for image, view in batch])
         seeds = [view_seed(self._seed, image.row["key"], view) for image, view in batch]
         pixels = None
-        if self.selector.model is not None:
+        if self._size is not None:
             views = [image.pixels[view] for image, view in batch if image.pixels is not None]
             pixels = _normalised(views, *self._scale)
         rankings, scores = self.selector.rank_and_score(pixels, seeds)
@@ -253,12 +253,14 @@ class Miner:
                 size = (image.stored.width, image.stored.height)
                 views = image_views(self._seed, row["key"], split_plan["views"], *size, **boxes)
             image.views = views
-            if self.selector.model is not None:
+            if self._size is not None:
                 image.pixels = render_pixels(pixels, image.views, self._size)
             if self.labeller is not None:
                 everything = np.array([[0, 0, image.stored.height, image.stored.width, 0]])
                 image.whole = render_pixels(pixels, everything, self.labeller.input_size)[0]
         except (ImageError, OSError) as error:
+            if is_machine_error(error):  # it would meet any file: nothing that a row should say
+                raise
             image.error = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
             return image
         n = self.plan.num_patches

@@ -1,13 +1,17 @@
 """Models of selectors and token labels: built by timm, weights from timm's pretrained tag or from a file."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import pickle
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import timm
 import torch
 
 from shards.errors import TicketSetError, first_line
@@ -185,17 +189,52 @@ def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
     from timm.models import load_state_dict
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
+    where = f"{flag} {path}"
     if not os.path.isfile(path):
-        raise TicketSetError(f"{flag} {path}: no such file")
+        raise TicketSetError(f"{where}: {'expected a file, got a folder' if os.path.isdir(path) else 'no such file'}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_state_dict(path, use_ema=True, device="cpu", weights_only=True)
+        _check_tensors(model, state, where)
         if isinstance(model, VisionTransformer):
             return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
         own_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         return own_filter(state, model) if own_filter else state
+    except TicketSetError:
+        raise
     except Exception as error:  # pickle, zip, safetensors and shape errors have no common class
-        raise TicketSetError(f"{flag} {path}: not a loadable checkpoint: {first_line(error)}") from None
+        raise TicketSetError(f"{where}: not a loadable checkpoint: {_in_our_words(error)}") from None
+
+
+def _in_our_words(error: Exception) -> str:
+    """torch's own words on a file that it refuses name flags that are not ours, and advise to run what is in it."""
+    text = str(error)
+    objects = re.search(r"Unsupported globals?: (?:GLOBAL )?([\w., ]+?)(?:\. | was |$)", text)
+    if objects:
+        name = min(objects[1].split(", "))
+        return f"it holds {name}, and nothing but tensors, numbers and text is read; save model.state_dict() alone"
+    if "TorchScript" in text:
+        return "a TorchScript archive; save model.state_dict() instead"
+    if isinstance(error, EOFError):
+        return "the file is empty"
+    foreign = "weights_only" in text or "inline_container" in text or "PytorchStreamReader" in text
+    if foreign or isinstance(error, pickle.UnpicklingError):
+        return "no whole file of torch.save; one of safetensors is to be named .safetensors"
+    if isinstance(error, AttributeError):
+        return "expected a dict of tensors by name"
+    return first_line(error)
+
+
+def _check_tensors(model: Model, state: dict[str, torch.Tensor], where: str) -> None:
+    """Refuse what has no tensors, or those of a distilled model for a plain one, which timm's filter would stumble over."""
+    odd = next((name for name, value in state.items() if not isinstance(value, torch.Tensor)), None)
+    if odd is not None:
+        raise TicketSetError(f"{where}: expected tensors by name, got {type(state[odd]).__name__} {str(odd)[:80]!r}")
+    if "dist_token" in state and "dist_token" not in model.state_dict():
+        name = getattr(model, "default_cfg", {}).get("architecture", "")
+        distilled = name.replace("_patch", "_distilled_patch")
+        example = f", like {distilled}" if timm.is_model(distilled) else ""
+        raise TicketSetError(f"{where}: weights of a distilled model (they hold dist_token); name that model{example}")
 
 
 def _fit(model: Model, state: dict[str, torch.Tensor], where: str) -> list[str]:
@@ -208,14 +247,21 @@ def _fit(model: Model, state: dict[str, torch.Tensor], where: str) -> list[str]:
     missing = [k for k in own if k not in state and not k.startswith(heads)]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if extra or missing or wrong:
-        example = (wrong or missing or extra)[0]
-        detail = f"{example} {list(own[example].shape)}, got {list(state[example].shape)}" if wrong else example
+        if wrong:
+            first = f"expected {wrong[0]} {list(own[wrong[0]].shape)}, got {list(state[wrong[0]].shape)}"
+        else:
+            first = f"{missing[0]} is missing" if missing else f"unknown tensor {extra[0][:80]}"
         vit = hasattr(model, "blocks") and hasattr(model, "embed_dim")
         size = f" of depth {len(model.blocks)}, width {model.embed_dim}" if vit else ""
         raise TicketSetError(
             f"{where}: do not fit {type(model).__name__}{size}:"
-            f" {len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of another shape"
-            f" (first: expected {detail})"
+            f" {len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of another shape (first: {first})"
+        )
+    floating = [k for k in state if k in own and own[k].is_floating_point()]
+    whole = next((k for k in floating if not state[k].is_floating_point()), None)
+    if whole is not None:
+        raise TicketSetError(
+            f"{where}: expected {whole} in floating point, got {state[whole].dtype}: weights of a quantised model"
         )
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}}, strict=True)
     return [k for k in own if k not in state]
@@ -236,6 +282,24 @@ def state_hash(model: Model) -> str:
     return sha.hexdigest()
 
 
+@contextlib.contextmanager
+def compiling(flag: str = "--torchcompile") -> Iterator[None]:
+    """Make one line of what torch.compile raises at the first batch: its tracebacks are fifty lines long.
+
+    Raises:
+        TicketSetError: the blocks cannot be compiled on this machine.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise TicketSetError(
+            f"{flag}: torch cannot compile here ({first_line(error)}); it needs a C++ compiler (g++, or CXX), on a GPU"
+            f" triton too; without {flag} it runs as well, slower"
+        ) from None
+
+
 def _create_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -251,8 +315,6 @@ def create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Mod
     Raises:
         TicketSetError: no such model, arguments that it does not take, or no pretrained weights to be had.
     """
-    import timm
-
     full_name = timm_name(name)
     if not timm.is_model(full_name):
         import difflib

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from shards.storage import write_atomic
 from shards.views import CROP_PCT
 
 # Raise when the same inputs and options would give other bytes than before.
-ALGORITHM = 1
+ALGORITHM = 2  # since 2, grey of 12 bits and TIFFs whose white is 0 are scaled by what their file says
 TRAIN_VIEWS, OTHER_VIEWS = 16, 1
 
 
@@ -85,6 +86,7 @@ def make_plan(
     batch_size: int,
     shard_size: int,
     limit: int | None,
+    viewed: Collection[str] = ("train",),
     token_labels: dict[str, Any] | None = None,
 ) -> Plan:
     """Resolve a source and options into a plan.
@@ -92,7 +94,8 @@ def make_plan(
     Args:
         source: with the splits to mine.
         selector: what identifies it: method, model, state hash, blocks, counts, dtype, input size, mean, std.
-        views: V of every split; None = 16 for train, 1 for the others. Inherited where the source has a base.
+        views: V of the splits in `viewed`; others have 1, as only their view 0 is ever used. None = 16 for train,
+            1 for the others. Inherited where the source has a base.
         limit: images taken of each split, after permutation.
         token_labels: what identifies their model, see `miner.token_labels.Labeller.identity`; None where none are mined.
     """
@@ -123,7 +126,8 @@ def make_plan(
             inherited = source.base.manifest["splits"][name]
             geometry = {field: inherited[field] for field in ("views", "scale", "ratio", "hflip")}
         else:
-            count = views or (TRAIN_VIEWS if name == "train" else OTHER_VIEWS)
+            usual = TRAIN_VIEWS if name == "train" else OTHER_VIEWS
+            count = views if views and name in viewed else usual
             geometry = {"views": count, "scale": list(scale), "ratio": list(ratio), "hflip": hflip}
         planned = len(table) if limit is None else min(limit, len(table))
         split = {
@@ -177,13 +181,14 @@ def _permutation(count: int, name: str) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
-def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False) -> Plan:
+def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False, alone: bool = True) -> Plan:
     """Write plan.json, or hold the plan against the one that is there.
 
     Splits that only the folder's plan has are kept: they were mined before.
 
     Args:
         retry: accept inputs that changed where they had failed.
+        alone: nobody else mines into the folder; else its plan is only compared.
     Returns:
         The plan of the whole folder.
     Raises:
@@ -199,7 +204,8 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         old = None
     except (ValueError, KeyError, TypeError) as error:
         raise TicketSetError(f"{path}: not readable as a plan: {error}; start anew with --overwrite") from None
-    if old is None or not any(folder.glob("*-" + "[0-9]" * 6 + ".json")):  # nothing was mined by it
+    mined = any(folder.glob("*-" + "[0-9]" * 6 + ".json"))
+    if old is None or (alone and not mined):
         _store(path, plan, device)
         return plan
     shared = {name: old["splits"][name] for name in plan.splits if name in old["splits"]}
@@ -221,6 +227,11 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
             ours[name] = {**ours[name], "retried_inputs": retried}
     differing = _differences({"common": old["common"], "splits": shared}, {"common": plan.common, "splits": ours})
     if differing:
+        if not alone:
+            raise TicketSetError(
+                f"{folder}: another datalth-mine is at work in it by another plan ({'; '.join(differing[:6])});"
+                f" give another --out, or stop the other"
+            )
         mended = all(d.split(": ")[0].endswith(".inputs") for d in differing)
         raise TicketSetError(
             f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
@@ -228,9 +239,31 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         )
     whole = Plan(plan.common, {**old["splits"], **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
     if whole.splits != old["splits"] or retry:
+        if not alone:
+            raise TicketSetError(
+                f"{folder}: another datalth-mine is at work in it, and this command would change its plan;"
+                f" run it again when the other is done"
+            )
         (folder / fmt.MANIFEST).unlink(missing_ok=True)
         _store(path, whole, device)
     return whole
+
+
+def check_unchanged(folder: Path, split: str, plan_id: str) -> None:
+    """Before a commit: whether the folder's plan still is the one that a split is mined by.
+
+    Raises:
+        TicketSetError: it is another, or gone.
+    """
+    try:
+        found = json.loads((folder / fmt.PLAN).read_bytes())["splits"][split]["plan_id"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found = None
+    if found != plan_id:
+        raise TicketSetError(
+            f"{folder / fmt.PLAN}: another datalth-mine has changed it since this one began; expected plan"
+            f" {plan_id[:12]} of split {split}, got {str(found)[:12]}; give each its own --out"
+        )
 
 
 def _store(path: Path, plan: Plan, device: str) -> None:

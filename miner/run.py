@@ -16,15 +16,17 @@ import torch
 from timm.data import resolve_model_data_config
 
 from miner import models
+from miner.claim import Claim
 from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_for, parse_blocks
 from miner.engine import Miner, Progress
-from miner.plan import Plan, make_plan, manifest_head, shard_rows, write_plan
+from miner.plan import Plan, check_unchanged, make_plan, manifest_head, shard_rows, write_plan
 from miner.screen import Screen, show_plan, show_summary
-from miner.selectors import METHODS, MODEL_FREE, Selector, create_selector
+from miner.selectors import BLIND, Selector, create_selector, find_method, needs_model
 from miner.sources import Source, open_source
 from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
+from shards.ranks import rank_and_world
 from shards.writer import finalize, read_shard_json
 
 DEFAULT_KEEP_RATE = 0.9
@@ -32,6 +34,7 @@ DEFAULT_KEEP_RATE = 0.9
 INHERITED = frozenset(
     ["views", "scale", "ratio", "hflip", "seed", "exif", "store_side", "val_share", "shard_size", "limit", "labels"]
 )
+SIZES = frozenset(["img_size", "patch_size"])  # too, and giving the same again is no mistake
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def run(options: Options) -> None:
         TicketSetError: whatever a person can mend.
     """
     quiet_libraries()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = rank_and_world()
     folder = Path(options.out)
     source = open_source(
         options.data,
@@ -101,36 +104,32 @@ def run(options: Options) -> None:
     labeller = token_labeller(options, source)
     device = labeller.device if labeller else selector.device
     mined = plan_of(options, source, selector.k, identity, labeller, device)
-    if options.overwrite:
-        remove_set(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if world == 1:
-        for stale in folder.glob("*.json.*.tmp"):
-            stale.unlink(missing_ok=True)
-    plan = write_plan(folder, mined, source, device.type, options.retry_failed)
-    if rank == 0:
-        show_plan(plan, source, folder, str(device), list(mined.splits))
-
     own = [shard for i, shard in enumerate(mined.shards()) if i % world == rank]
-    done = committed(folder, plan, own, options.retry_failed)
-    todo = [shard for shard in own if shard not in done]
-    if done and rank == 0:
-        print(f"resuming: {len(done)} of {len(own)} shards are done")
-    seconds, progress = 0.0, Progress()
-    if todo:
-        started = time.monotonic()
-        screen = Screen(shard_images(plan, source, todo)) if rank == 0 else None
-        workers = options.workers or min(os.cpu_count() or 1, 16)
-        on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
-        miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
-        allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
-        try:
-            miner.run(todo, allowed)
-        finally:
-            if screen:
-                screen.close()
-            seconds, progress = time.monotonic() - started, miner.progress
-    if finish(folder, plan, source):
+    with Claim(folder) as claim:
+        plan, done = settle(claim, options, mined, source, device, own)
+        if rank == 0:
+            show_plan(plan, source, folder, str(device), list(mined.splits))
+        if done and rank == 0:
+            print(f"resuming: {len(done)} of {len(own)} shards are done")
+        todo = [shard for shard in own if shard not in done]
+        seconds, progress = 0.0, Progress()
+        if todo:
+            started = time.monotonic()
+            screen = Screen(shard_images(plan, source, todo)) if rank == 0 else None
+            workers = options.workers or min(os.cpu_count() or 1, 16)
+            on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
+            miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
+            allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
+            try:
+                with models.compiling():
+                    miner.run(todo, allowed)
+            finally:
+                if screen:
+                    screen.close()
+                seconds, progress = time.monotonic() - started, miner.progress
+        complete = finish(folder, plan, source)
+    if complete:
         if rank == 0 or todo:
             show_summary(folder, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
@@ -140,8 +139,41 @@ def run(options: Options) -> None:
             print("other ranks are at them" if world > 1 else "run the command that mines them again")
 
 
+def settle(
+    claim: Claim,
+    options: Options,
+    mined: Plan,
+    source: Source,
+    device: torch.device,
+    own: list[tuple[str, int]],
+) -> tuple[Plan, dict[tuple[str, int], dict[str, Any]]]:
+    """Agree on the folder's plan, and let others of the same plan in.
+
+    Returns:
+        The plan of the whole folder, and the JSON of those of this process's shards that are done.
+    Raises:
+        TicketSetError: the folder holds, or another process mines, a set of another plan.
+    """
+    folder = Path(options.out)
+    if not claim.alone and (options.overwrite or options.retry_failed):
+        raise TicketSetError(
+            f"--{'overwrite' if options.overwrite else 'retry-failed'}: another datalth-mine is at work in {folder};"
+            f" stop it, or wait until it is done"
+        )
+    if options.overwrite:
+        remove_set(folder)
+    if claim.alone and claim.locked:
+        remove_temporary(folder)
+    plan = write_plan(folder, mined, source, device.type, options.retry_failed, claim.alone)
+    done = committed(folder, plan, own, options.retry_failed)
+    if claim.alone and claim.locked:
+        claim.share()
+        plan = write_plan(folder, mined, source, device.type, alone=False)
+    return plan, done
+
+
 def inherit(options: Options, source: Source) -> Options:
-    """A ticket set as source brings its views, seed and frame.
+    """A ticket set as source brings its views, seed, frame and sizes.
 
     Raises:
         TicketSetError: one of these was given, or --images link has nothing to link to.
@@ -154,15 +186,21 @@ def inherit(options: Options, source: Source) -> Options:
         raise TicketSetError(f"--out {options.out}: is the set that holds the images of --data {options.data}")
     for name in sorted(INHERITED & options.given):
         raise TicketSetError(f"--{name.replace('_', '-')}: inherited from the ticket set {options.data}; leave it out")
-    manifest = source.base.manifest
-    return replace(options, seed=manifest["seed"], exif=manifest["exif"])
+    inherited = {name: source.base.manifest[name] for name in ("seed", "exif", *SIZES)}
+    for name in sorted(SIZES & options.given):
+        if getattr(options, name) != inherited[name]:
+            raise TicketSetError(
+                f"--{name.replace('_', '-')}: the ticket set {options.data} is of {inherited[name]} pixels, got"
+                f" {getattr(options, name)}; leave it out"
+            )
+    return replace(options, **inherited)
 
 
 def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
     """The selector, and what identifies it in the plan."""
     grid = (options.img_size // options.patch_size,) * 2
     n, method = grid[0] * grid[1], options.method
-    model = None if method in MODEL_FREE else models.build_vit(options.selector, grid, options.weights)
+    model = models.build_vit(options.selector, grid, options.weights) if uses_model(options) else None
     state = models.state_hash(model) if model else None
     blocks = parse_blocks(options.drop_blocks)
     if method == "evit" and model and blocks is None:
@@ -181,7 +219,11 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         selector = create_selector(method, model, grid, counts, blocks, device, options.amp, options.torchcompile)
     except (RuntimeError, AssertionError) as error:  # torch's word on a device that is not there
         raise TicketSetError(f"--device {device}: {first_line(error)}") from None
-    config = resolve_model_data_config(model) if model else {"mean": (), "std": ()}
+    blind = method in BLIND
+    if model:
+        config = resolve_model_data_config(model)
+    else:
+        config = {"mean": (), "std": ()} if blind else {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     return selector, {
         "method": method,
         "model": models.timm_name(options.selector) if model else None,
@@ -189,13 +231,13 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         "keep_rate": None if options.tokens or method == "none" else rate,
         "counts": list(counts),
         "blocks": list(selector.blocks),
-        "input_size": grid[0] * models.square_patch(model) if model else None,
+        "input_size": grid[0] * models.square_patch(model) if model else None if blind else options.img_size,
         "mean": list(config["mean"]),
         "std": list(config["std"]),
-        "dtype": "bfloat16" if options.amp and model else "float32",
+        "dtype": "bfloat16" if options.amp and not blind else "float32",
         "compiled": options.torchcompile,
         # Another version of a user's own method is another plan.
-        "code": source_hash(METHODS[method]) if ":" in method else None,
+        "code": source_hash(find_method(method)) if ":" in method else None,
     }
 
 
@@ -218,15 +260,13 @@ def token_labeller(options: Options, source: Source) -> Labeller | None:
 
 
 def check_method(options: Options) -> None:
-    """Refuse an unknown method before weights are loaded, and flags that a model-free one would ignore.
+    """Refuse an unknown method before weights are loaded, and flags that one without a model would ignore.
 
     Raises:
         TicketSetError: see above.
     """
-    if options.method not in METHODS and ":" not in options.method:
-        raise TicketSetError(f"--method {options.method}: expected one of {', '.join(METHODS)}, or module:function")
-    unused = ["selector", "weights", "drop_blocks", "torchcompile"] if options.method in MODEL_FREE else []
-    if unused and options.token_labels is None:
+    unused = [] if uses_model(options) else ["selector", "weights", "drop_blocks", "torchcompile"]
+    if options.method in BLIND and options.token_labels is None:
         unused.append("amp")
     for name in unused:
         if name in options.given:
@@ -240,6 +280,16 @@ def check_method(options: Options) -> None:
         raise TicketSetError(
             "--method none: mines token labels alone; expected --token-labels and --images link beside it"
         )
+
+
+def uses_model(options: Options) -> bool:
+    """Whether --selector's model is to be loaded: the method needs one, or one was asked for that it may use.
+
+    Raises:
+        TicketSetError: there is no such method.
+    """
+    asked = bool({"selector", "weights"} & options.given) and options.method not in BLIND
+    return needs_model(options.method) or asked
 
 
 def source_hash(function: Callable[..., Any]) -> str:
@@ -279,6 +329,7 @@ def plan_of(
         patch_size=options.patch_size,
         k=k,
         views=options.views,
+        viewed=options.splits or ("train",),
         scale=options.scale,
         ratio=options.ratio,
         hflip=options.hflip,
@@ -305,13 +356,20 @@ def planned_batch_size(folder: str) -> int | None:
 def remove_set(folder: Path) -> None:
     """Remove a ticket set's own files, the manifest first; anything else in the folder stays."""
     number = "-" + "[0-9]" * 6
-    shards = [f"*{number}.json", f"*{number}.tar", f"{fmt.INDEX}/*{number}.parquet", "*.tmp", f"{fmt.INDEX}/*.tmp"]
+    remove_temporary(folder)
+    shards = [f"*{number}.json", f"*{number}.tar", f"{fmt.INDEX}/*{number}.parquet"]
     for pattern in [fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES, *shards]:
         for path in folder.glob(pattern):
             path.unlink()
     with contextlib.suppress(OSError):  # not there, or not empty
         (folder / fmt.INDEX).rmdir()
     (folder / fmt.PLAN).unlink(missing_ok=True)  # last: until then the folder is known to be ours
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed runs left; nobody else may be writing."""
+    for stale in [*folder.glob("*.tmp"), *(folder / fmt.INDEX).glob("*.tmp")]:
+        stale.unlink(missing_ok=True)
 
 
 def committed(
@@ -344,12 +402,17 @@ def shard_images(plan: Plan, source: Source, shards: list[tuple[str, int]]) -> i
 
 
 def finish(folder: Path, plan: Plan, source: Source) -> bool:
-    """Write the manifest if every shard of the folder's plan is done; says whether it is."""
-    stats = [read_shard_json(folder, split, number) for split, number in plan.shards()]
-    committed_stats = [s for s in stats if s is not None]
-    if len(committed_stats) < len(stats):
+    """Write the manifest if every shard of the folder's plan is done; says whether it is.
+
+    Raises:
+        TicketSetError: a shard of another plan, or the folder's plan is another by now.
+    """
+    done = committed(folder, plan, plan.shards(), retry=False)
+    if len(done) < len(plan.shards()):
         return False
-    finalize(folder, manifest_head(plan, source, folder), committed_stats)
+    for split in plan.splits:
+        check_unchanged(folder, split, plan.splits[split]["plan_id"])
+    finalize(folder, manifest_head(plan, source, folder), list(done.values()))
     return True
 
 

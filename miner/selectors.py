@@ -29,17 +29,47 @@ from shards.views import center_distance
 Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
-MODEL_FREE = {"random", "center", "none"}
+BLIND = {"random", "center", "none"}  # look at no pixels, let alone a model's
 
 
-def register_method(name: str) -> Callable[[Method], Method]:
-    """Make a function a selector method under a name."""
+def register_method(name: str, needs_model: bool = False) -> Callable[[Method], Method]:
+    """Make a function a selector method under a name.
+
+    Args:
+        name: for --method and `create_selector`.
+        needs_model: without a model it cannot rank; --method then loads --selector's, typed or not. A function of
+            `module:function` says the same by an attribute, `function.needs_model = True`.
+    """
 
     def add(function: Method) -> Method:
+        if needs_model:
+            function.needs_model = True  # type: ignore[attr-defined]
         METHODS[name] = function
         return function
 
     return add
+
+
+def find_method(name: str) -> Method:
+    """A registered method, or the function of `module:function`, registered from now on.
+
+    Raises:
+        TicketSetError: there is none.
+    """
+    if ":" in name and name not in METHODS:
+        METHODS[name] = _import_method(name)
+    if name not in METHODS:
+        raise TicketSetError(f"--method {name}: expected one of {', '.join(METHODS)}, or module:function")
+    return METHODS[name]
+
+
+def needs_model(name: str) -> bool:
+    """Whether a method cannot rank without a model.
+
+    Raises:
+        TicketSetError: see `find_method`.
+    """
+    return bool(getattr(find_method(name), "needs_model", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +78,7 @@ class Selector:
 
     Attributes:
         method: its name.
-        model: timm VisionTransformer in eval mode; None for the model-free methods.
+        model: timm VisionTransformer in eval mode; None for a method that was given none.
         grid: (gh, gw).
         blocks: where scores are taken.
         counts: patches kept after each of evit's stages; the last is K.
@@ -76,7 +106,8 @@ class Selector:
         """Rank the patches of a batch.
 
         Args:
-            images: [B, 3, S, S], normalised with the model's mean and std; S = grid * the model's patch size.
+            images: [B, 3, S, S], normalised with the model's mean and std, S = grid * the model's patch size; without
+                a model in [0, 1], at the set's --img-size.
             seeds: one a row, for `random`.
         Returns:
             int64 [B, N] patch indices, row-major, most informative first; a permutation in each row.
@@ -107,7 +138,7 @@ def create_selector(
 
     Args:
         method: evit, cls-attention, rollout, random, center, none, a registered name, or module:function.
-        model: timm VisionTransformer with a class token and this grid; None for random, center and none.
+        model: timm VisionTransformer with a class token and this grid; None where the method needs none.
         grid: (gh, gw) of the tickets.
         counts: `miner.drop.keep_counts` of N; for evit one a block.
         blocks: 0-based; None = quarter points for evit, the last block for the others.
@@ -117,15 +148,15 @@ def create_selector(
     Raises:
         TicketSetError: unknown method, a block the model lacks, a model without class token or of another grid.
     """
-    if ":" in method and method not in METHODS:
-        METHODS[method] = _import_method(method)
-    if method not in METHODS:
-        raise TicketSetError(f"--method {method}: expected one of {', '.join(METHODS)}, or module:function")
-    if method in MODEL_FREE:
+    needed = needs_model(method)
+    if method in BLIND:
         return Selector(method, None, grid, (), counts, torch.device("cpu"))
     device = torch.device(device)
     if model is None:
-        raise TicketSetError(f"--method {method}: needs a selector model")
+        if needed:
+            raise TicketSetError(f"--method {method}: needs a selector model")
+        torch.empty(0, device=device)  # is it there?
+        return Selector(method, None, grid, (), counts, device, amp)
     check_model(model, grid)
     depth = len(model.blocks)
     if blocks is None:
@@ -142,7 +173,7 @@ def create_selector(
     return Selector(method, model, grid, tuple(blocks), counts, device, amp)
 
 
-@register_method("evit")
+@register_method("evit", needs_model=True)
 def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """The paper's selector: at each drop block keep the patches that the class token attends to most.
 
@@ -174,7 +205,7 @@ def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[T
     return torch.cat(dropped[::-1], dim=1), scores[0]
 
 
-@register_method("cls-attention")
+@register_method("cls-attention", needs_model=True)
 def cls_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """Head-mean attention of the class token at one block, all patches present."""
     (block,) = selector.blocks
@@ -183,7 +214,7 @@ def cls_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -
     return descending(scores), scores
 
 
-@register_method("rollout")
+@register_method("rollout", needs_model=True)
 def rollout(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """Attention rollout from block 0 to one block: the product of (A + I) / 2, head means, class token's row."""
     model, (last,) = selector.model, selector.blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from miner.lane import Image
-from miner.plan import Plan
+from miner.plan import Plan, check_unchanged
 from shards import format as fmt
 from shards.writer import ShardWriter
 
@@ -19,6 +19,8 @@ class WriterThread:
         self._plan, self._folder = plan, folder
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(64)
         self._error: BaseException | None = None
+        # Not the thread's own word: a join() that Ctrl-C interrupts takes a running thread for dead (Python 3.11).
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="write", daemon=True)
         self._thread.start()
 
@@ -34,15 +36,17 @@ class WriterThread:
     def finish(self) -> None:
         """Wait until everything is on disk."""
         self._put("stop", None)
+        self._ended.wait()
         self._thread.join()
         self._raise()
 
     def abort(self) -> None:
         """Write the shards that are whole, drop the one under way; nothing happens after `finish`."""
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             with contextlib.suppress(BaseException):  # the thread's own error ends it as well
                 self._put("stop", None)
-            self._thread.join()
+            self._ended.wait()
+        self._thread.join()
 
     def _put(self, what: str, value: Any) -> None:
         self._raise()
@@ -68,9 +72,12 @@ class WriterThread:
                         self._add(shard, item[1])
                     if item[0] != "commit" or self._error:
                         raise self._error or RuntimeError("aborted")
+                    check_unchanged(self._folder, split, plan_id)
                     shard.commit(item[1])
         except BaseException as error:  # the main thread raises it
             self._error = self._error or error
+        finally:
+            self._ended.set()
 
     def _add(self, shard: ShardWriter, image: Image) -> None:
         row = {

@@ -16,12 +16,12 @@ from shards.errors import ImageError, TicketSetError, first_line
 
 # What moves the cursor, colours the screen, ends a line or turns the direction of writing; halves of characters.
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_HINTS = {
-    **dict.fromkeys(
-        [errno.ENOSPC, errno.EDQUOT],
-        "what is finished is safe: free some space and run the same command again",
-    ),
-    **dict.fromkeys([errno.EMFILE, errno.ENFILE], "raise `ulimit -n`, or use fewer workers"),
+_WHAT_TO_DO = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EMFILE: "allow more open files (ulimit -n), or use fewer workers (-j),",
+    errno.ENFILE: "close some files",
+    errno.ENOMEM: "free some memory, or use fewer workers (-j),",
 }
 
 
@@ -54,17 +54,20 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise _message(str(error)) from None
         except MemoryError as error:
             said = f" ({first_line(error)})" if str(error) else ""
-            raise _message(
-                f"out of memory{said}; close other programs, or use smaller batches and fewer workers"
-            ) from None
+            raise _message(f"out of memory{said}{_goes_on(errno.ENOMEM)}") from None
         except BrokenPipeError:  # `| head`: click knows what to do
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            hint = f"; {_HINTS[error.errno]}" if error.errno in _HINTS else ""
-            raise _message(f"{where}{error.strerror or first_line(error)}{hint}") from None
+            raise _message(f"{where}{error.strerror or first_line(error)}{_goes_on(error.errno)}") from None
 
     return run
+
+
+def _goes_on(number: int | None) -> str:
+    """What to do about an error of the machine, which has lost nothing."""
+    todo = _WHAT_TO_DO.get(number or 0)
+    return f"; what is finished is safe: {todo} and run the same command again" if todo else ""
 
 
 def _message(text: str) -> click.ClickException:

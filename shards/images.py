@@ -16,8 +16,11 @@ from shards.errors import ImageError
 
 # Checked against the header before any pixel is decoded; Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
+MAX_JPEG_SIDE = 65_500  # libjpeg's
 STORE_QUALITY = 95  # of images re-encoded by store_side
+_STRIP_PIXELS = 1 << 22  # converted at once
 _ORIENTATION = 0x0112  # EXIF tag
+_BITS, _PHOTOMETRIC, _PLANES, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 258, 262, 284, 322, 323, 339  # TIFF tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +48,7 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
     Raises:
         ImageError: not an image, truncated, too large, or of a kind whose pixels have no fixed range.
     """
-    image = _open(data)
-    fast = _fast_jpeg(data) if exif == "ignore" else None
-    pixels = _pixels(image, exif) if fast is None else fast
-    # Read after decoding, which itself turns a TIFF upright and takes the tag away.
-    orientation = _orientation(image)
+    pixels, orientation = _pixels(data, exif)
     source_size = pixels.shape[1::-1]
     member, stored = _sniff(data), data
     if store_side and min(source_size) > store_side:
@@ -65,13 +64,13 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
 
 
 def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
-    """uint8 [H, W, 3] RGB; alpha is dropped as timm and torchvision do, 16-bit grey keeps its high byte.
+    """uint8 [H, W, 3] RGB; alpha is dropped as timm and torchvision do, grey of more than 8 bits keeps its high ones.
 
     Raises:
         ImageError: as `store_image`.
     """
     pixels = _fast_jpeg(data) if exif == "ignore" else None
-    return _pixels(_open(data), exif) if pixels is None else pixels
+    return _pixels(data, exif)[0] if pixels is None else pixels
 
 
 def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndarray:
@@ -187,21 +186,84 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _pixels(image: Image.Image, exif: str) -> np.ndarray:
+def _pixels(data: bytes, exif: str) -> tuple[np.ndarray, int]:
+    """uint8 [H, W, 3] of a file, and its EXIF orientation."""
+    image = _open(data)
+    fast = _fast_jpeg(data) if exif == "ignore" else None
+    if fast is not None:
+        return fast, _orientation(image)
     try:
+        bits, inverted = _depth(image, data)
+        image.load()
+        # Read after decoding, which finds a PNG's late block, and turns a TIFF upright and takes its tag away.
+        orientation = _orientation(image)
         if exif == "apply":
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
-            grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if image.mode == "F":
-            raise ImageError("floating-point pixels have no fixed range")
-        # convert() copies an image that is RGB already.
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)  # a second whole image only while it turns
+        return _rgb(image, bits, inverted), orientation
     except (ImageError, MemoryError):
         raise
     except Exception as error:
         raise ImageError(f"cannot be decoded: {_reason(error)}") from None
+
+
+def _depth(image: Image.Image, data: bytes) -> tuple[int, bool]:
+    """Bits of grey that Pillow hands on as it found them (modes I), and whether white is 0 in them.
+
+    Raises:
+        ImageError: pixels without a fixed range, or that Pillow is known to decode wrongly.
+    """
+    if image.mode == "F":
+        raise ImageError("floating-point pixels have no fixed range")
+    bits, inverted = 16, False  # of a PNG; JPEG 2000 and PPM are scaled to that by Pillow
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        tile = tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1)
+        if tile > MAX_PIXELS:  # libtiff holds a whole one, however small the image
+            raise ImageError(f"too large: a tile of {tile} pixels is more than {MAX_PIXELS}")
+        bits, inverted = max(tags.get(_BITS, (1,))), tags.get(_PHOTOMETRIC, 0) == 0
+        if max(tags.get(_SAMPLE_FORMAT, (1,))) == 2:
+            raise ImageError("signed integer pixels have no fixed range")
+        if image.mode == "I":  # few of these files use more than a small part of it
+            raise ImageError(f"{bits}-bit integer pixels have no fixed range")
+        if bits > 8 and tags.get(_PLANES, 1) == 2 and image.info.get("compression") == "raw":
+            raise ImageError(
+                f"{bits}-bit colours in uncompressed planes: Pillow mixes their bytes; store them by pixel"
+            )
+    if image.format == "JPEG2000":
+        depths = _jpeg2000_depths(data)
+        if depths != {7} and not (image.mode == "I;16" and depths <= set(range(8, 16))):
+            raise ImageError(
+                "JPEG 2000 of other than 8 bits a colour, or 9 to 16 of grey: Pillow gives wrong pixels; convert it"
+            )
+    return bits, inverted
+
+
+def _jpeg2000_depths(data: bytes) -> set[int]:
+    """Bits less one of each component, plus 128 where signed, as the SIZ segment has them."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    count = int.from_bytes(data[start + 40 : start + 42], "big")
+    return set(data[start + 42 : start + 42 + 3 * count : 3])
+
+
+def _rgb(image: Image.Image, bits: int, inverted: bool) -> np.ndarray:
+    """uint8 [H, W, 3] of a loaded image; a large one strip by strip, so that no second copy of it is ever whole."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    if rows >= height:
+        return _strip(image, bits, inverted)
+    out = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        out[top : top + rows] = _strip(strip, bits, inverted)
+    return out
+
+
+def _strip(image: Image.Image, bits: int, inverted: bool) -> np.ndarray:
+    if image.mode.startswith("I"):  # convert("RGB") would clip it to white
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        return np.repeat((255 - grey if inverted else grey)[:, :, None], 3, axis=2)
+    # convert() copies an image that is RGB already.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _reason(error: Exception) -> str:
@@ -220,6 +282,10 @@ def _resized_jpeg(pixels: np.ndarray, short_side: int) -> bytes:
     height, width = pixels.shape[:2]
     factor = short_side / min(width, height)
     size = max(1, round(width * factor)), max(1, round(height * factor))
+    if max(size) > MAX_JPEG_SIDE:
+        raise ImageError(
+            f"too long: {size[0]}x{size[1]}, to which it is resized, is more than a JPEG's {MAX_JPEG_SIDE}"
+        )
     out = io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=STORE_QUALITY)
     return out.getvalue()

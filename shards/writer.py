@@ -67,9 +67,6 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":  # noqa: PYI034 - typing.Self is newer than Python 3.10
         (self.folder / fmt.INDEX).mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, self.folder / fmt.INDEX):  # left by a killed run
-            for stale in folder.glob(f"{self.name}.*.tmp"):
-                stale.unlink(missing_ok=True)
         self._file = _HashingFile(self._stack.enter_context(atomic_file(self.folder / f"{self.name}.tar")))
         self._tar = SampleTarWriter(self._file)
         return self

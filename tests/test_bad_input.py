@@ -7,9 +7,12 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import threading
+import zipfile
 import zlib
 
 import numpy as np
@@ -20,7 +23,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import miner.engine
+import miner.run
 from conftest import SELECTOR, contents, mine
+from miner.claim import Claim
 from miner.writer_thread import WriterThread
 from shards.errors import TicketSetError
 from shards.format import MANIFEST
@@ -230,6 +236,7 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
         (("--drop-blocks", "2,2"), 1, "expected ascending block numbers from 0 to 5"),
         (("--drop-blocks", "-1"), 1, "expected ascending block numbers from 0 to 5"),
         (("--method", "rollout", "--drop-blocks", "1,2"), 1, "--method rollout: expected one block in --drop-blocks"),
+        (("--method", "center", "--store-side", 65501), 2, "'--store-side': 65501 is not in the range 1<=x<=65500"),
         (("--device", "nonsense"), 1, "--device nonsense: "),
         (("--split", "test", "--method", "center"), 1, "expected a split of ['train', 'val'], got --split test"),
     ],
@@ -515,6 +522,220 @@ def test_a_full_disk_leaves_what_is_finished_and_the_next_run_completes_it(full_
     assert contents(out) == contents(tmp_path / "clean")
 
 
+# Several miners in one folder.
+
+
+def begun(photos, out, *more):
+    """A folder with a plan by which nothing is mined yet, and what a killed run left."""
+    mine("--data", photos, "--out", out, *CENTER, *more)
+    for path in [*out.glob("*-0*.json"), out / MANIFEST]:
+        path.unlink()
+    (out / "train-000000.tar.7-abcdef.tmp").touch()
+    (out / "index/train-000000.parquet.7-abcdef.tmp").touch()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--seed", 1), "another datalth-mine is at work in it by another plan (seed: 0 there, 1 here)"),
+        (("--seed", 1, "--overwrite"), "--overwrite: another datalth-mine is at work in"),
+        (("--overwrite",), "--overwrite: another datalth-mine is at work in"),
+        (("--retry-failed",), "--retry-failed: another datalth-mine is at work in"),
+    ],
+)
+def test_another_plan_is_refused_while_somebody_mines(arguments, expected, photos, tmp_path):
+    out = tmp_path / "out"
+    begun(photos, out)
+    before = contents(out)
+    with Claim(out) as other:
+        assert other.alone
+        other.share()
+        assert expected in failure("--data", photos, "--out", out, *CENTER, *arguments)
+        assert contents(out) == before, "not even the other's temporary files are touched"
+    begun(photos, tmp_path / "control")
+    mine("--data", photos, "--out", tmp_path / "control", *CENTER, *arguments)
+
+
+def test_a_split_is_not_added_while_somebody_mines(photos, tmp_path):
+    out = tmp_path / "out"
+    begun(photos, out, "--split", "train")
+    with Claim(out) as other:
+        other.share()
+        assert "this command would change its plan" in failure("--data", photos, "--out", out, *CENTER)
+    mine("--data", photos, "--out", out, *CENTER)
+    assert TicketSet.open(str(out)).splits == ["train", "val"]
+
+
+def test_the_same_plan_is_mined_together_and_temporary_files_go_with_the_last(photos, tmp_path):
+    out, command = tmp_path / "out", ("--data", photos, "--out", tmp_path / "out", *CENTER)
+    begun(photos, out)
+    with Claim(out) as other:
+        other.share()
+        mine(*command)
+        assert len(list(out.rglob("*.tmp"))) == 2
+    mine(*command)
+    mine("--data", photos, "--out", tmp_path / "clean", *CENTER)
+    assert contents(out) == contents(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_plans_at_once_leave_one_whole_set(locks, photos, tmp_path, monkeypatch):
+    """The second starts while the first is in its first shard. Without locks it replaces the plan, and the first finds out."""
+    out, add, results = tmp_path / "out", ShardWriter.add, []
+    if not locks:
+        monkeypatch.setattr("miner.claim.fcntl", None)
+
+    def add_and_mine(self, row, members):
+        if not results:
+            results.append(None)
+            code = 1 if locks else 0
+            results[0] = mine("--data", photos, "--out", out, *CENTER, "--seed", 1, code=code)
+        return add(self, row, members)
+
+    monkeypatch.setattr(ShardWriter, "add", add_and_mine)
+    if locks:
+        mine("--data", photos, "--out", out, *CENTER)
+        assert "(seed: 0 there, 1 here)" in results[0].output
+    else:
+        line = failure("--data", photos, "--out", out, *CENTER)
+        assert "plan.json: another datalth-mine has changed it since this one began" in line
+    monkeypatch.undo()
+    mine("--data", photos, "--out", tmp_path / "winner", *CENTER, "--seed", 0 if locks else 1)
+    assert contents(out) == contents(tmp_path / "winner")
+
+
+def test_a_plan_that_changes_before_the_manifest_is_not_believed(photos, tmp_path, monkeypatch):
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder, seed in ((out, 0), (other, 1)):
+        mine("--data", photos, "--out", folder, *CENTER, "--seed", seed)
+    (out / MANIFEST).unlink()
+    committed = miner.run.committed
+
+    def committed_and_changed(folder, plan, own, retry):
+        found = committed(folder, plan, own, retry)
+        shutil.copy(other / "plan.json", out / "plan.json")
+        return found
+
+    monkeypatch.setattr(miner.run, "committed", committed_and_changed)
+    assert "plan" in failure("--data", photos, "--out", out, *CENTER)
+    assert not (out / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_two_processes_at_once(seeds, photos, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "miner.cli", "--data", photos, "--out", out, *CENTER, "--img-size", 64]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [*map(str, command), "--device", "cpu", "--seed", str(seed)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for seed in seeds
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == ([0, 0] if seeds == (0, 0) else [0, 1]), errors
+    if 1 in codes:
+        assert errors[codes.index(1)].startswith("Error: ") and "seed: " in errors[codes.index(1)]
+    mine("--data", photos, "--out", tmp_path / "clean", *CENTER, "--seed", seeds[codes.index(0)])
+    assert contents(out) == contents(tmp_path / "clean")
+
+
+# Errors of the machine, and being stopped.
+
+FEW_FILES = """
+import os, resource, sys
+import miner.cli, miner.engine
+from PIL import Image
+from shards.writer import ShardWriter
+
+Image.init()
+enter, commit, hogs = ShardWriter.__enter__, ShardWriter.commit, []
+
+def enter_and_hog(self):  # photos are what is read from here on
+    entered = enter(self)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, 4096))
+    return entered
+
+def commit_in_peace(self, timing):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 4096))
+    return commit(self, timing)
+
+ShardWriter.__enter__, ShardWriter.commit = enter_and_hog, commit_in_peace
+miner.cli.main()
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files by /proc")
+def test_too_few_open_files_stop_the_run_and_fail_no_photo(photos, tmp_path):
+    command = ["--data", photos, "--out", tmp_path / "out", *CENTER, "--max-failures", 1, "-b", 1]
+    run = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, *map(str, command), "--img-size", "64", "--device", "cpu", "-j", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    line = run.stderr
+    assert run.returncode == 1, line
+    assert line.startswith("Error: ") and line.count("\n") == 1
+    assert ": Too many open files; what is finished is safe: allow more open files (ulimit -n)" in line
+    mine(*command)
+    assert manifest(tmp_path / "out")["totals"]["failed"] == 0
+    mine("--data", photos, "--out", tmp_path / "clean", *CENTER, "-b", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_memory_that_is_full_is_one_line_and_fails_no_photo(photos, tmp_path, monkeypatch):
+    command, store, calls = ("--data", photos, "--out", tmp_path / "out", *CENTER), miner.engine.store_image, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise MemoryError
+        return store(*arguments)
+
+    monkeypatch.setattr(miner.engine, "store_image", full)
+    assert failure(*command).startswith("Error: out of memory; what is finished is safe: ")
+    monkeypatch.undo()
+    mine(*command)
+    assert manifest(tmp_path / "out")["totals"]["failed"] == 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_says_so_and_goes_on(stop, photos, tmp_path, monkeypatch):
+    out, add, before = tmp_path / "out", ShardWriter.add, signal.getsignal(signal.SIGTERM)
+
+    def add_and_stop(self, row, members):
+        if self.name == "train-000002" and not sent:
+            sent.append(stop)
+            os.kill(os.getpid(), stop)
+            put_away.wait(10)
+        return add(self, row, members)
+
+    sent, put_away, abort = [], threading.Event(), WriterThread.abort
+    monkeypatch.setattr(WriterThread, "abort", lambda self: (put_away.set(), abort(self)))
+    monkeypatch.setattr(ShardWriter, "add", add_and_stop)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        result = mine("--data", photos, "--out", out, *CENTER, code=128 + stop)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    said = f"{stop.name}: stopped; finished shards are safe, and the same command goes on from there\n"
+    assert result.stderr == said
+    assert {"train-000000", "train-000001"} <= set(shards_done(out))
+    assert not list(out.rglob("*.tmp")) and not (out / MANIFEST).exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    mine("--data", photos, "--out", out, *CENTER)
+    mine("--data", photos, "--out", tmp_path / "clean", *CENTER)
+    assert contents(out) == contents(tmp_path / "clean")
+
+
 # Selectors and their weights.
 
 
@@ -571,6 +792,88 @@ def test_weights_of_another_model(photos, tmp_path):
     save_file(timm.create_model("test_vit3").state_dict(), tmp_path / "other.safetensors")
     line = selector_failure(photos, tmp_path, tmp_path / "other.safetensors")
     assert "do not fit VisionTransformer of depth 6, width 64" in line and "first: expected" in line
+
+
+def altered(weights, path, **tensors):
+    """A checkpoint of SELECTOR's own tensors, but for some."""
+    torch.save({**load_file(weights), **tensors}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"extra.thing": torch.ones(2)}, "do not fit VisionTransformer of depth 6, width 64: 0 tensors missing, 1 unknown, 0 of another shape (first: unknown tensor extra.thing)"),
+        ({"cls_token": torch.ones(1, 1, 8)}, "do not fit VisionTransformer of depth 6, width 64: 0 tensors missing, 0 unknown, 1 of another shape (first: expected cls_token [1, 1, 64], got [1, 1, 8])"),
+        ({"norm.weight": torch.ones(64, dtype=torch.int8)}, "expected norm.weight in floating point, got torch.int8: weights of a quantised model"),
+        ({"cls_token": {"a": 1}}, "expected tensors by name, got dict 'cls_token'"),
+        ({"cls_token": 3}, "expected tensors by name, got int 'cls_token'"),
+        ({"acc": np.float64(0.7)}, "not a loadable checkpoint: it holds numpy._core.multiarray.scalar, and nothing but tensors, numbers and text is read; save model.state_dict() alone"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_say_what_is_wrong(tensors, reason, photos, weights, tmp_path):
+    path = altered(weights, tmp_path / "w.pth", **tensors)
+    line = selector_failure(photos, tmp_path, path)
+    assert line.replace("numpy.core", "numpy._core") == f"Error: --weights {path}: {reason}"
+    line = selector_failure(photos, tmp_path, tmp_path)
+    assert line == f"Error: --weights {tmp_path}: expected a file, got a folder"
+
+
+def test_weights_that_lack_a_tensor(photos, weights, tmp_path):
+    state = load_file(weights)
+    del state["pos_embed"]
+    torch.save(state, tmp_path / "w.pth")
+    assert "(first: pos_embed is missing)" in selector_failure(photos, tmp_path, tmp_path / "w.pth")
+
+
+def test_weights_of_a_distilled_model_name_it(photos, tmp_path):
+    distilled = "deit_tiny_distilled_patch16_224"
+    torch.save({"model": timm.create_model(distilled, depth=1).state_dict()}, tmp_path / "w.pth")
+    line = selector_failure(photos, tmp_path, tmp_path / "w.pth", "deit_tiny")
+    assert line.endswith(f"weights of a distilled model (they hold dist_token); name that model, like {distilled}")
+    assert "depth 12" in selector_failure(photos, tmp_path, tmp_path / "w.pth", distilled), (
+        "the control: it gets further"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["list", "text", "script", "zip", "html", "cut", "safetensors"])
+def test_files_that_are_no_checkpoint_get_our_words(kind, photos, weights, tmp_path):
+    path, words = tmp_path / "w.pth", "no whole file of torch.save; one of safetensors is to be named .safetensors"
+    if kind == "list":
+        torch.save([1, 2], path)
+        words = "expected a dict of tensors by name"
+    elif kind == "text":
+        torch.save("hello", path)
+        words = "expected a dict of tensors by name"
+    elif kind == "script":
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+        words = "a TorchScript archive; save model.state_dict() instead"
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", "hello")
+    elif kind == "html":
+        path.write_text("<!DOCTYPE html><html></html>")
+    elif kind == "cut":
+        cut(altered(weights, path))
+    else:
+        shutil.copy(weights, path)
+    assert selector_failure(photos, tmp_path, path) == f"Error: --weights {path}: not a loadable checkpoint: {words}"
+
+
+def test_blocks_that_cannot_be_compiled_are_one_line(photos, weights, tmp_path, monkeypatch):
+    """What torch raises at the first batch where there is no C++ compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fail(*arguments):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: self.register_forward_pre_hook(fail))
+    command = "--data", photos, "--out", tmp_path / "out", "--selector", SELECTOR, "--weights", weights
+    line = failure(*command, "--torchcompile")
+    assert line.startswith("Error: --torchcompile: torch cannot compile here (No working C++ compiler found in ")
+    monkeypatch.undo()
+    mine(*command)
 
 
 def test_weights_that_are_nowhere(photos, tmp_path):

@@ -78,16 +78,25 @@ FULL = "what is finished is safe: free some space and run the same command again
         (OSError(errno.ENOSPC, "No space left on device", "out/a.tar"), f"out/a.tar: No space left on device; {FULL}"),
         (
             OSError(errno.EMFILE, "Too many open files", "a.jpg"),
-            "a.jpg: Too many open files; raise `ulimit -n`, or use fewer workers",
+            (
+                "a.jpg: Too many open files; what is finished is safe: allow more open files (ulimit -n), or use fewer workers (-j),"
+                " and run the same command again"
+            ),
         ),
         (OSError(errno.EACCES, "Permission denied"), "Permission denied"),
         (OSError(errno.EACCES, "Permission denied", "new\nline"), r"new\nline: Permission denied"),
         (OSError("cannot write"), "cannot write"),
         (OSError(), "OSError"),
-        (MemoryError(), "out of memory; close other programs, or use smaller batches and fewer workers"),
+        (
+            MemoryError(),
+            "out of memory; what is finished is safe: free some memory, or use fewer workers (-j), and run the same command again",
+        ),
         (
             MemoryError("Unable to allocate 3.5 GiB"),
-            "out of memory (Unable to allocate 3.5 GiB); close other programs, or use smaller batches and fewer workers",
+            (
+                "out of memory (Unable to allocate 3.5 GiB); what is finished is safe: free some memory, or use fewer workers (-j),"
+                " and run the same command again"
+            ),
         ),
     ],
 )

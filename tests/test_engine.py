@@ -23,13 +23,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 import miner.engine
 import miner.writer_thread
 from conftest import SELECTOR, contents, mine
+from miner.cli import main
 from miner.engine import Miner
-from miner.plan import make_plan, shard_rows
+from miner.plan import make_plan, shard_rows, write_plan
 from miner.selectors import create_selector
 from miner.sources import Source, open_source
 from miner.sources.source import SCHEMA
@@ -156,10 +158,11 @@ def test_a_dead_rank_is_made_up_for_by_another_number_of_ranks(
 def test_a_split_added_later_gives_what_both_at_once_give(
     arguments: Arguments, reference: Path, tmp_path: Path, order: tuple[str, str]
 ) -> None:
-    mine(*arguments, "--out", tmp_path, "--split", order[0])
+    views = {"train": 3, "val": 1}  # a split that is named has as many as are asked for
+    mine(*arguments, "--out", tmp_path, "--split", order[0], "--views", views[order[0]])
     first = times(tmp_path)
     assert TicketSet.open(str(tmp_path)).splits == [order[0]]
-    mine(*arguments, "--out", tmp_path, "--split", order[1])
+    mine(*arguments, "--out", tmp_path, "--split", order[1], "--views", views[order[1]])
     assert contents(tmp_path) == contents(reference)
     assert first == {name: t for name, t in times(tmp_path).items() if name in first}
 
@@ -315,6 +318,8 @@ def small_miner(
         limit=None,
         **options,
     )
+    folder.mkdir(exist_ok=True)
+    write_plan(folder, plan, source, "cpu")
     batches: list[Pairs] = []
     selector = create_selector("random", None, (4, 4), (8,))
     return Miner(plan, source, selector, folder, workers, log_batch=batches.append), batches
@@ -346,7 +351,6 @@ def test_batches_are_fixed_by_the_plan_and_never_cross_a_shard(
         miner, batches = small_miner(
             dataclasses.replace(source, read=read), tmp_path / str(workers), 5, workers, views=3, shard_size=4
         )
-        (tmp_path / str(workers)).mkdir()
         miner.run(miner.plan.shards(), max_failures=len(broken))
         logs.append(batches)
         assert miner.progress.failures == len(broken)
@@ -358,7 +362,8 @@ def test_batches_are_fixed_by_the_plan_and_never_cross_a_shard(
         for row in shard_rows(miner.plan, source, split, number)
     ]
     shard_of = {key: shard for shard, key in order}
-    pairs = [(key, view) for _, key in order if key not in broken for view in range(3)]
+    views_of = {"train": 3, "val": 1}
+    pairs = [(key, view) for _, key in order if key not in broken for view in range(views_of[key.split("/")[0]])]
     assert [pair for batch in logs[0] for pair in batch] == pairs
     assert well_formed(logs[0], shard_of, 5)
     # The negative control: the same pairs, in batches that take no notice of shards.
@@ -393,7 +398,6 @@ def peak_in_flight(monkeypatch: pytest.MonkeyPatch, folder: Path, patience: floa
         rows = [{"key": f"k{i}", "source": f"k{i}.png", "label": 0, "size": 1, "container": 0, "offset": 0} for i in range(count)]  # fmt: skip
         source = Source("made", ["only"], {"train": pa.Table.from_pylist(rows, SCHEMA)}, read)
         miner, _ = small_miner(source, folder, 8, 2, views=1, shard_size=100)
-        folder.mkdir()
         miner.run(miner.plan.shards(), 0)
     assert seen["read"] == seen["written"] == count
     return seen["peak"]
@@ -563,6 +567,47 @@ def test_a_base_that_moved_is_named_again_with_base(linked: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {"train": 16, "val": 1}),
+        ("--views 4", {"train": 4, "val": 1}),
+        ("--views 4 --split train --split val", {"train": 4, "val": 4}),
+        ("--views 4 --split val", {"val": 4}),
+        ("--split val", {"val": 1}),
+    ],
+)
+def test_views_are_of_train_unless_another_split_is_named(
+    photos: Path, tmp_path: Path, flags: str, expected: dict[str, int]
+) -> None:
+    mine("--data", photos, "--method", "center", *flags.split(), "--out", tmp_path)
+    manifest = TicketSet.open(str(tmp_path)).manifest
+    assert {name: split["views"] for name, split in manifest["splits"].items()} == expected
+    assert {name: len(next(iter(samples(tmp_path, name).values())).views) for name in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def fine(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 8 x 8 patches of 7 pixels."""
+    out = tmp_path_factory.mktemp("fine") / "set"
+    mine("--data", photos, "--method", "center", "--views", 2, "--img-size", 56, "--patch-size", 7, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("images", ["link", "copy"])
+def test_a_ticket_set_as_source_brings_its_sizes(fine: Path, tmp_path: Path, images: str) -> None:
+    words = ["--data", str(fine), "--out", str(tmp_path / "out"), "--method", "random", "--images", images]
+    result = CliRunner().invoke(main, [*words, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    manifest = TicketSet.open(str(tmp_path / "out")).manifest
+    assert (manifest["img_size"], manifest["patch_size"], manifest["grid"]) == (56, 7, [8, 8])
+    assert len(next(iter(samples(tmp_path / "out").values())).rankings[0]) == 64
+    for flag, there, other in (("--img-size", 56, 64), ("--patch-size", 7, 14)):
+        output = mine(*words[:2], *words[4:], "--img-size", 56, flag, other, "--out", tmp_path / "x", code=1).output
+        assert output == f"Error: {flag}: the ticket set {fine} is of {there} pixels, got {other}; leave it out\n"
+    mine(*words, "--img-size", 56, "--patch-size", 7)  # the same again is no mistake
+
+
+@pytest.mark.parametrize(
     "flag", ["--views 4", "--seed 0", "--scale 0.5 1", "--hflip 0", "--exif apply", "--shard-size 5"]
 )
 def test_what_a_base_decides_cannot_be_given(linked: Path, tmp_path: Path, flag: str) -> None:
@@ -594,11 +639,10 @@ def test_too_many_failures_stop_the_run_and_keep_the_shards_before(photos: Path,
             raise OSError("unplugged")
         return source.read(row)
 
-    folder.mkdir()
     miner, _ = small_miner(dataclasses.replace(source, read=read), folder, 5, 2, views=2, shard_size=4)
     with pytest.raises(TicketSetError, match="1 images failed, --max-failures allows 0 .*unplugged"):
         miner.run(miner.plan.shards(), max_failures=0)
-    assert sorted(p.name for p in folder.glob("*.json")) == ["train-000000.json", "train-000001.json"]
+    assert sorted(p.name for p in folder.glob("*-*.json")) == ["train-000000.json", "train-000001.json"]
     assert not list(folder.rglob("*.tmp")) and not (folder / "train-000002.tar").exists()
     assert not [t for t in threading.enumerate() if t.name.startswith(("read", "write"))]
 

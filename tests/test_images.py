@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -213,9 +215,170 @@ def test_the_first_frame_of_an_animation_is_taken():
     assert decode(data)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_a_floating_point_tiff_is_refused():
-    with pytest.raises(ImageError, match="floating-point pixels have no fixed range"):
-        store_image(encode(np.ones((4, 4), np.float32), "TIFF"))
+def tiff(bits, data, width, height, samples=1, order="<", **tags):
+    """A TIFF by hand of one strip; `tags` are named by their number: _262=0."""
+    values = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: samples, 278: height, 279: len(data)}
+    values |= {int(name[1:]): value for name, value in tags.items()}
+    start = 8 + 2 + 12 * len(values) + 4
+    shorts = {tag: [value] * (samples if tag in (258, 339) else 1) for tag, value in values.items()}
+    arrays = {tag: list_ for tag, list_ in shorts.items() if len(list_) > 2}
+    place = dict(zip(arrays, range(start, start + 100 * len(arrays), 100), strict=True))
+    shorts[273] = [start + 100 * len(arrays)]
+    entries = [
+        struct.pack(f"{order}HHII", tag, 3, len(value), place[tag])
+        if tag in place
+        else struct.pack(f"{order}HHII", tag, 4, 1, value[0])
+        if len(value) == 1 and tag != 258
+        else struct.pack(f"{order}HHI{len(value)}H", tag, 3, len(value), *value).ljust(12, b"\0")
+        for tag, value in sorted(shorts.items())
+    ]
+    tail = b"".join(struct.pack(f"{order}{len(value)}H", *value).ljust(100, b"\0") for value in arrays.values())
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(entries))
+    return head + b"".join(entries) + bytes(4) + tail + data
+
+
+TWELVE = bytes.fromhex("000 00f 010 7ff 800 fff".replace(" ", ""))  # six grey values of twelve bits
+SIXTEEN = (0x0000, 0x00FF, 0x0100, 0x7FFF, 0x8000, 0xFFFF)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (tiff(12, TWELVE, 6, 1), [0, 0, 1, 127, 128, 255]),
+        (tiff(12, zlib.compress(TWELVE), 6, 1, _259=8), [0, 0, 1, 127, 128, 255]),
+        (tiff(16, struct.pack("<6H", *SIXTEEN), 6, 1), [0, 0, 1, 127, 128, 255]),
+        (tiff(16, struct.pack(">6H", *SIXTEEN), 6, 1, order=">"), [0, 0, 1, 127, 128, 255]),
+        (tiff(16, struct.pack("<6H", *SIXTEEN), 6, 1, _262=0), [255, 255, 254, 128, 127, 0]),  # white is zero
+        (tiff(16, zlib.compress(struct.pack("<6H", *SIXTEEN)), 6, 1, _262=0, _259=8), [255, 255, 254, 128, 127, 0]),
+        (tiff(8, bytes([0, 1, 127, 128, 254, 255]), 6, 1, _262=0), [255, 254, 128, 127, 1, 0]),
+        (tiff(4, bytes([0x01, 0x78, 0xEF]), 6, 1, _262=0), [255, 238, 136, 119, 17, 0]),
+        (tiff(2, bytes([0b00011011, 0b01000000]), 6, 1), [0, 85, 170, 255, 85, 0]),
+        (tiff(1, bytes([0b01101000]), 6, 1, _262=0), [255, 0, 0, 255, 0, 255]),
+        (b"P5 6 1 65535\n" + struct.pack(">6H", *SIXTEEN), [0, 0, 1, 127, 128, 255]),
+        (b"P5 6 1 4095\n" + struct.pack(">6H", 0, 15, 16, 2047, 2048, 4095), [0, 0, 1, 127, 128, 255]),
+        (b"P2 6 1 1000\n0 1 10 500 900 1000\n", [0, 0, 2, 128, 230, 255]),  # scaled to 65535, then the high byte
+        (b"P5 6 1 5\n" + bytes(range(6)), [0, 51, 102, 153, 204, 255]),
+        (png(6, 1, 16, 0, b"\0" + struct.pack(">6H", *SIXTEEN)), [0, 0, 1, 127, 128, 255]),
+        (png(3, 1, 16, 4, b"\0" + struct.pack(">6H", *SIXTEEN)), [0, 1, 128]),  # grey, alpha
+        (png(6, 1, 4, 0, b"\0" + bytes([0x01, 0x78, 0xEF])), [0, 17, 119, 136, 238, 255]),
+        (png(6, 1, 2, 0, b"\0" + bytes([0b00011011, 0b01000000])), [0, 85, 170, 255, 85, 0]),
+    ],
+)
+def test_grey_of_any_depth_has_its_own_range(data, expected):
+    stored, pixels = store_image(data)
+    assert pixels.tolist() == [[[value] * 3 for value in expected]]
+    assert decode(stored.data).tolist() == pixels.tolist()
+
+
+def test_a_jpeg_2000_of_16_bit_grey_keeps_its_high_byte():
+    grey = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    data = encode(grey, "JPEG2000")
+    assert np.array_equal(decode(data), np.repeat((grey // 256).astype(np.uint8)[:, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_colours_of_a_tiff_keep_their_high_bytes(order):
+    data = struct.pack(f"{order}6H", 0x12FF, 0x3400, 0x56FF, 0x0000, 0xFFFF, 0x8000)
+    assert decode(tiff(16, data, 2, 1, 3, order, _262=2)).tolist() == [[[0x12, 0x34, 0x56], [0, 0xFF, 0x80]]]
+    # In planes, Pillow would take every other byte for a pixel.
+    with pytest.raises(ImageError, match="16-bit colours in uncompressed planes"):
+        decode(tiff(16, data, 2, 1, 3, order, _262=2, _284=2))
+
+
+def jpeg_2000(depth, mode="RGB"):
+    """One that says that its components have `depth` bits; more than 128 where they are signed."""
+    data = bytearray(encode(photo().convert(mode), "JPEG2000"))
+    size = data.index(b"\xff\x4f\xff\x51")
+    for component in range(data[size + 41]):
+        data[size + 42 + 3 * component] = depth - 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encode(np.arange(6, dtype=np.int32).reshape(2, 3), "TIFF"), "signed integer pixels have no fixed range"),
+        (tiff(16, bytes(12), 6, 1, _339=2), "signed integer pixels have no fixed range"),
+        (tiff(8, bytes(6), 6, 1, _339=2), "signed integer pixels have no fixed range"),
+        (tiff(32, bytes(24), 6, 1), "32-bit integer pixels have no fixed range"),
+        (encode(np.ones((4, 4), np.float32), "TIFF"), "floating-point pixels have no fixed range"),
+        (jpeg_2000(12), "JPEG 2000 of other than 8 bits a colour"),  # Pillow: white comes out black
+        (jpeg_2000(4, "L"), "JPEG 2000 of other than 8 bits a colour"),  # Pillow: white comes out grey
+        (jpeg_2000(128 + 8, "L"), "JPEG 2000 of other than 8 bits a colour"),
+        (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5), "floating-point pixels have no fixed range"),
+    ],
+)
+def test_pixels_without_a_fixed_range_or_that_would_come_out_wrong_are_refused(data, reason):
+    with pytest.raises(ImageError, match=f"^{reason}"):
+        store_image(data)
+    assert decode(jpeg_2000(8)).shape == (60, 80, 3), "the control"
+
+
+def test_premultiplied_alpha_is_taken_out():
+    data = bytes([50, 25, 5, 128, 200, 100, 0, 255])
+    assert decode(tiff(8, data, 2, 1, 4, _262=2, _338=1)).tolist() == [[[99, 49, 9], [200, 100, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", mode) for mode in ("RGB", "L", "CMYK")]
+    + [("PNG", mode) for mode in ("RGB", "P", "1", "RGBA", "LA", "I;16")]
+    + [("WEBP", "RGBA"), ("GIF", "P"), ("TIFF", "CMYK"), ("TIFF", "LAB"), ("TIFF", "I;16")],
+)
+def test_a_large_image_is_converted_strip_by_strip_to_the_same_pixels(kind, mode, monkeypatch):
+    if mode == "I;16":
+        image = Image.fromarray(np.random.default_rng(2).integers(0, 65536, (60, 80), np.uint16))
+    else:
+        image = Image.merge("LAB", photo().split()) if mode == "LAB" else photo().convert(mode)
+    data = encode(image, kind)
+    whole = decode(data)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 7 * 80)  # the last strip is shorter
+    monkeypatch.setattr(images, "_simplejpeg", lambda: None)
+    assert np.array_equal(decode(data), whole)
+
+
+PEAK = """
+import resource, sys
+from shards.images import store_image
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    store_image(data, "apply", 32)
+except Exception as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize(("depth", "colour", "bytes_a_pixel"), [(16, 0, 2), (8, 6, 4), (8, 0, 1)])
+def test_decoding_costs_the_image_and_its_colours_and_no_second_copy(depth, colour, bytes_a_pixel, tmp_path):
+    side = 5000
+    row = bytes(1 + side * depth // 8 * {0: 1, 6: 4}[colour])
+    packer = zlib.compressobj(1)
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0))
+        + png_chunk(b"IDAT", b"".join(packer.compress(row) for _ in range(side)) + packer.flush())
+        + png_chunk(b"IEND", b"")
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "bomb.png"], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < (bytes_a_pixel + 3 + 1) * side**2 + 60e6
+
+
+def test_a_tile_far_larger_than_its_image_is_refused_before_it_is_decoded():
+    with pytest.raises(ImageError, match="^too large: a tile of 900000000 pixels is more than 89478485$"):
+        store_image(tiff(8, bytes(9), 3, 3, _322=30_000, _323=30_000))
+
+
+def test_an_image_that_stays_too_long_for_a_jpeg_is_refused(capfd):
+    data = encode(Image.new("L", (70_000, 10)), "PNG")
+    with pytest.raises(ImageError, match="^too long: 66500x95, to which it is resized, is more than a JPEG's 65500$"):
+        store_image(encode(Image.new("L", (70_000, 100)), "PNG"), store_side=95)
+    assert capfd.readouterr().err == ""
+    assert store_image(data, store_side=9)[0].width == 63_000, "the control"
 
 
 # Bad files.

@@ -2,15 +2,19 @@
 
 import argparse
 import hashlib
+import importlib
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
@@ -18,10 +22,13 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import miner.selectors
+from conftest import SELECTOR, mine
 from miner.drop import default_blocks, keep_counts, keep_counts_for
 from miner.models import build_vit, load_weights, patch_size_of, state_hash
 from miner.selectors import METHODS, Selector, create_selector, register_method
 from shards.errors import TicketSetError
+from shards.reader import TicketSet
 
 GRID = (6, 6)
 N = 36
@@ -437,6 +444,85 @@ def test_methods_are_pluggable_by_name_and_by_module() -> None:
     imported = create_selector("test_selectors:by_first_pixel", model, GRID, (9,)).rank(images)
     assert torch.equal(named, imported)
     assert imported[0, 0] == images[0, 0, ::8, ::8].flatten().argmax()
+
+
+OWN = """
+import torch
+
+seen = []
+
+def brightest(selector, images, seeds):
+    seen.append((images, selector.model))
+    gh, gw = selector.grid
+    scores = torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), (gh, gw)).flatten(1)
+    return scores.argsort(dim=1, descending=True, stable=True), scores
+
+def by_model(selector, images, seeds):
+    return brightest(selector, images, seeds)
+
+by_model.needs_model = True
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A user's module of methods."""
+    (tmp_path / "own_methods.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_methods")
+    del sys.modules["own_methods"]
+    for name in [name for name in METHODS if ":" in name]:
+        del METHODS[name]
+    miner.selectors._import_method.cache_clear()
+
+
+def test_a_method_without_a_model_sees_pixels_from_0_to_1(own: ModuleType, tmp_path: Path) -> None:
+    """A white square on black, over one patch of the canonical view: third row, second column of 4."""
+    picture = np.zeros((80, 80, 3), np.uint8)  # the canonical view is its middle 70 pixels
+    picture[5 + 35 : 5 + 35 + 17, 5 + 18 : 5 + 18 + 17] = 255
+    (tmp_path / "data/train/a").mkdir(parents=True)
+    Image.fromarray(picture).save(tmp_path / "data/train/a/square.png")
+    out = tmp_path / "out"
+    mine("--data", tmp_path / "data", "--out", out, "--method", "own_methods:brightest", "--views", 1)
+    (images, model), *_ = own.seen
+    assert model is None and images.shape == (1, 3, 64, 64) and images.dtype == torch.float32
+    assert (images.min().item(), images.max().item()) == (0.0, 1.0)
+    (sample,) = TicketSet.open(str(out)).stream("train")
+    assert sample.rankings[0, 0] == 2 * 4 + 1
+    selector = TicketSet.open(str(out)).manifest["selector"]
+    assert (selector["model"], selector["input_size"], selector["mean"], selector["std"]) == (
+        None,
+        64,
+        [0.0] * 3,
+        [1.0] * 3,
+    )
+
+
+def test_a_method_is_given_a_model_where_it_or_the_user_asks_for_one(
+    own: ModuleType, photos: Path, weights: Path, tmp_path: Path
+) -> None:
+    data, model = ["--data", photos, "--views", 1], ["--selector", SELECTOR, "--weights", weights]
+    mine(*data, "--out", tmp_path / "a", "--method", "own_methods:brightest", *model)
+    mine(*data, "--out", tmp_path / "b", "--method", "own_methods:by_model", *model)
+    assert {type(found).__name__ for _, found in own.seen} == {"VisionTransformer"}
+    selector = TicketSet.open(str(tmp_path / "b")).manifest["selector"]
+    assert selector["model"] == SELECTOR and selector["state"]
+    del own.seen[:]
+    output = mine(*data, "--out", tmp_path / "c", "--method", "own_methods:by_model", "--selector", "no_such", code=1)
+    assert "--selector no_such: expected a timm model" in output.output and not own.seen
+    flags = [*data, "--out", tmp_path / "d", "--method", "own_methods:brightest", "--drop-blocks", "1"]
+    assert "--drop-blocks: --method own_methods:brightest uses no model" in mine(*flags, code=1).output
+
+
+def test_a_registered_method_says_whether_it_needs_a_model() -> None:
+    try:
+        register_method("with", needs_model=True)(lambda selector, images, seeds: (images, images))
+        register_method("without")(lambda selector, images, seeds: (images, images))
+        with pytest.raises(TicketSetError, match="--method with: needs a selector model"):
+            create_selector("with", None, GRID, (9,))
+        assert create_selector("without", None, GRID, (9,)).model is None
+    finally:
+        METHODS.pop("with", None), METHODS.pop("without", None)
 
 
 def test_a_method_may_lie_in_the_folder_where_the_user_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
