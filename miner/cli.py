@@ -1,7 +1,6 @@
 """datalth-mine: a labelled image set -> a ticket set."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from shards import format as fmt
 from shards.console import reports_errors
 from shards.errors import TicketSetError
 from shards.ranks import rank_and_world
+from shards.schema import MAX_SEED, MAX_SHARD_IMAGES, MAX_SIDE, MAX_VIEWS
 
 EXAMPLES = """
 \b
@@ -72,7 +72,7 @@ Examples:
 @click.option("--tokens", type=click.IntRange(min=1), metavar="K", help="Patches in a ticket, instead of --keep-rate.")
 @click.option(
     "--img-size",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_SIDE),
     default=224,
     show_default=True,
     metavar="PX",
@@ -80,7 +80,7 @@ Examples:
 )
 @click.option(
     "--patch-size",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_SIDE),
     default=16,
     show_default=True,
     metavar="PX",
@@ -88,7 +88,7 @@ Examples:
 )
 @click.option(
     "--views",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_VIEWS),
     metavar="V",
     help="Views of a train image, the canonical one included; of other splits only where --split names them.  [default: 16 for train, 1 for other splits]",
 )
@@ -152,7 +152,7 @@ Examples:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MAX_SEED),
     default=0,
     show_default=True,
     metavar="N",
@@ -188,7 +188,12 @@ Examples:
     help="Side of the whole image as it sees it; near the size that it was trained at.  [default: that of 18 places]",
 )
 @click.option(
-    "--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Images in a shard."
+    "--shard-size",
+    type=click.IntRange(1, MAX_SHARD_IMAGES),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Images in a shard.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images of each split, for a try.")
 @click.option(
@@ -314,18 +319,15 @@ def check_folder(out: str, data: str) -> None:
         )
     if names and fmt.PLAN not in names:
         raise TicketSetError(f"--out {out}: holds other files (first: {names[0]}); give an empty or new folder")
-    if names and not is_plan(folder / fmt.PLAN):
-        raise TicketSetError(
-            f"{folder / fmt.PLAN}: not readable as a plan; empty the folder yourself, or give another --out"
-        )
+    if names:
+        from shards.writer import read_plan  # imports pyarrow
 
-
-def is_plan(path: Path) -> bool:
-    try:
-        plan = json.loads(path.read_bytes())
-        return {"format", "plan_id", "common", "splits"} <= plan.keys()
-    except (ValueError, AttributeError):
-        return False
+        try:
+            read_plan(folder)
+        except TicketSetError as error:
+            raise TicketSetError(
+                f"{folder / fmt.PLAN}: not readable as a plan ({error}); empty the folder yourself, or give another --out"
+            ) from None
 
 
 if __name__ == "__main__":

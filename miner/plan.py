@@ -8,7 +8,6 @@ a hash of theirs. `recorded` (versions, device) is kept for people and never com
 
 import functools
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Collection
@@ -25,8 +24,10 @@ from shards import format as fmt
 from shards import token_labels
 from shards.errors import TicketSetError
 from shards.index import read_parquet
-from shards.storage import write_atomic
+from shards.schema import MAX_SHARDS
+from shards.storage import read_bytes, write_atomic
 from shards.views import CROP_PCT
+from shards.writer import read_plan
 
 # Raise when the same inputs and options would give other bytes than before.
 ALGORITHM = 2  # since 2, grey of 12 bits and TIFFs whose white is 0 are scaled by what their file says
@@ -139,6 +140,10 @@ def make_plan(
             "shard_size": shard_size,
             "shards": len(source.base.shard_names(name)) if source.base else -(-planned // shard_size),
         }
+        if split["shards"] > MAX_SHARDS:
+            raise TicketSetError(
+                f"--shard-size {shard_size}: {split['shards']} shards of split {name}; make them larger"
+            )
         split["plan_id"] = fmt.split_plan_id(common, name, split)
         splits[name] = split
     return Plan(common, splits)
@@ -198,12 +203,9 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     _base_link(plan, source, folder)  # now, not when all is mined
     path = folder / fmt.PLAN
     try:
-        old = json.loads(path.read_bytes())
-        fmt.check_format(old["format"], str(path))
-    except FileNotFoundError:
-        old = None
-    except (ValueError, KeyError, TypeError) as error:
-        raise TicketSetError(f"{path}: not readable as a plan: {error}; start anew with --overwrite") from None
+        old = read_plan(folder)
+    except TicketSetError as error:
+        raise TicketSetError(f"{error}; start anew with --overwrite") from None
     mined = any(folder.glob("*-" + "[0-9]" * 6 + ".json"))
     if old is None or (alone and not mined):
         _store(path, plan, device)
@@ -253,12 +255,10 @@ def check_unchanged(folder: Path, split: str, plan_id: str) -> None:
     """Before a commit: whether the folder's plan still is the one that a split is mined by.
 
     Raises:
-        TicketSetError: it is another, or gone.
+        TicketSetError: it is another, none, or gone.
     """
-    try:
-        found = json.loads((folder / fmt.PLAN).read_bytes())["splits"][split]["plan_id"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        found = None
+    plan = read_plan(folder)
+    found = plan["splits"].get(split, {}).get("plan_id") if plan else None
     if found != plan_id:
         raise TicketSetError(
             f"{folder / fmt.PLAN}: another datalth-mine has changed it since this one began; expected plan"
@@ -292,7 +292,7 @@ def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, na
     for number in range(split["shards"]):
         index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
         if index.exists():
-            rows = read_parquet(index.read_bytes(), str(index), columns).to_pylist()
+            rows = read_parquet(read_bytes(str(index)), str(index), columns).to_pylist()
             known.update({row["key"]: row for row in rows})
     table = source.splits[name]
     for key, size, label in zip(*(table[c].to_pylist() for c in ("key", "size", "label")), strict=True):

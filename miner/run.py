@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import inspect
-import json
 import logging
 import os
 import time
@@ -27,7 +26,7 @@ from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
 from shards.ranks import rank_and_world
-from shards.writer import finalize, read_shard_json
+from shards.writer import finalize, read_plan, read_shard_json
 
 DEFAULT_KEEP_RATE = 0.9
 # A ticket set that is the source brings these along.
@@ -347,10 +346,8 @@ def plan_of(
 
 def planned_batch_size(folder: str) -> int | None:
     """That of the plan which is there: a run may be resumed on another kind of device."""
-    try:
-        return json.loads((Path(folder) / fmt.PLAN).read_bytes())["common"]["batch_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    plan = read_plan(Path(folder))
+    return plan["common"]["batch_size"] if plan else None
 
 
 def remove_set(folder: Path) -> None:

@@ -14,8 +14,9 @@ import click
 from miner.engine import Progress
 from miner.plan import Plan
 from miner.sources import Source
-from shards.console import duration, size, table
+from shards.console import duration, printable, size, table
 from shards.reader import TicketSet
+from shards.storage import is_remote
 
 LOG_SECONDS = 15  # between plain log lines
 MEGAPIXELS_TO_RECOMMEND = 2.0
@@ -123,7 +124,7 @@ def waiting_shares(progress: Progress) -> dict[str, float]:
 
 def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "mined") -> None:
     """Print what was written, what deserves attention, and what to type next."""
-    opened = TicketSet.open(str(folder))
+    opened = TicketSet.open(str(folder), images=False)
     manifest = opened.manifest
     if progress.images:
         waits = ", ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
@@ -138,10 +139,13 @@ def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "m
     ]
     click.echo(table(rows, head))
     for line in _advice(opened):
-        click.echo(line)
+        click.echo(printable(line))
     where = shlex.quote(str(folder))
+    base = manifest["base"]
+    if base and is_remote(base["path"]):  # no reader follows a manifest to another store by itself
+        where += f" --base {shlex.quote(base['path'])}"
     look = f"datalth-shards sheet {where} -o sheet.png, then " if opened.has_tickets else ""
-    click.echo(f"next: {look}datalth-shards verify {where} --deep")
+    click.echo(printable(f"next: {look}datalth-shards verify {where} --deep"))
 
 
 def _advice(opened: TicketSet) -> list[str]:
@@ -158,13 +162,13 @@ def _advice(opened: TicketSet) -> list[str]:
             f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); --retry-failed mines them again"
         )
     turned = sum(o not in (None, 1) for o in rows["orientation"])
-    if turned and opened.exif == "ignore" and not opened.base:
+    if turned and opened.exif == "ignore" and opened.manifest["base"] is None:
         lines.append(
             f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with --exif apply"
         )
     pixels = [w * h for w, h in zip(rows["width"], rows["height"], strict=True) if w]
     megapixels = statistics.median(pixels) / 1e6 if pixels else 0
-    if megapixels > MEGAPIXELS_TO_RECOMMEND and not opened.base:
+    if megapixels > MEGAPIXELS_TO_RECOMMEND and opened.manifest["base"] is None:
         lines.append(
             f"the median image has {megapixels:.1f} megapixels, decoded in every epoch; --store-side 512 makes training cheaper"
         )

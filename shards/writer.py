@@ -18,7 +18,7 @@ from shards import format as fmt
 from shards import storage
 from shards.errors import TicketSetError
 from shards.index import index_schema
-from shards.schema import MAX_JSON_BYTES, parse_shard
+from shards.schema import MAX_JSON_BYTES, parse_plan, parse_shard
 from shards.storage import atomic_file, write_atomic
 from shards.tar import SampleTarWriter
 
@@ -178,6 +178,19 @@ def interop_files(shards: list[dict[str, Any]]) -> dict[str, Any]:
         fmt.TIMM_INFO: {"name": "datalth", "splits": splits},
         fmt.OPEN_CLIP_SIZES: {tar: shard["samples"] for tar, shard in tars.items()},
     }
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """A folder's plan.json, or None where there is none.
+
+    Raises:
+        TicketSetError: the file is there but is no plan.
+    """
+    path = str(folder / fmt.PLAN)
+    try:
+        return parse_plan(storage.read_bytes(path, MAX_JSON_BYTES), path)
+    except FileNotFoundError:
+        return None
 
 
 def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | None:

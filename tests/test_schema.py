@@ -428,3 +428,21 @@ def test_names_of_splits() -> None:
     for bad in ("", ".", "..", ".hidden", "a/b", "a\\b", "-rf", "a b", "ä", "a" * 65, "a\n"):
         with pytest.raises(TicketSetError, match="expected a split's name"):
             schema.check_split_name(bad, "here")
+
+
+def test_a_link_over_a_remote_base_says_how_to_read_it(center_set: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(center_set), "/far/set", recursive=True)
+    link = tmp_path / "link"
+    output = mine("--data", "memory://far/set", "--out", link, "--method", "random", "--images", "link").output
+    assert f"datalth-shards verify {link} --base memory://far/set --deep" in output
+    assert "name its place with --base" in inspect("verify", link, code=1).output
+    assert "sound" in inspect("verify", link, "--base", "memory://far/set", "--deep").output
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a b"])
+def test_a_split_whose_name_is_no_file_name_is_refused_before_mining(photos: Path, tmp_path: Path, name: str) -> None:
+    output = mine("--data", photos, "--out", tmp_path / "x", "--method", "center", "--split", name, code=1).output
+    assert "split" in output and output.count("\n") == 1 and not (tmp_path / "x").exists()

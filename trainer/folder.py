@@ -26,10 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from shards.errors import TicketSetError, first_line
+from shards.errors import TicketSetError
 from shards.storage import atomic_file, write_atomic
 from trainer import checkpoint
 from trainer.board import Board
+from trainer.config import read_yaml
 from trainer.engine import State
 from trainer.options import FREE_TO_CHANGE, Options
 
@@ -96,7 +97,7 @@ def _holder(descriptor: int) -> str:
     """Which process has the lock, where the system says so."""
     with contextlib.suppress(OSError, IndexError):
         inode = os.fstat(descriptor).st_ino
-        for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
+        for fields in map(str.split, Path("/proc/locks").read_text(encoding="ascii").splitlines()):
             if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
                 return f" (process {fields[4]})"
     return ""
@@ -252,7 +253,7 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
     if content is not None:
         then = content["args"]
     elif (folder / ARGUMENTS).exists():
-        then = _read_arguments(folder / ARGUMENTS)
+        then = read_yaml(folder / ARGUMENTS)
     elif folder.exists() and _is_begun(folder):
         raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
@@ -267,13 +268,3 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
             + "; ".join(f"{name}: {then.get(name)} there, {now[name]} here" for name in differing[:5])
             + f" (-c {folder / ARGUMENTS} gives the run's own)"
         )
-
-
-def _read_arguments(path: Path) -> dict[str, Any]:
-    try:
-        arguments = yaml.safe_load(path.read_bytes())
-    except (ValueError, yaml.YAMLError) as error:
-        raise TicketSetError(f"{path}: not readable as YAML: {first_line(error)}") from None
-    if not isinstance(arguments, dict):
-        raise TicketSetError(f"{path}: expected the arguments of a run, got {str(arguments)[:40]!r}")
-    return arguments

@@ -25,6 +25,7 @@ from miner.sources.timm_reader import timm_source
 from shards import format as fmt
 from shards import storage
 from shards.errors import TicketSetError
+from shards.schema import check_split_name
 
 __all__ = ["Source", "open_source"]
 
@@ -69,6 +70,8 @@ def open_source(
         raise TicketSetError(f"--data {spec}: expected a split of {there}, got --split {missing[0]}")
     if splits:
         source = source.only(splits)
+    for name in source.splits:
+        check_split_name(name, f"--data {spec}: split")
     empty = [name for name, table in source.splits.items() if len(table) == 0]
     if empty:
         raise TicketSetError(f"--data {spec}: split {empty[0]} holds no images")
