@@ -34,7 +34,9 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
         rows.append(["", f"{name}: {split['images']} images, {split['views']} views each, {split['shards']} shards"])
     rows += [["", f"note: {note}"] for note in source.notes]
     if source.base:
-        rows.append(["base", f"{source.base.url}: views, seed and sizes are inherited; images: {plan.common['images']}"])
+        rows.append(
+            ["base", f"{source.base.url}: views, seed and sizes are inherited; images: {plan.common['images']}"]
+        )
     rows += [
         ["classes", len(source.classes) or "none: unlabelled"],
         ["selector", how],
