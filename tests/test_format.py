@@ -294,7 +294,7 @@ def test_the_manifest_says_what_the_set_is(center_set: Path) -> None:
     }
     assert {s: (v["shards"], v["samples"], v["views"]) for s, v in manifest["splits"].items()} == {
         "train": (3, 21, 3),
-        "val": (1, 6, 3),
+        "val": (1, 6, 1),
     }
     assert manifest["totals"]["samples"] == 27
     shards = [json.loads(p.read_bytes()) for p in sorted(center_set.glob("*-00*.json"))]
