@@ -55,8 +55,12 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
     model: Any = timm.create_model(timm_name(name), num_classes=0, img_size=SIZE).eval()
     blocks = default_blocks(len(model.blocks))
     ranker = create_selector(method, model, GRID, keep_counts(N, 0.9, len(blocks)), blocks)
+    identity = {
+        "method": method, "model": name, "state": None, "keep_rate": 0.9, "counts": list(ranker.counts), "blocks": list(blocks),
+        "input_size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "dtype": "float32",
+    }  # fmt: skip
     plan = make_plan(
-        source, {"input_size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3}, img_size=SIZE, patch_size=16, k=ranker.k,
+        source, identity, img_size=SIZE, patch_size=16, k=ranker.k,
         views=views, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, exif="ignore", store_side=None, images="copy",
         val_share=0.0, seed=0, batch_size=BATCH, shard_size=1000, limit=images,
     )  # fmt: skip

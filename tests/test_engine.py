@@ -299,7 +299,8 @@ def small_miner(
     source: Source, folder: Path, batch_size: int, workers: int, **options: Any
 ) -> tuple[Miner, list[Pairs]]:
     """A miner by `random` on a 4x4 grid, and the list it logs its batches into."""
-    identity = {"method": "random", "input_size": None, "mean": None, "std": None}
+    nothing = dict.fromkeys(["model", "state", "keep_rate", "input_size"])
+    identity = {"method": "random", **nothing, "counts": [8], "blocks": [], "mean": [], "std": [], "dtype": "float32"}
     plan = make_plan(
         source,
         identity,

@@ -1,5 +1,9 @@
 """Batches made by worker processes, in order.
 
+Not torch's DataLoader: it puts batches into /dev/shm and waits for ever where that is full, its workers share a queue whose
+lock dies with its holder, and at the end it waits for workers that leave SIGTERM to the run. Measured beside it on batches of
+19 MB: no slower.
+
 Each worker has a socket of its own to the run, and no lock or queue is shared: one that is killed closes its socket, which is
 seen at once, and takes nothing with it. A batch travels as memory without a name, so that the size of /dev/shm, 64 MB in a
 container, is no matter.
