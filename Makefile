@@ -19,8 +19,8 @@ results: .venv/installed ## The study of docs/RESULTS.md; some hours; goes on wh
 	$(BIN)/python examples/study.py results --out $(RESULTS)
 	$(BIN)/python examples/study.py families --out $(RESULTS)
 
-test: .venv/installed ## Run the test suite
-	$(BIN)/python -m pytest
+test: .venv/installed ## Run the test suite but for what is marked slow
+	$(BIN)/python -m pytest -n 2
 
 torture: .venv/installed ## Hostile sets, odd files, dying processes, full disks; SECONDS=240
 	$(BIN)/python tests/torture --seconds $(or $(SECONDS),240)

@@ -621,6 +621,7 @@ def test_a_plan_that_changes_before_the_manifest_is_not_believed(photos, tmp_pat
     assert not (out / MANIFEST).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
 def test_two_processes_at_once(seeds, photos, tmp_path):
     out = tmp_path / "out"

@@ -125,6 +125,7 @@ def test_ranks_one_after_the_other_give_the_same_bytes(
     assert contents(tmp_path) == contents(reference)
 
 
+@pytest.mark.slow
 def test_ranks_at_once_give_the_same_bytes(arguments: Arguments, reference: Path, tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,7 +265,7 @@ def test_what_a_family_cannot_take_is_refused(tickets, photos, tmp_path: Path):
         ([*swin, "--feed", "tokens"], "take small-dense, zero"),
         ([*swin, "--tokens", 9, "--model-kwargs", "img_size=64"], "is for images of 64 px, but what it is fed has 48"),
         ([*swin, "--feed", "zero", "--model-kwargs", "in_chans=1"], "expected 3 input channels, got 1"),
-        (["--model", "inception_v3", "--drop-path", 0, "--grad-checkpointing"], "--grad-checkpointing: inception_v3"),
+        (["--model", "dla46_c", "--drop-path", 0, "--grad-checkpointing"], "--grad-checkpointing: dla46_c"),
         (["--model", "vgg11"], "--model vgg11: has no stochastic depth; give --drop-path 0"),
         (["--model", "resnet51"], "near: "),
         (["--model", "resnet10t", "--pretrained"], "--initial-checkpoint FILE"),
@@ -325,7 +326,7 @@ def test_the_feed_gives_each_view_its_own_part_of_the_map(tickets, maps):
 
     opened = TicketSet.open(str(tickets))
     rows = Rows(opened, "train", token_labels=TicketSet.open(str(maps), images=False))
-    feed = TrainFeed(rows, FeedOptions("winning", 8, 64, 16, "ignore", 0, 4, 4, repeats=2, token_labels=True))
+    feed = TrainFeed(rows, FeedOptions("winning", 8, 64, 16, 0, 4, 4, repeats=2, token_labels=True))
     batch = feed[0, 0, 0]
     assert "token_labels" not in TrainFeed(rows, replace(feed.options, token_labels=False))[0, 0, 0]
     for slot, (shard, row, visit) in enumerate(feed.samples(0)[:4].tolist()):
@@ -349,6 +350,7 @@ def test_a_selector_whose_keep_rate_falls_resumes_exactly_and_is_tested_at_its_f
 
     def interrupted(self, batches, count):
         monkeypatch.setattr(Run, "_until_stopped", whole_validation)
+        self.stop = signal.SIGTERM
         raise Stopped
 
     whole_validation = Run._until_stopped

@@ -21,7 +21,6 @@ from conftest import mine
 from miner.models import in_class_order
 from miner.token_labels import build_labeller
 from shards.errors import TicketSetError
-from shards.images import render_view
 from shards.reader import TicketSet
 from trainer.cli import main
 from trainer.evaluate import best_classes, figures
@@ -139,7 +138,7 @@ def shown(run: Path, opened: TicketSet) -> tuple[torch.nn.Module, torch.Tensor, 
     config = timm.data.resolve_model_data_config(model)
     prepare = timm.data.create_transform(**config)
     samples = list(opened.stream("val"))
-    views = [render_view(s.image, s.views[0], config["input_size"][1]) for s in samples]
+    views = [s.render(0, config["input_size"][1]) for s in samples]
     exact = torch.stack([prepare.transforms[-1](torch.from_numpy(view).permute(2, 0, 1) / 255) for view in views])
     theirs = torch.stack([prepare(Image.open(io.BytesIO(s.image)).convert("RGB")) for s in samples])
     return model, exact, theirs, torch.tensor([s.label for s in samples])

@@ -52,6 +52,7 @@ def test_workers_and_recovery_checkpoints_change_nothing(tickets, whole, tmp_pat
     assert same(weights_of(tmp_path / "run"), weights_of(whole))
 
 
+@pytest.mark.slow
 def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
     """Two gloo ranks: under torchrun never stopped; then by hand, both SIGKILLed in mid-epoch, and resumed."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

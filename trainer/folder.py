@@ -254,6 +254,8 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
         then = content["args"]
     elif (folder / ARGUMENTS).exists():
         then = read_yaml(folder / ARGUMENTS)
+        if not then:
+            raise TicketSetError(f"{folder / ARGUMENTS}: expected the arguments of a run, got none")
     elif folder.exists() and _is_begun(folder):
         raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
