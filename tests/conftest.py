@@ -1,6 +1,9 @@
 """Small labelled image sets and a small selector with saved weights, for every test."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub, which would be tried again and again for most of a minute
 
 import numpy as np
 import pytest
