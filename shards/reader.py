@@ -8,8 +8,9 @@ A set may come from anywhere: JSON is checked by `shards.schema`, the index by `
 where it is read, here.
 """
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -251,7 +252,10 @@ class TicketSet:
 
     def stream_shard(self, name: str, keys: set[str] | None = None) -> Iterator[Sample]:
         """The samples of one shard in stored order; with `keys`, only these."""
-        yield from self.read_samples(name, self.joined(name), keys)
+        read = self.open_shard(name)
+        for row in self.joined(name).to_pylist():
+            if keys is None or row["key"] in keys:
+                yield read(row)
 
     def joined(self, name: str) -> pa.Table:
         """One shard's samples that succeeded, in stored order, with the place of each one's image.
@@ -278,22 +282,31 @@ class TicketSet:
                 )
         return own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
 
-    def read_samples(self, name: str, rows: pa.Table, keys: set[str] | None = None) -> Iterator[Sample]:
-        """The samples of some rows of `joined`; with `keys`, only these."""
-        tar_url = storage.join(self.url, f"{name}.tar")
-        ranges = _open_tar(tar_url)
-        image_url = storage.join(self.base.url, f"{name}.tar") if self.base else tar_url
-        image_ranges = _open_tar(image_url) if self.base else ranges
-        for row in rows.to_pylist():
-            key = row["key"]
-            if keys is not None and key not in keys:
-                continue
-            members = split_members(ranges.read(row["offset"], row["bytes"]), key, tar_url)
+    def open_shard(self, name: str) -> Callable[[dict[str, Any]], Sample]:
+        """Open the tars of one shard.
+
+        Returns:
+            A function: a row of `joined` -> its sample; raises as `sample`.
+        Raises:
+            TicketSetError: a tar is missing, or the set was mined anew.
+        """
+        own_url = storage.join(self.url, f"{name}.tar")
+        own = _open_tar(own_url)
+        image_url = storage.join(self.base.url, f"{name}.tar") if self.base else own_url
+        images = _open_tar(image_url) if self.base else own
+        self.check_unchanged()
+        if self.base:
+            self.base.check_unchanged()
+
+        def read(row: dict[str, Any]) -> Sample:
+            said = Row(*(row[field] for field in Row._fields))
+            members = split_members(own.read(row["offset"], row["bytes"]), said.key, own_url)
             pictured = members
             if self.base:
-                pictured = split_members(image_ranges.read(row["base_offset"], row["base_bytes"]), key, image_url)
-            said = Row(key, row["label"], row["height"], row["width"])
-            yield self.sample(name, said, members, pictured, image_url)
+                pictured = split_members(images.read(row["base_offset"], row["base_bytes"]), said.key, image_url)
+            return self.sample(name, said, members, pictured, image_url)
+
+        return read
 
     def find(self, key: str, split: str | None = None) -> tuple[str, dict[str, Any]]:
         """(split, row of the index) of one key.
@@ -382,11 +395,11 @@ def _check_views(views: np.ndarray, count: int, row: Row, where: str) -> None:
         raise TicketSetError(
             f"{where}: expected int32 boxes of {count} views, got {views.dtype} of shape {list(views.shape)}"
         )
-    top, left, height, width, flip = views.T.astype(np.int64)  # so that no sum wraps round
-    inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
-    inside &= (top + height <= row.height) & (left + width <= row.width) & ((flip == 0) | (flip == 1))
-    if not inside.all():
-        raise TicketSetError(f"{where}: view {int(np.argmin(inside))} is not inside the {row.width}x{row.height} image")
+    # Few calls on few numbers, since every sample comes by here. Without negative ones no sum of two wraps round.
+    corners = views[:, :2].view(np.uint32) + views[:, 2:4].view(np.uint32)
+    if views.min() < 0 or views[:, 2:4].min() < 1 or views[:, 4].max() > 1 or (corners > row[2:]).any():
+        wrong = (views < 0).any(1) | (views[:, 2:4] < 1).any(1) | (views[:, 4] > 1) | (corners > row[2:]).any(1)
+        raise TicketSetError(f"{where}: view {int(np.argmax(wrong))} is not inside the {row.width}x{row.height} image")
 
 
 def _check_rankings(rankings: np.ndarray, count: int, num_patches: int, where: str) -> None:
@@ -396,10 +409,16 @@ def _check_rankings(rankings: np.ndarray, count: int, num_patches: int, where: s
             f"{where}: expected {expected} rankings of {count} views and {num_patches} patches, got {rankings.dtype}"
             f" {list(rankings.shape)}"
         )
-    seen = np.zeros((count, 1 << 8 * expected.itemsize), bool)  # a column for whatever the type can hold
-    seen[np.arange(count)[:, None], rankings] = True
-    if not seen[:, :num_patches].all():
+    most = 1 << 8 * expected.itemsize  # whatever the type can hold
+    seen = np.zeros(count * most, bool)
+    seen[rankings + _first_places(count, most)] = True
+    if not seen.reshape(count, most)[:, :num_patches].all():
         raise TicketSetError(f"{where}: expected rankings that are permutations of {num_patches} patches")
+
+
+@functools.lru_cache(maxsize=8)
+def _first_places(count: int, most: int) -> np.ndarray:
+    return np.arange(0, count * most, most)[:, None]
 
 
 def resolve_base(url: str, path: str) -> str:

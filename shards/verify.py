@@ -212,15 +212,16 @@ def _check_tar(opened: TicketSet, name: str, stats: dict[str, Any]) -> Iterator[
     """The tar's sha256 and every sample in it."""
     yield from _check_file(opened, f"{name}.tar", stats["tar"], hashed=True)
     try:
-        rows = opened.joined(name)
+        read = opened.open_shard(name)
+        rows = opened.joined(name).to_pylist()
         tickets = {row["key"]: row["ticket"] for row in opened.shard_table(name).select(["key", "ticket"]).to_pylist()}
     except (TicketSetError, OSError) as error:
         yield _in_words(opened, error)
         return
-    for number in range(len(rows)):  # one at a time: a sample that cannot be read is no reason to leave out the next
+    for row in rows:
         try:
-            (sample,) = opened.read_samples(name, rows.slice(number, 1))
-        except (TicketSetError, OSError) as error:
+            sample = read(row)
+        except (TicketSetError, OSError) as error:  # no reason to leave out the next
             yield _in_words(opened, error)
             continue
         where = f"{name}.tar: {sample.key}"

@@ -446,3 +446,24 @@ def test_a_link_over_a_remote_base_says_how_to_read_it(center_set: Path, tmp_pat
 def test_a_split_whose_name_is_no_file_name_is_refused_before_mining(photos: Path, tmp_path: Path, name: str) -> None:
     output = mine("--data", photos, "--out", tmp_path / "x", "--method", "center", "--split", name, code=1).output
     assert "split" in output and output.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_a_stream_stops_where_the_set_is_mined_anew(forged: Path, photos: Path) -> None:
+    stream = TicketSet.open(str(forged)).stream("train")
+    next(stream)
+    again = [
+        "--data",
+        photos,
+        "--out",
+        forged,
+        "--method",
+        "random",
+        "--views",
+        "3",
+        "--shard-size",
+        "10",
+        "--overwrite",
+    ]
+    mine(*again)
+    with pytest.raises(TicketSetError, match="mined anew while it was read"):
+        list(stream)

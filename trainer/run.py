@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shards.console import printable
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from trainer import checkpoint, screen
@@ -36,6 +37,13 @@ log = logging.getLogger("datalth")
 OPEN_FILES = 65536
 
 
+class Printable(logging.Formatter):
+    """Lines of a log: a name out of somebody's checkpoint cannot act on the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def run(options: Options) -> int:
     """Train, or validate with --eval; returns the exit code.
 
@@ -51,7 +59,9 @@ def run(options: Options) -> int:
         options = with_own_set(options)
         opened = open_set(options)
         world = start_world(options)
-        logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, format="%(message)s", force=True)
+        handler = logging.StreamHandler()
+        handler.setFormatter(Printable())
+        logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, handlers=[handler], force=True)
         return validate(options, opened, world) if options.eval else train(options, opened, world)
     except KeyboardInterrupt:
         log.info("stopped; nothing was to be saved")
