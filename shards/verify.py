@@ -10,8 +10,8 @@ import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from shards import checks, schema, storage, token_labels
 from shards import format as fmt
-from shards import schema, storage, token_labels
 from shards.errors import ImageError, TicketSetError, first_line
 from shards.reader import Sample, TicketSet
 from shards.views import canonical_view
@@ -256,7 +256,7 @@ def _check_totals(opened: TicketSet, shards: list[dict[str, Any]]) -> Iterator[s
         yield f"{fmt.MANIFEST}: expected set_id {set_id(shards)[:12]} (its shards), got {manifest['set_id'][:12]}"
     if manifest["base"] is None:
         for name, content in interop_files(shards).items():
-            found, problems = _read(opened, name, schema.parse_json)
+            found, problems = _read(opened, name, checks.parse_json)
             yield from problems
             if found is not None and found != content:
                 yield f"{name}: does not list the shards of this set"

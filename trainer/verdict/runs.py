@@ -1,14 +1,15 @@
 """A finished run as its folder says it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from shards.checks import Check, fields, integer, number, one_of, or_null, parse_json, text
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
 from trainer.config import read_yaml
@@ -20,49 +21,37 @@ MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
 MAX_IMAGES = 1 << 22  # rows
 
 
-class Kind(NamedTuple):
-    """What a value must be."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-
-def _number(low: float, high: float, kinds: Any = (int, float)) -> Callable[[Any], bool]:
-    def fits(value: Any) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and bool(low <= value <= high)
-
-    return fits
-
-
-COUNT = Kind("a whole number", _number(0, 2**63, (int,)))
-POSITIVE = Kind("a whole number above 0", _number(1, 2**31, (int,)))
-AMOUNT = Kind("a number that is not negative", _number(0, 1e15))
-PERCENT = Kind("a number from 0 to 100", _number(0, 100))
-TEXT = Kind("a line of text", lambda value: isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200)
-MAPPING = Kind("names and values", lambda value: isinstance(value, dict))
-YES_NO = Kind("true or false", lambda value: isinstance(value, bool))
+COUNT, POSITIVE, AMOUNT, NAME = integer(0, 2**63), integer(1, 2**31), number(0, 1e15), text(200)
 # Of args.yaml and of final.json, what the verdict reads.
-ARGUMENTS = {
-    "tickets": Kind(f"one of {', '.join(TICKETS)}", lambda value: value in TICKETS),
-    "tokens": Kind("a whole number above 0, or null", lambda value: value is None or POSITIVE.fits(value)),
-    "resize_to_tokens": YES_NO,
-    "unmask_epochs": COUNT,
-    "seed": COUNT,
-    "model": TEXT,
-    "epochs": POSITIVE,
-    "set_id": TEXT,
-    "set_method": TEXT,
-    "base_set_id": TEXT,
-    "resolved_tokens": POSITIVE,
-}
-COSTS = {
-    "tokens": POSITIVE,
-    "patches": POSITIVE,
-    "train_gmacs": AMOUNT,
-    "dense_gmacs": Kind("a number above 0", lambda value: AMOUNT.fits(value) and value > 1e-9),
-    "seconds": AMOUNT,
-    "test_gmacs": MAPPING,
-}
+ARGUMENTS = fields(
+    {
+        "tickets": one_of(*TICKETS),
+        "tokens": or_null(POSITIVE),
+        "resize_to_tokens": one_of(True, False),
+        "unmask_epochs": COUNT,
+        "seed": COUNT,
+        "model": NAME,
+        "epochs": POSITIVE,
+        "set_id": NAME,
+        "set_method": NAME,
+        "base_set_id": NAME,
+        "resolved_tokens": POSITIVE,
+    }
+)
+
+
+def final_of(names: Sequence[str]) -> Check:
+    """final.json of a run that was tested under some protocols."""
+    costs = {
+        "tokens": POSITIVE,
+        "patches": POSITIVE,
+        "train_gmacs": AMOUNT,
+        "dense_gmacs": number(1e-9, 1e15),
+        "seconds": AMOUNT,
+        "test_gmacs": fields(dict.fromkeys(names, AMOUNT)),
+    }
+    results = fields(dict.fromkeys(names, fields({"top1": number(0, 100)})))
+    return fields({"epoch": COUNT, "results": results, "cost": fields(costs)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +110,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / "final.json").exists():
         raise LeftOut(f"{folder}: not finished: no final.json; datalth-train --resume {folder} goes on")
     args = read_yaml(path)
-    _check(path, args, ARGUMENTS)
+    _check(ARGUMENTS, args, path)
     try:
         json.dumps(args)  # so that any two values can be compared and shown
     except (TypeError, ValueError, RecursionError) as error:
@@ -133,36 +122,14 @@ def read_run(folder: Path) -> Run:
             f"{path}: unmask_epochs: expected at most epochs, {args['epochs']}, got {args['unmask_epochs']}"
         )
     path = folder / "final.json"
-    final = _read_json(path)
-    _check(path, final, {"epoch": COUNT, "results": MAPPING, "cost": MAPPING})
+    final = parse_json(_read(path, MAX_JSON), str(path))
+    names = ["all"] if args["resize_to_tokens"] else PROTOCOLS
+    _check(final_of(names), final, path)
     if final["epoch"] != args["epochs"] - 1:
         raise TicketSetError(f"{path}: expected epoch {args['epochs'] - 1}, the last, got {final['epoch']}")
-    names = ["all"] if args["resize_to_tokens"] else PROTOCOLS
-    cost = final["cost"]
-    _check(path, cost, COSTS)
-    _check(path, cost["test_gmacs"], dict.fromkeys(names, AMOUNT), "test_gmacs ")
-    _check(path, final["results"], dict.fromkeys(names, MAPPING))
-    for name in names:
-        _check(path, final["results"][name], {"top1": PERCENT}, f"{name} ")
     top1 = {name: float(final["results"][name]["top1"]) for name in names}
     keys, hits = _read_predictions(folder / "predictions.parquet", top1)
-    return Run(folder, args, top1, cost, keys, hits)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Names and values of a small plain file.
-
-    Raises:
-        TicketSetError: it is none.
-    """
-    data = _read(path, MAX_JSON)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TicketSetError(f"{path}: not readable: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise TicketSetError(f"{path}: expected names and values, got {type(value).__name__}")
-    return value
+    return Run(folder, args, top1, final["cost"], keys, hits)
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -180,17 +147,15 @@ def _read(path: Path, limit: int) -> bytes:
     return data
 
 
-def _check(path: Path, values: dict[str, Any], expected: dict[str, Kind], where: str = "") -> None:
+def _check(rules: Check, values: dict[str, Any], path: Path) -> None:
     """
     Raises:
         TicketSetError: a value is missing, or not what it should be.
     """
-    missing = [name for name in expected if name not in values]
-    if missing:
-        raise TicketSetError(f"{path}: no {', '.join(missing)}; made by an older datalth-train, or damaged")
-    for name, kind in expected.items():
-        if not kind.fits(values[name]):
-            raise TicketSetError(f"{path}: {where}{name}: expected {kind.words}, got {values[name]!r:.60}")
+    try:
+        rules(values, str(path))
+    except TicketSetError as error:
+        raise TicketSetError(f"{error}; made by an older datalth-train, or damaged") from None
 
 
 def _read_predictions(path: Path, top1: dict[str, float]) -> tuple[pa.Array, dict[str, np.ndarray]]:
