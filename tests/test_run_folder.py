@@ -28,8 +28,9 @@ from shards.reader import TicketSet
 from shards.rows import fetch
 from trainer import checkpoint
 from trainer import run as run_module
+from trainer.claim import Claim
 from trainer.cli import cores, main
-from trainer.folder import Claim, Summary
+from trainer.folder import Summary
 from training import SMALL, arguments, same, stopped_at, train, two_ranks, weights_of
 
 

@@ -20,12 +20,13 @@ from shards.reader import TicketSet
 from trainer import checkpoint, screen
 from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
+from trainer.claim import Claim
 from trainer.config import read_yaml
 from trainer.dropping_vit import DroppingViT, keep_rate_at
 from trainer.engine import State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
 from trainer.feed import Batch, EvalFeed, TrainFeed, loader
-from trainer.folder import ARGUMENTS, Claim, RunFolder, check_arguments, find
+from trainer.folder import ARGUMENTS, RunFolder, check_arguments, find
 from trainer.options import Options
 from trainer.settings import feed_options, protocols, step_options
 from trainer.signals import Signals

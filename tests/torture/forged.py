@@ -164,7 +164,7 @@ def change_member(rng: random.Random, folder: Path) -> str:
     at = rng.choice(starts)
     header, what = data[at : at + 512], rng.choice(["header", "header", "npy", "npy", "content", "drop"])
     digits = bytes(header[124:135])
-    size = int(digits, 8) if digits.isdigit() else 0
+    size = min(int(digits, 8), len(data) - at) if digits.isdigit() and b"8" not in digits and b"9" not in digits else 0
     if what == "header":
         place, value = rng.choice(
             [(124, b"-0000001000"), (124, b"77777777777"), (124, b"0000000000x"), (156, b"2"), (156, b"x"), (0, b"../../x"),
