@@ -123,6 +123,8 @@ def run(options: Options) -> None:
             try:
                 with models.compiling():
                     miner.run(todo, allowed)
+            except torch.OutOfMemoryError as error:  # the device's; the host's is a MemoryError
+                raise TicketSetError(f"--device {device}: {first_line(error)} Take a smaller --batch-size") from None
             finally:
                 if screen:
                     screen.close()

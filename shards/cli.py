@@ -180,7 +180,7 @@ def ls(
 def _label_number(opened: TicketSet, label: str) -> int:
     if label in opened.classes:
         return opened.classes.index(label)
-    if label.isdigit() and int(label) < len(opened.classes):
+    if label.isdecimal() and len(label) < 10 and int(label) < len(opened.classes):
         return int(label)
     raise TicketSetError(f"--label {label}: expected a class name or a number below {len(opened.classes)}")
 

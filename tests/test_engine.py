@@ -659,3 +659,14 @@ def test_a_shard_that_is_given_up_leaves_no_file_and_no_noise(tmp_path: Path, mo
     gc.collect()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not noise
+
+
+def test_a_device_without_memory_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would say it; never seen on one."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+
+    monkeypatch.setattr(Miner, "run", full)
+    output = mine("--data", photos, "--out", tmp_path / "x", "--method", "center", code=1).output.splitlines()[-1]
+    assert output == "Error: --device cpu: CUDA out of memory. Tried to allocate 2.00 GiB. Take a smaller --batch-size"

@@ -362,3 +362,18 @@ def test_a_set_mined_anew_while_it_is_read_stops_the_reader(photos, tmp_path):
     (tmp_path / "set" / "manifest.json").unlink()  # as while it is mined
     with pytest.raises(TicketSetError, match="changed while it was read: .* not finished"):
         Rows(opened, "val")
+
+
+def test_a_device_without_memory_is_one_line(tickets, tmp_path, monkeypatch):
+    """As a GPU would say it; never seen on one."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+
+    from trainer import run as module
+
+    monkeypatch.setattr(module, "train_epoch", full)
+    output = train(tickets, tmp_path, "x", code=1).output.splitlines()[-1]
+    assert output == (
+        "Error: CUDA out of memory. Tried to allocate 2.00 GiB. Take a smaller --batch-size with more --grad-accum-steps"
+    )

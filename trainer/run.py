@@ -82,6 +82,8 @@ def _explained(error: Exception, options: Options) -> Exception:
     of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
     if torch.distributed.is_initialized() and isinstance(error, RuntimeError) and of_ranks:
         return TicketSetError(f"rank {torch.distributed.get_rank()}: another rank stopped; it says why")
+    if isinstance(error, torch.OutOfMemoryError):  # of a device; the host's is a MemoryError
+        return TicketSetError(f"{first_line(error)} Take a smaller --batch-size with more --grad-accum-steps")
     makers = ("torch._dynamo", "torch._inductor", "triton")
     if options.torchcompile and type(error).__module__.startswith(makers):
         return TicketSetError(f"--torchcompile: the model cannot be compiled here: {first_line(error)}; leave it out")
