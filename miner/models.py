@@ -203,11 +203,11 @@ def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
     except TicketSetError:
         raise
     except Exception as error:  # pickle, zip, safetensors and shape errors have no common class
-        raise TicketSetError(f"{where}: not a loadable checkpoint: {_in_our_words(error)}") from None
+        raise TicketSetError(f"{where}: not a loadable checkpoint: {in_our_words(error)}") from None
 
 
-def _in_our_words(error: Exception) -> str:
-    """torch's own words on a file that it refuses name flags that are not ours, and advise to run what is in it."""
+def in_our_words(error: Exception) -> str:
+    """Why a checkpoint cannot be loaded: torch's own words on a file that it refuses name flags that are not ours, and advise to run what is in it."""
     text = str(error)
     objects = re.search(r"Unsupported globals?: (?:GLOBAL )?([\w., ]+?)(?:\. | was |$)", text)
     if objects:

@@ -98,19 +98,25 @@ def encode_npy(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def decode_npy(data: bytes) -> np.ndarray:
+def decode_npy(data: bytes, where: str = "") -> np.ndarray:
     """A read-only array over .npy bytes: np.load without its 50 us, and without pickle.
 
+    Args:
+        data: of the member.
+        where: for the error.
     Raises:
         TicketSetError: not a .npy 1.0 file in C order, or its length is not what its header says.
     """
     length = int.from_bytes(data[8:10], "little")
-    dtype, shape = _npy_header(bytes(data[: 10 + length]))
-    count = math.prod(shape)  # of Python's integers: numpy's would wrap round
-    if len(data) - 10 - length != count * dtype.itemsize:
-        raise TicketSetError(
-            f".npy member: expected {count * dtype.itemsize} bytes of data, got {len(data) - 10 - length}"
-        )
+    try:
+        dtype, shape = _npy_header(bytes(data[: 10 + length]))
+        count = math.prod(shape)  # of Python's integers: numpy's would wrap round
+        if len(data) - 10 - length != count * dtype.itemsize:
+            raise TicketSetError(
+                f".npy member: expected {count * dtype.itemsize} bytes of data, got {len(data) - 10 - length}"
+            )
+    except TicketSetError as error:
+        raise TicketSetError(f"{where}: {error}" if where else str(error)) from None
     return np.frombuffer(data, dtype, count, 10 + length).reshape(shape)
 
 

@@ -352,10 +352,10 @@ class TicketSet:
             raise TicketSetError(f"{where}: expected an image, a ranking and views, got {sorted(pictured)}")
         _check_label(members.get(fmt.LABEL), row.label, where)
         count = self.manifest["splits"][name.rpartition("-")[0]]["views"]
-        views = fmt.decode_npy(boxes)
+        views = fmt.decode_npy(boxes, where)
         _check_views(views, count, row, where)
         if self.has_tickets:
-            rankings = fmt.decode_npy(members[fmt.RANKING])
+            rankings = fmt.decode_npy(members[fmt.RANKING], where)
             _check_rankings(rankings, count, self.num_patches, where)
         else:
             rankings = np.empty((count, 0), np.uint8)

@@ -50,7 +50,8 @@ def split_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
         size = _member_size(header)
         start = position + BLOCK
         if size is None or not name.startswith(key + ".") or start + size > len(data):
-            raise TicketSetError(f"{where}: expected a member of {key}, got {name[:100] or 'nothing'!r}")
+            damaged = " with a header that is damaged, or of no plain file" if size is None and name else ""
+            raise TicketSetError(f"{where}: expected a member of {key}, got {name[:100] or 'nothing'!r}{damaged}")
         member = name[len(key) + 1 :]
         if member in members:
             raise TicketSetError(f"{where}: {key}: expected each member once, got {member!r} twice")

@@ -45,7 +45,7 @@ def decode(data: bytes, expected: dict[str, Any], num_classes: int, where: str) 
     Raises:
         TicketSetError: it is no such array, or names a class that the set lacks.
     """
-    array = fmt.decode_npy(data)
+    array = fmt.decode_npy(data, where)
     kind, size = expected.get("dtype"), expected.get("shape")
     if (str(array.dtype), list(array.shape)) != (kind, size):
         raise TicketSetError(f"{where}: expected token labels {kind} {size}, got {array.dtype} {list(array.shape)}")

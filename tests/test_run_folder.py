@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -608,3 +609,10 @@ def test_workers_are_as_many_as_there_are_cores_and_four_at_most(monkeypatch):
     for have, expected in ((1, 1), (3, 3), (64, 4)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, have=have: set(range(have)))
         assert cores() == expected
+
+
+def test_a_checkpoint_with_foreign_objects_gets_our_words(tickets, whole, tmp_path):
+    content = torch.load(whole / "last.pth.tar", weights_only=True)
+    torch.save({**content, "metric": np.float64(1)}, tmp_path / "odd.pth.tar")
+    output = train(tickets, tmp_path, "x", "--resume", tmp_path / "odd.pth.tar", code=1).output
+    assert "it holds numpy" in output and "save model.state_dict() alone" in output and output.count("\n") == 1

@@ -71,6 +71,25 @@ def test_cls_goes_before_json(tmp_path):
     assert set(labels(open_source(str(tar), val_share=0)).values()) == {"1"}
 
 
+def test_an_image_with_further_dots_has_the_label_of_its_own_name(tmp_path):
+    tar = tmp_path / "train.tar"
+    write_tar(
+        tar,
+        {
+            "a.v0.jpg": b"x",
+            "a.v0.cls": b"3",
+            "a.v1.jpg": b"y",
+            "a.v1.cls": b"1",
+            "b.jpg": b"z",
+            "b.seg.json": b"{",
+            "b.cls": b"2",
+        },
+    )
+    source = open_source(str(tar), val_share=0)
+    assert source.splits["train"]["label"].to_pylist() == [3, 2]
+    assert any("1 images are left out" in note and "a.v1.jpg" in note for note in source.notes)
+
+
 def test_int_labels_reach_as_far_as_the_highest_of_any_split(tmp_path):
     write_tar(tmp_path / "train.tar", samples(0, 2))
     write_tar(tmp_path / "val.tar", samples(7, 1))

@@ -158,7 +158,7 @@ def build_state(options: Options, student: TicketModel, world: World, lr: float,
             updates_per_epoch=steps,
         )
         if scheduler is None:
-            raise ValueError("a run needs one; constant leaves the learning rate as it is")
+            raise ValueError("expected a schedule; constant leaves the learning rate as it is")
         scheduler.step_update(0)
     except (AssertionError, AttributeError, TypeError, ValueError) as error:  # timm's factories, for unknown names
         reason = first_line(error) if str(error) else "not supported here"

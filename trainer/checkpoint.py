@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from miner.models import in_class_order, timm_name
+from miner.models import in_class_order, in_our_words, timm_name
 from shards.errors import TicketSetError, first_line
 from shards.storage import atomic_file, write_atomic
 from trainer.engine import State
@@ -158,7 +158,7 @@ def read(path: Path) -> dict[str, Any]:
     except TicketSetError:
         raise
     except Exception as error:  # zip and pickle errors have no common class
-        raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {first_line(error)}") from None
+        raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {in_our_words(error)}") from None
     kinds = {"state_dict": dict, "args": dict, "classes": list}
     if not isinstance(content, dict) or not all(isinstance(content.get(n), kind) for n, kind in kinds.items()):
         raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train")

@@ -140,9 +140,13 @@ def main(**options: Any) -> None:
 
     if options["shards"] is None and not (options["eval"] and options["resume"]):
         raise click.UsageError("Missing option '--shards'.")
-    from trainer.run import run  # imports torch
+    try:
+        from trainer.run import run  # imports torch
 
-    sys.exit(run(Options(**options | {"shards": options["shards"] or ""})))
+        sys.exit(run(Options(**options | {"shards": options["shards"] or ""})))
+    except KeyboardInterrupt:  # before the first step; later ones are heard by the run
+        click.echo("SIGINT: stopped before the first step; nothing was to be saved", err=True)
+        sys.exit(130)
 
 
 for _option in OPTIONS:

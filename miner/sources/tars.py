@@ -36,6 +36,7 @@ SPLIT_WORDS = {
     "test": "test",
 }
 MAX_LABEL_BYTES = 16 << 20  # of a cls or json member
+LABELS = ("cls", "json")
 _SAMPLE_NAME = re.compile(
     r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL
 )  # WebDataset: the key ends at the basename's first dot
@@ -64,7 +65,7 @@ def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None)
             for name, sample in _samples(archive, url, tally).items():
                 image = _image(sample, f"{url}: {spelled(name)}", tally)
                 entry = read.entry(image.name, image, container)
-                entry.name = _label(archive, sample, f"{url}: {spelled(name)}", label_field)
+                entry.name = _label(archive, sample, image, f"{url}: {spelled(name)}", label_field)
                 entries.append(entry)
     notes = [*_split_notes(urls), *tally.notes()]
     for entries in by_split.values():
@@ -155,20 +156,26 @@ def _samples(archive: Archive, url: str, tally: Tally) -> dict[str, dict[str, An
             continue
         name, ending = match.groups()
         sample = samples.setdefault(name, {})
-        if ending.lower() in ("cls", "json"):
-            ending = ending.lower()
+        stem, dot, last = ending.rpartition(".")
+        if last.lower() in LABELS:
+            ending = stem + dot + last.lower()
         elif not is_image("." + ending):
             continue
         if ending in sample:
             tally.add(REPLACED, f"{url}: {spelled(member.name)}")
         # A label is read while its place in the tar is near; that of a link is not known yet.
-        sample[ending] = _label_bytes(archive, member, url) if ending in ("cls", "json") else member
+        # What has further dots, x.v0.cls, may be an annotation of any size: it is read if x.v0.jpg is the image.
+        sample[ending] = _label_bytes(archive, member, url) if ending in LABELS else member
     archive.follow(part for sample in samples.values() for part in sample.values() if isinstance(part, Member))
-    pictured = {name: s for name, s in samples.items() if any(ending not in ("cls", "json") for ending in s)}
+    pictured = {name: s for name, s in samples.items() if not all(map(_is_label, s))}
     if len(pictured) < len(samples):
         odd = next(name for name in samples if name not in pictured)
         tally.add(_NO_IMAGE, f"{url}: {spelled(odd)}", len(samples) - len(pictured))
     return pictured
+
+
+def _is_label(ending: str) -> bool:
+    return ending.rpartition(".")[2] in LABELS
 
 
 def _label_bytes(archive: Archive, member: Member, url: str) -> bytes | Member:
@@ -182,7 +189,7 @@ def _label_bytes(archive: Archive, member: Member, url: str) -> bytes | Member:
 
 def _image(sample: dict[str, Any], where: str, tally: Tally) -> Member:
     """The member with the plainest name: x.jpg before x.seg.png, whichever comes first."""
-    images = [part for ending, part in sample.items() if ending not in ("cls", "json")]
+    images = [part for ending, part in sample.items() if not _is_label(ending)]
     plainest = min(image.name.count(".") for image in images)
     image = next(image for image in images if image.name.count(".") == plainest)
     for other in images:
@@ -192,11 +199,14 @@ def _image(sample: dict[str, Any], where: str, tally: Tally) -> Member:
     return image
 
 
-def _label(archive: Archive, sample: dict[str, Any], where: str, label_field: str) -> int | str | None:
-    kind = "cls" if "cls" in sample else "json"
-    if kind not in sample:
+def _label(archive: Archive, sample: dict[str, Any], image: Member, where: str, label_field: str) -> int | str | None:
+    """Of the member that is called as the image, x.v0.cls of x.v0.jpg, else of the sample's own."""
+    ending = next(ending for ending, part in sample.items() if part is image)
+    own = [f"{ending.rpartition('.')[0]}.{kind}" for kind in LABELS]
+    found = next((name for name in (*own, *LABELS) if name in sample), None)
+    if found is None:
         return None
-    data = sample[kind]
+    kind, data = found.rpartition(".")[2], sample[found]
     if isinstance(data, Member):
         data = _label_bytes(archive, data, where)
     if kind == "cls":
