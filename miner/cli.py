@@ -16,7 +16,7 @@ from shards import format as fmt
 from shards.console import reports_errors
 from shards.errors import TicketSetError
 from shards.ranks import rank_and_world
-from shards.schema import MAX_SEED, MAX_SHARD_IMAGES, MAX_SIDE, MAX_VIEWS
+from shards.schema import MAX_SEED, MAX_SHARD_IMAGES, MAX_SIDE, MAX_STORE_SIDE, MAX_VIEWS
 
 EXAMPLES = """
 \b
@@ -134,7 +134,7 @@ Examples:
 )
 @click.option(
     "--store-side",
-    type=click.IntRange(1, 65_500),
+    type=click.IntRange(1, MAX_STORE_SIDE),
     metavar="S",
     help="Store larger images as JPEGs of this short side.",
 )

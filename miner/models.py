@@ -207,7 +207,10 @@ def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
 
 
 def in_our_words(error: Exception) -> str:
-    """Why a checkpoint cannot be loaded: torch's own words on a file that it refuses name flags that are not ours, and advise to run what is in it."""
+    """Why a checkpoint cannot be loaded.
+
+    torch's own words on a file that it refuses name flags that are not ours, and advise to run what is in it.
+    """
     text = str(error)
     objects = re.search(r"Unsupported globals?: (?:GLOBAL )?([\w., ]+?)(?:\. | was |$)", text)
     if objects:
@@ -292,7 +295,7 @@ def compiling(flag: str = "--torchcompile") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
             raise
         raise TicketSetError(
             f"{flag}: torch cannot compile here ({first_line(error)}); it needs a C++ compiler (g++, or CXX), on a GPU"

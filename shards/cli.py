@@ -401,7 +401,7 @@ def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: b
             f"{printable(folder)}: {verdict} ({kind}: {shards} shards, {samples} samples, {duration(time.monotonic() - start)})"
         )
         if unread:
-            click.echo(f"the tars of its base {unread} were not hashed; --base-too checks them")
+            click.echo(f"the tars of its base {printable(unread)} were not hashed; --base-too checks them")
     if problems:
         sys.exit(1)
 

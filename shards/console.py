@@ -33,12 +33,16 @@ def printable(text: str) -> str:
 def ready_screen() -> None:
     """What every command needs before its first word.
 
-    A character that the output's encoding lacks is escaped, in any locale: a name must not stop a run. Odd EXIF makes
-    Pillow warn once an image, though the pixels are right.
+    A character that the output's encoding lacks is escaped, in any locale: a name must not stop a run.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # replaced by a program that has none, or closed
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    quiet_images()
+
+
+def quiet_images() -> None:
+    """Odd EXIF makes Pillow warn at each decoding, though the pixels are right. A spawned worker needs it anew."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

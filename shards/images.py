@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shards.errors import ImageError
+from shards.schema import MAX_STORE_SIDE
 
 # Checked against the header before any pixel is decoded; Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
-MAX_JPEG_SIDE = 65_500  # libjpeg's
 STORE_QUALITY = 95  # of images re-encoded by store_side
 _STRIP_PIXELS = 1 << 22  # converted at once
 _ORIENTATION = 0x0112  # EXIF tag
@@ -282,9 +282,9 @@ def _resized_jpeg(pixels: np.ndarray, short_side: int) -> bytes:
     height, width = pixels.shape[:2]
     factor = short_side / min(width, height)
     size = max(1, round(width * factor)), max(1, round(height * factor))
-    if max(size) > MAX_JPEG_SIDE:
+    if max(size) > MAX_STORE_SIDE:
         raise ImageError(
-            f"too long: {size[0]}x{size[1]}, to which it is resized, is more than a JPEG's {MAX_JPEG_SIDE}"
+            f"too long: {size[0]}x{size[1]}, to which it is resized, is more than a JPEG's {MAX_STORE_SIDE}"
         )
     out = io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=STORE_QUALITY)

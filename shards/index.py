@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from shards.errors import TicketSetError, first_line
 from shards.keys import KEY_PATTERN
+from shards.schema import MAX_SHARD_IMAGES
 from shards.tar import BLOCK
 
-MAX_ROWS = 1 << 20
 MAX_BYTES = 256 << 20  # of the columns read, in memory
 
 
@@ -88,7 +88,7 @@ def _require(table: pa.Table, where: str, name: str, holds: pa.ChunkedArray, say
         raise TicketSetError(f"{where}: column {name}: expected {says}, got {str(value)[:100]!r}{at}")
 
 
-def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MAX_ROWS) -> pa.Table:
+def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MAX_SHARD_IMAGES) -> pa.Table:
     """Some columns of a small parquet file, read in this thread: Arrow's pools cost more than they give, and may abort at exit.
 
     Raises:

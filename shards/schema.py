@@ -21,6 +21,7 @@ MAX_SHARDS = 1_000_000  # their names have six digits
 MAX_SHARD_IMAGES = 1 << 20
 MAX_VIEWS = 4096
 MAX_SIDE = 1 << 15  # pixels of a view
+MAX_STORE_SIDE = 65_500  # pixels; libjpeg's
 MAX_SEED = (1 << 63) - 1
 MAX_BYTES = 1 << 60
 
@@ -80,7 +81,7 @@ _SHARED: dict[str, checks.Check] = {
     "grid": _GRID,
     "k": checks.integer(0, 65536),
     "exif": checks.one_of("ignore", "apply"),
-    "store_side": checks.or_null(checks.integer(1, 65500)),
+    "store_side": checks.or_null(checks.integer(1, MAX_STORE_SIDE)),
     "seed": checks.integer(0, MAX_SEED),
 }
 _MANIFEST = checks.fields(

@@ -205,4 +205,4 @@ def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | N
     except FileNotFoundError:
         return None
     except TicketSetError as error:
-        raise TicketSetError(f"{error}; remove the file to mine its shard again") from None
+        raise TicketSetError(f"{error} (without this file, its shard is mined again)") from None

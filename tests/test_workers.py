@@ -170,7 +170,7 @@ with heard.heard():
 
 
 def test_what_pillow_says_of_exif_stays_off_the_screen():
-    from trainer.workers import quiet_images
+    from shards.console import quiet_images
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -55,7 +55,7 @@ def cores() -> int:
     """Worker processes where none are asked for."""
     import os
 
-    return min(4, len(os.sched_getaffinity(0)))
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
@@ -144,8 +144,8 @@ def main(**options: Any) -> None:
         from trainer.run import run  # imports torch
 
         sys.exit(run(Options(**options | {"shards": options["shards"] or ""})))
-    except KeyboardInterrupt:  # before the first step; later ones are heard by the run
-        click.echo("SIGINT: stopped before the first step; nothing was to be saved", err=True)
+    except KeyboardInterrupt:  # what comes while it trains is heard there
+        click.echo("SIGINT: stopped; nothing was to be saved", err=True)
         sys.exit(130)
 
 

@@ -5,7 +5,6 @@ import copy
 import gc
 import logging
 import resource
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from miner.models import compiling
 from shards.console import printable
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
@@ -32,7 +32,7 @@ from trainer.settings import feed_options, protocols, step_options
 from trainer.signals import Signals
 from trainer.student import build_student, check_flags, costs, timm_config
 from trainer.ticket_model import TicketModel
-from trainer.workers import WorkerDied, quiet_images
+from trainer.workers import WorkerDied
 
 log = logging.getLogger("datalth")
 OPEN_FILES = 65536
@@ -51,7 +51,6 @@ def run(options: Options) -> int:
     Raises:
         TicketSetError: whatever a person can mend.
     """
-    quiet_images()
     allow_open_files()
     try:
         check_flags(options)
@@ -63,12 +62,10 @@ def run(options: Options) -> int:
         handler = logging.StreamHandler()
         handler.setFormatter(Printable())
         logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.ERROR, handlers=[handler], force=True)
-        return validate(options, opened, world) if options.eval else train(options, opened, world)
-    except KeyboardInterrupt:
-        log.info("stopped; nothing was to be saved")
-        return 128 + signal.SIGINT
+        with compiling():
+            return validate(options, opened, world) if options.eval else train(options, opened, world)
     except Exception as error:
-        raise _explained(error, options) from None
+        raise _explained(error) from None
     finally:
         if torch.distributed.is_initialized():
             # The process group joins its threads only when nothing refers to it any more, DDP in reference cycles
@@ -77,16 +74,13 @@ def run(options: Options) -> int:
             torch.distributed.destroy_process_group()
 
 
-def _explained(error: Exception, options: Options) -> Exception:
-    """The error in words, where it is one of another rank or of a compiler."""
+def _explained(error: Exception) -> Exception:
+    """The error in words, where it is one of another rank or of a device."""
     of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
     if torch.distributed.is_initialized() and isinstance(error, RuntimeError) and of_ranks:
         return TicketSetError(f"rank {torch.distributed.get_rank()}: another rank stopped; it says why")
     if isinstance(error, torch.OutOfMemoryError):  # of a device; the host's is a MemoryError
         return TicketSetError(f"{first_line(error)} Take a smaller --batch-size with more --grad-accum-steps")
-    makers = ("torch._dynamo", "torch._inductor", "triton")
-    if options.torchcompile and type(error).__module__.startswith(makers):
-        return TicketSetError(f"--torchcompile: the model cannot be compiled here: {first_line(error)}; leave it out")
     return error
 
 

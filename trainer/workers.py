@@ -20,7 +20,6 @@ import socket
 import tempfile
 import time
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shards.console import quiet_images
 from shards.errors import ImageError, TicketSetError
 
 Batch = dict[str, torch.Tensor]
@@ -92,11 +92,6 @@ def batches(feed: Any, places: Iterable[Any], workers: int, device: torch.device
 def pinned(batch: Batch) -> Batch:
     """In page-locked memory."""
     return {name: tensor.pin_memory() for name, tensor in batch.items()}
-
-
-def quiet_images() -> None:
-    """Pillow warns of odd EXIF data at each decoding; what counts is in the set's index."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class _Worker:

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from shards.checks import CONTROL
 from shards.errors import ImageError, TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
@@ -129,13 +129,10 @@ def check_size(size: int) -> None:
         raise ImageError(f"expected an image file of at most {MAX_IMAGE_BYTES} bytes, got {size}")
 
 
-_UNSPEAKABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
 def spelled(name: str) -> str:
     """A name as text that any file and any line can hold: control characters, ends of lines and bytes
     that are no UTF-8 are written as Python would, `\\n`, `\\udce9`."""
-    return _UNSPEAKABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), name)
+    return CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), name)
 
 
 def spelled_classes(classes: list[str], where: str) -> list[str]:

@@ -12,9 +12,9 @@ import pyarrow as pa
 from shards.checks import Check, fields, integer, number, one_of, or_null, parse_json, text
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
+from trainer.arms import ARMS
 from trainer.config import read_yaml
 
-TICKETS = ("winning", "random", "random-fixed", "center", "inverse", "full")
 PROTOCOLS = ("tickets", "all", "random")
 TOP1_TOLERANCE = 0.01  # points
 MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
@@ -25,7 +25,7 @@ COUNT, POSITIVE, AMOUNT, NAME = integer(0, 2**63), integer(1, 2**31), number(0, 
 # Of args.yaml and of final.json, what the verdict reads.
 ARGUMENTS = fields(
     {
-        "tickets": one_of(*TICKETS),
+        "tickets": one_of(*ARMS),
         "tokens": or_null(POSITIVE),
         "resize_to_tokens": one_of(True, False),
         "unmask_epochs": COUNT,
