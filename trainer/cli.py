@@ -52,10 +52,10 @@ def block_numbers(context: click.Context, parameter: click.Parameter, text: str 
 
 
 def cores() -> int:
-    """Worker processes where none are asked for."""
+    """Worker processes where none are asked for; outside Linux, whose sockets and memory they need, none."""
     import os
 
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 0
 
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)

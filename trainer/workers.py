@@ -17,7 +17,6 @@ import os
 import pickle
 import signal
 import socket
-import tempfile
 import time
 import traceback
 from collections import deque
@@ -172,7 +171,7 @@ def _work(feed: Any, run: socket.socket) -> None:
 def _hand_over(batch: Batch, run: socket.socket) -> None:
     """Send a batch: its layout as a message, the bytes as an open file without a name."""
     layout, end = [], 0
-    with _memory() as file:
+    with open(os.memfd_create("batch"), "wb") as file:
         for name, tensor in batch.items():
             array = np.ascontiguousarray(tensor.numpy())
             layout.append((name, array.dtype.str, array.shape, end))
@@ -181,13 +180,6 @@ def _hand_over(batch: Batch, run: socket.socket) -> None:
             end += -(-array.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         file.truncate(max(end, 1))  # nothing cannot be mapped
         socket.send_fds(run, [pickle.dumps(layout)], [file.fileno()])
-
-
-def _memory() -> Any:
-    """A file in memory; on disk where the system has no such thing."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("batch"), "wb")
-    return tempfile.TemporaryFile()
 
 
 def _opened(layout: list[tuple[str, str, tuple[int, ...], int]], descriptor: int) -> Batch:
