@@ -4,8 +4,10 @@
 it, so a ticket belongs to exactly the pixels the student sees.
 """
 
+import contextlib
 import functools
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,14 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
     Raises:
         ImageError: not an image, truncated, too large, or of a kind whose pixels have no fixed range.
     """
-    pixels, orientation = _pixels(data, exif)
+    pixels = _fast_jpeg(data) if exif == "ignore" else None
+    if pixels is not None:
+        orientation = _orientation(_open(data))
+    else:
+        image, bits, inverted = _loaded(data)
+        # Read after decoding, which finds a PNG's late block, and before it is turned, which takes its tag away.
+        orientation = _orientation(image)
+        pixels = _rgb(image, bits, inverted, exif)
     source_size = pixels.shape[1::-1]
     member, stored = _sniff(data), data
     if store_side and min(source_size) > store_side:
@@ -70,7 +79,7 @@ def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
         ImageError: as `store_image`.
     """
     pixels = _fast_jpeg(data) if exif == "ignore" else None
-    return _pixels(data, exif)[0] if pixels is None else pixels
+    return _rgb(*_loaded(data), exif) if pixels is None else pixels
 
 
 def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndarray:
@@ -186,20 +195,19 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _pixels(data: bytes, exif: str) -> tuple[np.ndarray, int]:
-    """uint8 [H, W, 3] of a file, and its EXIF orientation."""
+def _loaded(data: bytes) -> tuple[Image.Image, int, bool]:
+    """A file decoded by Pillow, and `_depth` of it."""
     image = _open(data)
-    fast = _fast_jpeg(data) if exif == "ignore" else None
-    if fast is not None:
-        return fast, _orientation(image)
-    try:
-        bits, inverted = _depth(image, data)
+    with _decoding():
+        depth = _depth(image, data)  # before it is decoded: some depths are refused for what decoding would take
         image.load()
-        # Read after decoding, which finds a PNG's late block, and turns a TIFF upright and takes its tag away.
-        orientation = _orientation(image)
-        if exif == "apply":
-            ImageOps.exif_transpose(image, in_place=True)  # a second whole image only while it turns
-        return _rgb(image, bits, inverted), orientation
+        return image, *depth
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -245,17 +253,20 @@ def _jpeg2000_depths(data: bytes) -> set[int]:
     return set(data[start + 42 : start + 42 + 3 * count : 3])
 
 
-def _rgb(image: Image.Image, bits: int, inverted: bool) -> np.ndarray:
+def _rgb(image: Image.Image, bits: int, inverted: bool, exif: str) -> np.ndarray:
     """uint8 [H, W, 3] of a loaded image; a large one strip by strip, so that no second copy of it is ever whole."""
-    width, height = image.size
-    rows = max(1, _STRIP_PIXELS // width)
-    if rows >= height:
-        return _strip(image, bits, inverted)
-    out = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height)))
-        out[top : top + rows] = _strip(strip, bits, inverted)
-    return out
+    with _decoding():
+        if exif == "apply":
+            ImageOps.exif_transpose(image, in_place=True)  # a second whole image only while it turns
+        width, height = image.size
+        rows = max(1, _STRIP_PIXELS // width)
+        if rows >= height:
+            return _strip(image, bits, inverted)
+        out = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            strip = image.crop((0, top, width, min(top + rows, height)))
+            out[top : top + rows] = _strip(strip, bits, inverted)
+        return out
 
 
 def _strip(image: Image.Image, bits: int, inverted: bool) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import Any
 from shards.errors import TicketSetError
 
 BLOCK = 512
-_OCTAL = re.compile(rb"[0-7]+")
+# From byte 124 on: size, time, checksum, and the type of a plain file.
+_NUMBERS = re.compile(rb"([0-7]{11})\0.{12}([0-7]{6})\0 [0\0]", re.DOTALL)
 
 
 class SampleTarWriter:
@@ -66,9 +67,9 @@ def _member_size(header: bytes) -> int | None:
     The two numbers are octal digits and nothing else: int() alone would take a sign, and a member of negative size leads
     back to where it began.
     """
-    size, checksum = header[124:135], header[148:154]
-    if not (_OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum)) or header[156:157] not in (b"0", b"\0"):
+    found = _NUMBERS.match(header, 124)
+    if found is None:
         return None
+    size, checksum = found.groups()
     # The checksum is taken as if its own eight bytes were spaces.
-    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
-    return int(size, 8) if total == int(checksum, 8) else None
+    return int(size, 8) if sum(header) - sum(header[148:156]) + 8 * 32 == int(checksum, 8) else None

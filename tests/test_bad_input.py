@@ -681,9 +681,10 @@ def test_too_few_open_files_stop_the_run_and_fail_no_photo(photos, tmp_path):
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    line = run.stderr
-    assert run.returncode == 1, line
-    assert line.startswith("Error: ") and line.count("\n") == 1
+    assert run.returncode == 1, run.stderr
+    # On some machines torch's cpuinfo, in C, finds no file left for /proc/cpuinfo and prints a line of its own.
+    (line,) = [line for line in run.stderr.splitlines() if not line.startswith("Error in cpuinfo: ")]
+    assert line.startswith("Error: ")
     assert ": Too many open files; what is finished is safe: allow more open files (ulimit -n)" in line
     mine(*command)
     assert manifest(tmp_path / "out")["totals"]["failed"] == 0
