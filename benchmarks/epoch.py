@@ -20,9 +20,9 @@ from benchmarks.setting import Setting
 from benchmarks.steps import MEAN, SIZE, STD, NoSchedule
 from shards.reader import TicketSet
 from shards.rows import Rows
+from trainer.data.dataset import FeedOptions, TrainFeed, loader
 from trainer.engine import State, StepOptions, apply_update, train_micro_batch
-from trainer.feed import FeedOptions, TrainFeed, loader
-from trainer.ticket_vit import TicketViT
+from trainer.families.vit import TicketViT
 
 BATCH, TOKENS, STEPS = 32, 144, 4
 WANTED = (">=", 1.35)

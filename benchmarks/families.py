@@ -12,9 +12,9 @@ from timm.optim import create_optimizer_v2
 
 from benchmarks.rounds import Leg, Part, Row, speedup, turns
 from benchmarks.setting import Setting
-from trainer.families import feed_of
+from trainer.families.base import soft_cross_entropy
+from trainer.families.registry import feed_of
 from trainer.student import gmacs
-from trainer.ticket_model import soft_cross_entropy
 
 BATCH, CLASSES, SIZE = 4, 1000, 224
 STEPS = [  # timm's model, --feed, patch size, K

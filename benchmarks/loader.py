@@ -19,7 +19,7 @@ from benchmarks.setting import Setting
 from benchmarks.strangers import Stranger
 from shards.reader import TicketSet
 from shards.rows import Rows
-from trainer.feed import FeedOptions, TrainFeed, loader
+from trainer.data.dataset import FeedOptions, TrainFeed, loader
 
 BATCH, SIZE = 64, 224
 LAP = 3  # batches: short laps and three times the rounds, since a lap's images are drawn and differ in size

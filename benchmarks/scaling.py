@@ -20,7 +20,7 @@ import sys, time, torch
 torch.set_num_threads(1)
 from shards.reader import TicketSet
 from shards.rows import Rows
-from trainer.feed import FeedOptions, TrainFeed, loader
+from trainer.data.dataset import FeedOptions, TrainFeed, loader
 import torchvision.transforms.v2
 start = time.process_time()
 feed = TrainFeed(Rows(TicketSet.open(sys.argv[1]), "train"), FeedOptions(arm="winning", tokens=3, img_size=32,

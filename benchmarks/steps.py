@@ -18,9 +18,9 @@ from torch import Tensor
 
 from miner.drop import default_blocks, keep_counts
 from trainer.engine import State, StepOptions, apply_update, soft_targets, train_micro_batch
+from trainer.families.base import soft_cross_entropy
+from trainer.families.vit import TicketViT
 from trainer.student import gmacs
-from trainer.ticket_model import soft_cross_entropy
-from trainer.ticket_vit import TicketViT
 
 CLASSES, SIZE, PATCH, N = 1000, 224, 16, 196
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

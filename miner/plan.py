@@ -24,6 +24,7 @@ from shards import format as fmt
 from shards import token_labels
 from shards.errors import TicketSetError
 from shards.index import read_parquet
+from shards.permutation import permutation
 from shards.schema import MAX_SHARDS
 from shards.storage import read_bytes, write_atomic
 from shards.views import CROP_PCT
@@ -175,15 +176,11 @@ def shard_rows(plan: Plan, source: Source, split: str, number: int) -> np.ndarra
     seed = plan.common["seed"]
     if source.in_order:
         rows = np.arange(number * size, min((number + 1) * size, images))
-        return rows[_permutation(len(rows), f"{seed}/{split}/{number}")]
-    return _permutation(len(table), f"{seed}/{split}")[:images][number * size : (number + 1) * size]
+        return rows[_permutation(len(rows), "order", seed, split, number)]
+    return _permutation(len(table), "order", seed, split)[:images][number * size : (number + 1) * size]
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(count: int, name: str) -> np.ndarray:
-    """A permutation that depends on nothing but its name: raw Philox words are numpy's fixed stream."""
-    key = int.from_bytes(hashlib.blake2b(f"order/{name}".encode(), digest_size=16).digest(), "little")
-    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+_permutation = functools.lru_cache(maxsize=4)(permutation)
 
 
 def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False, alone: bool = True) -> Plan:

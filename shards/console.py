@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from shards.errors import ImageError, TicketSetError, first_line
+from shards.flags import as_flags
 
 # What moves the cursor, colours the screen, ends a line or turns the direction of writing; halves of characters.
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -76,7 +77,7 @@ def _goes_on(number: int | None) -> str:
 
 def _message(text: str) -> click.ClickException:
     """The lines of a list of ours are indented; any other line break is somebody's name."""
-    return click.ClickException("\n  ".join(map(printable, text.split("\n  "))))
+    return click.ClickException(as_flags("\n  ".join(map(printable, text.split("\n  ")))))
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:

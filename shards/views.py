@@ -60,6 +60,11 @@ def center_distance(grid: tuple[int, int]) -> np.ndarray:
     return ((2 * rows - grid[0] + 1) ** 2 + (2 * columns - grid[1] + 1) ** 2).flatten()
 
 
+def center_ranking(grid: tuple[int, int]) -> np.ndarray:
+    """[N] patches, nearest to the center first, ties to the lower index: the order of --method center."""
+    return np.argsort(center_distance(grid), kind="stable")
+
+
 def view_seed(seed: int, key: str, number: int) -> int:
     """A 63-bit seed of one view, for selectors that draw at random."""
     return int.from_bytes(_block(seed, key, number, 0)[56:], "little") >> 1

@@ -70,7 +70,7 @@ def mine(*arguments: object, code: int = 0) -> Result:
 
 def inspect(*arguments: object, code: int = 0) -> Result:
     """Run datalth-shards in this process; assert its exit code."""
-    from shards.cli import main
+    from shards.inspect.cli import main
 
     result = CliRunner().invoke(main, [*map(str, arguments)])
     assert result.exit_code == code, result.output + "".join(map(str, result.exc_info or ()))

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import miner.cli
-import shards.cli
+import shards.inspect.cli
 import trainer.cli
 import trainer.verdict.cli
 from conftest import SELECTOR
@@ -26,7 +26,7 @@ from training import QUICK
 ROOT = Path(__file__).parent.parent
 COMMANDS: dict[str, Any] = {
     "datalth-mine": miner.cli.main,
-    "datalth-shards": shards.cli.main,
+    "datalth-shards": shards.inspect.cli.main,
     "datalth-train": trainer.cli.main,
     "datalth-verdict": trainer.verdict.cli.main,
 }

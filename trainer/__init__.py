@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.ticket_vit import TicketViT
+    from trainer.families.vit import TicketViT
 
 __all__ = ["TicketViT"]
 
@@ -11,7 +11,7 @@ __all__ = ["TicketViT"]
 def __getattr__(name: str) -> Any:
     """Import torch only when the model is asked for: the verdict answers without it."""
     if name in __all__:
-        from trainer import ticket_vit
+        from trainer.families import vit as ticket_vit
 
         return getattr(ticket_vit, name)
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")

@@ -18,8 +18,8 @@ from shards.reader import TicketSet
 from shards.rows import Rows
 from shards.verify import verify
 from trainer.engine import State
+from trainer.families.base import TicketModel
 from trainer.options import Options
-from trainer.ticket_model import TicketModel
 
 log = logging.getLogger("datalth")
 T = TypeVar("T")

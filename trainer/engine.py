@@ -15,9 +15,9 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor
 
 from shards.errors import TicketSetError
-from trainer.augment import erase
-from trainer.feed import Batch
-from trainer.ticket_model import TicketModel
+from trainer.data.augment import erase
+from trainer.data.dataset import Batch
+from trainer.families.base import TicketModel
 
 
 @dataclass

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.arms import arm_ranking
-from trainer.dropping_vit import without_drops
+from trainer.data.arms import arm_ranking
+from trainer.data.dataset import Batch
 from trainer.engine import StepOptions, normalise
-from trainer.feed import Batch
-from trainer.ticket_model import TicketModel
-from trainer.ticket_vit import gather_patches
+from trainer.families.base import TicketModel
+from trainer.families.dropping import without_drops
+from trainer.families.vit import gather_patches
 
 PROTOCOLS = ("tickets", "all", "random")
 DROPPING_PROTOCOLS = ("dropped", "all")  # of a selector: with its drop blocks, and without

@@ -17,22 +17,22 @@ from miner.models import compiling
 from shards.console import printable
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
-from trainer import checkpoint, screen
-from trainer.board import Board
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
-from trainer.claim import Claim
 from trainer.config import read_yaml
-from trainer.dropping_vit import DroppingViT, keep_rate_at
+from trainer.data.dataset import Batch, EvalFeed, TrainFeed, loader
+from trainer.data.loader import WorkerDied
 from trainer.engine import State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
-from trainer.feed import Batch, EvalFeed, TrainFeed, loader
-from trainer.folder import ARGUMENTS, RunFolder, check_arguments, find
+from trainer.families.base import TicketModel
+from trainer.families.dropping import DroppingViT, keep_rate_at
 from trainer.options import Options
+from trainer.output import checkpoint, screen
+from trainer.output.board import Board
+from trainer.output.claim import Claim
+from trainer.output.folder import ARGUMENTS, RunFolder, check_arguments, find
 from trainer.settings import feed_options, protocols, step_options
 from trainer.signals import Signals
 from trainer.student import build_student, check_flags, costs, timm_config
-from trainer.ticket_model import TicketModel
-from trainer.workers import WorkerDied
 
 log = logging.getLogger("datalth")
 OPEN_FILES = 65536

@@ -7,12 +7,12 @@ from timm.data import resolve_model_data_config
 
 from shards.reader import TicketSet
 from trainer.build import World
-from trainer.dropping_vit import DroppingViT
+from trainer.data.dataset import FeedOptions
 from trainer.engine import StepOptions
 from trainer.evaluate import DROPPING_PROTOCOLS, PROTOCOLS
-from trainer.feed import FeedOptions
+from trainer.families.base import TicketModel
+from trainer.families.dropping import DroppingViT
 from trainer.options import Options
-from trainer.ticket_model import TicketModel
 
 
 def feed_options(options: Options, opened: TicketSet, student: TicketModel, tokens: int, ranks: int) -> FeedOptions:

@@ -15,12 +15,12 @@ from miner.models import create, load_weights, sketch, timm_name
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from shards.views import CROP_PCT
-from trainer.dropping_vit import KEEP_RATE, DroppingViT, keep_rate_at, without_drops
-from trainer.families import feed_of
+from trainer.families.base import TicketModel
+from trainer.families.dropping import KEEP_RATE, DroppingViT, keep_rate_at, without_drops
+from trainer.families.registry import feed_of
+from trainer.families.swin import square_side
+from trainer.families.zero import TicketZero
 from trainer.options import Options
-from trainer.ticket_model import TicketModel
-from trainer.ticket_swin import square_side
-from trainer.ticket_zero import TicketZero
 
 log = logging.getLogger("datalth")
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from shards.checks import Check, fields, integer, number, one_of, or_null, parse_json, text
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
-from trainer.arms import ARMS
 from trainer.config import read_yaml
+from trainer.data.arms import ARMS
 
 PROTOCOLS = ("tickets", "all", "random")
 TOP1_TOLERANCE = 0.01  # points

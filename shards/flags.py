@@ -1,0 +1,181 @@
+"""Settings: frozen dataclasses whose fields are written once, with type, default, bounds and help. A command's options
+are made from them, and a program makes them by hand.
+
+    @dataclass(frozen=True)
+    class Views(Settings):
+        hflip: float = setting(0.5, Finite(0, 1), "Probability that a random view is flipped.", metavar="P")
+
+    @click.command()
+    @options_of(Views)          # --hflip P  Probability that a random view is flipped.  [default: 0.5; 0<=x<=1]
+    def main(**values):
+        views = settings_from(Views, values)
+
+An error names a field in backquotes, `hflip`; `shards.console.reports_errors` turns it into the flag.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from shards.errors import TicketSetError
+
+T = TypeVar("T", bound="Settings")
+Command = Callable[..., Any]
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    kind: click.ParamType | None = None,
+    help: str = "",
+    *,
+    metavar: str | None = None,
+    flag: str | None = None,
+    short: str | None = None,
+    shown: str | None = None,
+    parse: Callable[[Any], Any] | None = None,
+    marks: frozenset[str] = frozenset(),
+) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: a value, or a function without arguments that makes it; without one the field is required.
+        kind: of the value, or of each of several: click's type, with its bounds. Without one the annotation says it.
+        help: for --help.
+        metavar: what --help shows in the value's place.
+        flag: where it is not the name with dashes.
+        short: of one letter, `-b`.
+        shown: the default as --help shows it, where the value itself says too little.
+        parse: text, or for a dict or a tuple of any length all texts, -> value.
+        marks: what else is true of it; see `marked`.
+    """
+    metadata: dict[str, Any] = {"kind": kind, "help": help, "metavar": metavar, "flag": flag, "short": short, "shown": shown}
+    metadata |= {"parse": parse, "marks": marks}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of frozen dataclasses of `setting` fields; their values are checked when they are made.
+
+    Raises:
+        TicketSetError: a value that its field does not take.
+    """
+
+    def __post_init__(self) -> None:
+        for field, hint in _fields(type(self)):
+            _check(field, hint, getattr(self, field.name))
+
+
+def marked(mark: str, *groups: type[Settings]) -> frozenset[str]:
+    """Names of the fields that bear a mark."""
+    return frozenset(field.name for group in groups for field, _ in _fields(group) if mark in field.metadata["marks"])
+
+
+def options_of(*groups: type[Settings]) -> Callable[[Command], Command]:
+    """A decorator that gives a click command an option for every field of the groups, in their order."""
+
+    def decorate(command: Command) -> Command:
+        for group in reversed(groups):
+            for field, hint in reversed(_fields(group)):
+                command = _option(field, hint)(command)
+        return command
+
+    return decorate
+
+
+def settings_from(group: type[T], values: Mapping[str, Any]) -> T:
+    """A group out of a command's values.
+
+    Raises:
+        click.UsageError: values that do not go together.
+    """
+    try:
+        return group(**{field.name: values[field.name] for field, _ in _fields(group)})
+    except TicketSetError as error:
+        raise click.UsageError(as_flags(str(error))) from None
+
+
+def as_flags(text: str) -> str:
+    """Text with the backquoted fields of the command that is running as its flags; in a program it stays as it is."""
+    context = click.get_current_context(silent=True)
+    for parameter in context.command.params if context is not None else ():
+        if parameter.opts and isinstance(parameter, click.Option):
+            text = text.replace(f"`{parameter.name}`", max(parameter.opts, key=len))
+    return text
+
+
+def _fields(group: type[Settings]) -> list[tuple[Any, Any]]:
+    """Fields and their types; of `X | None` X."""
+    hints = typing.get_type_hints(group)
+    return [(field, _bare(hints[field.name])) for field in dataclasses.fields(group)]  # type: ignore[arg-type]
+
+
+def _bare(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = set(typing.get_args(hint)) - {type(None)}
+    return hint
+
+
+def _option(field: Any, hint: Any) -> Callable[[Command], Command]:
+    said, origin = field.metadata, typing.get_origin(hint)
+    flag = said["flag"] or f"--{field.name.replace('_', '-')}"
+    needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory
+    keywords: dict[str, Any] = {"help": said["help"], "metavar": said["metavar"], "required": needed}
+    if not needed:
+        # Of nothing, none and off there is nothing to show.
+        keywords |= {"default": default, "show_default": said["shown"] or not (default in (None, False, (), dict))}
+    if hint is bool:
+        keywords["is_flag"] = True
+        flag += f"/--no-{flag.removeprefix('--')}" if default is True else ""
+    elif origin is typing.Literal:
+        keywords["type"] = click.Choice(typing.get_args(hint))
+    elif said["parse"]:
+        keywords |= {"callback": _parsing(said["parse"]), "multiple": hint is dict or origin is dict}
+        keywords["default"] = None if default is dict else default
+    elif origin is tuple:
+        parts = typing.get_args(hint)
+        keywords["type"] = said["kind"] or parts[0]
+        keywords |= {"multiple": True} if parts[-1] is Ellipsis else {"nargs": len(parts)}
+    else:
+        keywords["type"] = said["kind"] or hint
+    if said["shown"] and default is None:  # click shows no default of nothing
+        keywords["help"] += f"  [default: {said['shown']}]"
+        keywords["show_default"] = False
+    names = [name for name in (said["short"], flag, field.name) if name]
+    return click.option(*names, **keywords)
+
+
+def _parsing(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(context: click.Context, parameter: click.Parameter, text: Any) -> Any:
+        try:
+            return parse(text)
+        except TicketSetError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback
+
+
+def _check(field: Any, hint: Any, value: Any) -> None:
+    said, origin = field.metadata, typing.get_origin(hint)
+    if value is None:
+        return
+    if origin is typing.Literal:
+        kind: Any = click.Choice(typing.get_args(hint))
+    elif hint is bool:
+        kind = click.BOOL
+    elif said["parse"] or hint is str:
+        return
+    else:
+        kind = said["kind"] or click.types.convert_type(typing.get_args(hint)[0] if origin is tuple else hint)
+    try:
+        for one in value if origin is tuple else (value,):
+            kind.convert(one, None, None)
+    except (click.BadParameter, TypeError) as error:
+        said = error.message if isinstance(error, click.BadParameter) else str(error)
+        raise TicketSetError(f"`{field.name}` {value!r}: {said}") from None

@@ -1,0 +1,1 @@
+"""Looking at ticket sets: figures, differences, pictures, and datalth-shards on top."""

@@ -1,0 +1,488 @@
+"""datalth-shards: look at a ticket set and check it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shards import format as fmt
+from shards import token_labels
+from shards.console import duration, printable, reports_errors, size, table
+from shards.errors import TicketSetError
+from shards.reader import TicketSet
+
+MAX_SHOWN_VIEWS = 8
+MAX_CLASS_MAPS = 17
+
+_folder = click.argument("folder", metavar="DIR")
+_base = click.option("--base", metavar="DIR", help="Where the base of a linked set is now.")
+_json = click.option("--json", "as_json", is_flag=True, help="JSON on standard output, for programs.")
+_split = click.option("--split", metavar="S", help="Which split.  [default: the first]")
+
+
+def _picture(required: bool) -> Any:
+    text = "Write the picture here." if required else "Also write a picture here."
+    return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
+
+
+def _check_picture(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Refuse a picture that could not be written, before the work."""
+    if path is not None and not path.lower().endswith(".png"):
+        raise click.BadParameter(f"expected a file that ends in .png, got {path}")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise click.BadParameter(f"{Path(path).parent}: no such folder")
+    return path
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Look at a ticket set and check it. DIR is its folder, or an fsspec URL of one.
+
+    \b
+    Examples:
+      datalth-shards info shards
+      datalth-shards sheet shards -o sheet.png
+      datalth-shards verify shards --deep
+    """
+
+
+@main.command()
+@_folder
+@_base
+@_json
+@reports_errors
+def info(folder: str, base: str | None, as_json: bool) -> None:
+    """What a set is: selector, tickets, grid, classes, splits, sizes.
+
+    \b
+    Example: datalth-shards info shards
+    """
+    opened = TicketSet.open(folder, base)
+    manifest = opened.manifest
+    if as_json:
+        _print_json(manifest)
+        return
+    selector = manifest["selector"]
+    rate = selector["keep_rate"]
+    rows = [
+        ["ticket set", opened.url],
+        ["format", ".".join(map(str, manifest["format"]))],
+        ["set_id", manifest["set_id"][:16]],
+        ["plan_id", manifest["plan_id"][:16]],
+        ["selector", selector["method"] + (f" of {selector['model']}" if selector["model"] else "")],
+        [
+            "",
+            f"blocks {', '.join(map(str, selector['blocks']))}, {selector['dtype']}"
+            if selector["blocks"]
+            else "model-free",
+        ],
+        [
+            "tickets",
+            f"K = {opened.k} of {opened.num_patches} patches" + (f", keep rate {rate:g} a stage" if rate else "")
+            if opened.has_tickets
+            else "none: token labels alone",
+        ],
+        *_token_labels_row(opened),
+        ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest['img_size']} px, patch {manifest['patch_size']}"],
+        ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabelled"],
+        ["images", _images_text(opened)],
+    ]
+    click.echo(table(rows))
+    click.echo()
+    head = ["split", "samples", "failed", "views", "shards", "size", "images", "tickets a sample"]
+    click.echo(table([_split_row(name, s, opened) for name, s in manifest["splits"].items()], head))
+
+
+def _token_labels_row(opened: TicketSet) -> list[list[str]]:
+    owner = opened if opened.has_token_labels else opened.base
+    if owner is None or not owner.has_token_labels:
+        return []
+    said, shape = owner.manifest["token_labels"], owner.manifest["members"][fmt.TOKEN_LABELS]["shape"]
+    text = f"top {shape[1]} at {shape[2]} x {shape[3]} places, {said['model']} at {said['input_size']} px"
+    return [["token labels", text + ("" if owner is opened else f", in {owner.url}")]]
+
+
+def _images_text(opened: TicketSet) -> str:
+    text = "inside" if opened.base is None else f"linked from {opened.base.url}"
+    store_side = opened.manifest["store_side"]
+    return f"{text}, EXIF orientation: {opened.exif}" + (f", stored at {store_side} px" if store_side else "")
+
+
+def _split_row(name: str, split: dict[str, Any], opened: TicketSet) -> list[object]:
+    extra = (split["bytes"] - split["image_bytes"]) / max(1, split["samples"])
+    counts = [split["samples"], split["failed"], split["views"], split["shards"]]
+    return [name, *counts, size(split["bytes"]), size(split["image_bytes"]), size(extra)]
+
+
+@main.command()
+@_folder
+@_base
+@click.option("--split", metavar="S", help="Only this split.")
+@click.option("--label", metavar="NAME|NUMBER", help="Only this class.")
+@click.option("--status", type=click.Choice(["ok", "failed"]), help="Only samples that succeeded, or failed.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(min=0), metavar="N", help="Rows; 0: all.  [default: 20; all with --json]"
+)
+@_json
+@reports_errors
+def ls(
+    folder: str,
+    base: str | None,
+    split: str | None,
+    label: str | None,
+    status: str | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Rows of the index, one per input image, failures too; --json gives one object a line.
+
+    \b
+    Example: datalth-shards ls shards --split train --status failed
+    """
+    opened = TicketSet.open(folder, base)
+    wanted = None if label is None else _label_number(opened, label)
+    limit = limit if limit is not None else 0 if as_json else 20
+    rows: list[dict[str, Any]] = []
+    total = 0
+    for name in [split] if split else opened.splits:
+        for row in opened.table(name).to_pylist():
+            if (wanted is None or row["label"] == wanted) and status in (None, row["status"]):
+                total += 1
+                if not limit or len(rows) < limit:
+                    rows.append({"split": name, **row})
+    if as_json:
+        for row in rows:
+            row["ticket"] = row["ticket"].hex() if row["ticket"] else None
+            click.echo(json.dumps(row))
+        return
+    head = ["split", "key", "class", "width", "height", "status", "entropy", "error"]
+    cells = [
+        [
+            r["split"],
+            r["key"],
+            _class_name(opened, r["label"]),
+            r["width"],
+            r["height"],
+            r["status"],
+            r["entropy"],
+            r["error"] or "",
+        ]
+        for r in rows
+    ]
+    click.echo(table(cells, head))
+    if total > len(rows):
+        click.echo(f"{len(rows)} of {total} rows; -n 0 lists all")
+
+
+def _label_number(opened: TicketSet, label: str) -> int:
+    if label in opened.classes:
+        return opened.classes.index(label)
+    if label.isdecimal() and len(label) < 10 and int(label) < len(opened.classes):
+        return int(label)
+    raise TicketSetError(f"--label {label}: expected a class name or a number below {len(opened.classes)}")
+
+
+def _class_name(opened: TicketSet, label: int | None) -> str:
+    return "-" if label is None else opened.classes[label]
+
+
+@main.command()
+@_folder
+@click.argument("key")
+@_base
+@click.option("--split", metavar="S", help="Needed where a key stands in several splits.")
+@_picture(required=False)
+@_json
+@reports_errors
+def show(folder: str, key: str, base: str | None, split: str | None, output: str | None, as_json: bool) -> None:
+    """One image: its row, its views, and their tickets; as a picture with -o.
+
+    \b
+    Example: datalth-shards show shards train/bird/000_owl -o owl.png
+    """
+    opened = TicketSet.open(folder, base)
+    if output:
+        opened.require_tickets()
+    split, row = opened.find(key, split)
+    row["ticket"] = row["ticket"].hex() if row["ticket"] else None
+    sample = next(opened.stream_shard(row["shard"], {key}), None)
+    views = [] if sample is None else sample.views.tolist()
+    tickets = [] if sample is None else sample.tickets.tolist()
+    center = [] if sample is None else _center_classes(opened, sample)
+    if output and sample is not None:  # before the first line: `| head` ends the command
+        from shards.inspect import draw
+
+        tiles = _tiles(opened, sample, range(min(MAX_SHOWN_VIEWS, len(views))))
+        title = f"{key}   {_class_name(opened, sample.label)}   K = {opened.k} of {opened.num_patches}"
+        _save(draw.page(tiles, ["view", "ticket", "rank"], title), output)
+    if as_json:
+        named = [dict(zip(fmt.VIEW_COLUMNS, view, strict=True)) for view in views]
+        content = {"split": split, **row, "views": named, "tickets": tickets}
+        _print_json(content | {"center_classes": center} if center else content)
+    else:
+        likeliest = {"center": ", ".join(f"{name} {share:.3f}" for name, share in center) or None}
+        cells = {"split": split, **row, **likeliest}
+        click.echo(table([[name, str(value)] for name, value in cells.items() if value is not None]))
+        click.echo()
+        heads = [" ".join(map(str, ticket[:8])) + " ..." if ticket else "-" for ticket in tickets]
+        rows = [[i, *view, heads[i]] for i, view in enumerate(views)]
+        click.echo(table(rows, ["view", *fmt.VIEW_COLUMNS, "ticket, most informative first"]))
+    if output and sample is None:
+        raise TicketSetError(f"{key}: failed ({row['error']}); there is nothing to draw")
+
+
+def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
+    """(class, probability) at the place in the middle of the image, likeliest first; empty without token labels."""
+    if sample.token_labels is None:
+        return []
+    middle = sample.token_labels[:, :, sample.token_labels.shape[2] // 2, sample.token_labels.shape[3] // 2]
+    return [(opened.classes[number], units / token_labels.UNIT) for units, number in middle.T.tolist()]
+
+
+def _tiles(opened: TicketSet, sample: Any, numbers: Any) -> list[tuple[str, list[Any]]]:
+    from shards.inspect import draw
+
+    pixels = sample.pixels()
+    rows = []
+    for number in numbers:
+        tile = draw.view_tile(pixels, sample.views[number])
+        lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
+        heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
+        flip = ", flipped" if sample.views[number][4] else ""
+        rows.append((f"view {number}{flip}", [tile, lit, heat]))
+    return rows
+
+
+@main.command()
+@_folder
+@_base
+@_split
+@_picture(required=True)
+@click.option(
+    "--classes", type=click.IntRange(min=1), default=10, show_default=True, help="Classes shown, spread over all."
+)
+@click.option("--per-class", type=click.IntRange(min=1), default=3, show_default=True, help="Images of each.")
+@reports_errors
+def sheet(folder: str, base: str | None, split: str | None, output: str, classes: int, per_class: int) -> None:
+    """Contact sheet: images of several classes, each with its ticket beside it.
+
+    \b
+    Example: datalth-shards sheet shards --split val -o sheet.png
+    """
+    from shards.inspect import draw
+
+    opened = TicketSet.open(folder, base)
+    opened.require_tickets()
+    split = split or opened.splits[0]
+    rows = []
+    for label, picked in _pick(opened, split, classes, per_class):
+        tiles = []
+        for name, key in picked:
+            ((_, (tile, lit, _)),) = _tiles(opened, next(opened.stream_shard(name, {key})), [0])
+            tiles += [tile, lit]
+        rows.append((_class_name(opened, label), tiles))
+    selector = opened.manifest["selector"]
+    title = f"{split}: {selector['method']} {selector['model'] or ''}  K = {opened.k} of {opened.num_patches} patches"
+    _save(draw.page(rows, ["view 0", "ticket"] * per_class, title), output)
+    click.echo(f"{printable(output)}: {sum(len(t) // 2 for _, t in rows)} images of {len(rows)} classes")
+
+
+def _pick(
+    opened: TicketSet, split: str, classes: int, per_class: int
+) -> Iterator[tuple[int | None, list[tuple[str, str]]]]:
+    """(label, [(shard, key)]) of the first images of classes spread over all of them."""
+    index = opened.table(split).select(["key", "label", "status", "shard"]).to_pylist()
+    by_label: dict[int | None, list[tuple[str, str]]] = {}
+    for row in index:
+        found = by_label.setdefault(row["label"], []) if row["status"] == "ok" else None
+        if found is not None and len(found) < per_class:
+            found.append((row["shard"], row["key"]))
+    if not by_label:
+        raise TicketSetError(f"{opened.url}: split {split} has no sample to draw")
+    labels = sorted(by_label, key=lambda label: (label is not None, label))
+    count = min(classes, len(labels))
+    for i in range(count):
+        label = labels[i * len(labels) // count]
+        yield label, by_label[label]
+
+
+@main.command()
+@_folder
+@_base
+@_split
+@_picture(required=False)
+@_json
+@reports_errors
+def stats(folder: str, base: str | None, split: str | None, output: str | None, as_json: bool) -> None:
+    """Where tickets lie (overall and per class), how sure the selector was, what failed.
+
+    \b
+    Example: datalth-shards stats shards -o where.png
+    """
+    from shards.inspect.stats import statistics
+
+    opened = TicketSet.open(folder, base)
+    found = statistics(opened, split or opened.splits[0])
+    if output:  # before the first line, as in `show`
+        import numpy as np
+
+        from shards.inspect import draw
+
+        named = [(f"all {found['samples']}", np.array(found["frequency"]))]
+        for name, of_class in list(found["per_class"].items())[:MAX_CLASS_MAPS]:
+            named.append((f"{name} {of_class['samples']}", np.array(of_class["frequency"])))
+        _save(draw.maps(named, f"{found['split']}: where tickets lie, K = {found['k']} of {found['n']}"), output)
+    if as_json:
+        _print_json(found)
+    else:
+        cells = [f for row in found["frequency"] for f in row]
+        entropy = found["entropy"]
+        rows = [
+            ["split", found["split"]],
+            ["samples", f"{found['samples']} ({found['failed']} failed)"],
+            ["tickets", f"K = {found['k']} of {found['n']} ({found['k'] / found['n']:.1%})"],
+            [
+                "patch frequency",
+                f"{min(cells):.3f} to {max(cells):.3f}; the same everywhere would be {found['k'] / found['n']:.3f}",
+            ],
+            [
+                "entropy, bits",
+                "-"
+                if entropy is None
+                else f"mean {entropy['mean']:.2f}, 5 % {entropy['p5']:.2f}, median {entropy['p50']:.2f}, 95 % {entropy['p95']:.2f}",
+            ],
+        ]
+        rows += [["failed", f"{count} x {reason}"] for reason, count in found["errors"].items()]
+        click.echo(table(rows))
+        click.echo("\nhow often a patch is in the ticket of view 0, in %:")
+        click.echo("\n".join(" ".join(f"{round(f * 100):3d}" for f in row) for row in found["frequency"]))
+
+
+@main.command()
+@_folder
+@_base
+@click.option("--deep", is_flag=True, help="Also hash the tars, decode every image and check every sample.")
+@click.option("--base-too", is_flag=True, help="Of a linked set: check the base in the same way.")
+@_json
+@reports_errors
+def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: bool) -> None:
+    """Check a set against what it says of itself. Exit code 1 where something is wrong.
+
+    \b
+    Example: datalth-shards verify shards --deep
+    """
+    import time
+
+    from shards import verify as checks
+
+    start = time.monotonic()
+    opened = TicketSet.open(folder, base)
+    if base_too and opened.base is None:
+        raise TicketSetError(f"--base-too: {folder} is not linked; its images are its own")
+    shards = opened.manifest["totals"]["shards"]
+    of_base = opened.base.manifest["totals"]["shards"] if opened.base and base_too else 0
+    with click.progressbar(
+        length=shards + of_base, label="verifying", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        problems = checks.verify(opened, deep, lambda name: bar.update(1), base_too)
+    unread = opened.base.url if deep and opened.base and not base_too else None
+    if as_json:
+        _print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems, "base_not_hashed": unread})
+    else:
+        for problem in problems:
+            click.echo(printable(problem))
+        samples = opened.manifest["totals"]["samples"]
+        kind = "deep" if deep else "fast"
+        verdict = f"{len(problems)} problems" if problems else "sound"
+        click.echo(
+            f"{printable(folder)}: {verdict} ({kind}: {shards} shards, {samples} samples, {duration(time.monotonic() - start)})"
+        )
+        if unread:
+            click.echo(f"the tars of its base {printable(unread)} were not hashed; --base-too checks them")
+    if problems:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@_split
+@_json
+@reports_errors
+def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
+    """How much the tickets of two sets agree, beside what random ones would.
+
+    \b
+    Example: datalth-shards diff shards shards-r.7
+    """
+    from shards.inspect.compare import overlap
+
+    set_a, set_b = TicketSet.open(a, images=False), TicketSet.open(b, images=False)
+    found = overlap(set_a, set_b, split or set_a.splits[0])
+    if as_json:
+        _print_json(found)
+        return
+    click.echo(
+        f"split {printable(found['split'])}: K = {found['k'][0]} and {found['k'][1]} of {found['n']}; {found['images']} images in both,"
+        f" {found['only_a']} only in A, {found['only_b']} only in B, {found['other_views']} views have other boxes"
+    )
+    rows: list[list[object]] = [[str(v["view"]), v["count"], v["overlap"], v["iou"]] for v in found["views"]]
+    rows.append(["random", None, found["random"]["overlap"], found["random"]["iou"]])
+    click.echo(table(rows, ["view", "images", "overlap", "IoU"]))
+
+
+@main.command()
+@_folder
+@_split
+@click.option("--masks", required=True, metavar="DIR", help="PNG masks: DIR/train/bird/x.png for train/bird/x.jpg.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="K",
+    help="K to score (repeatable).  [default: 25 %, 50 %, the set's own]",
+)
+@_json
+@reports_errors
+def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], as_json: bool) -> None:
+    """Object-patch recall against true masks, with centre and random beside it.
+
+    A patch is an object patch where at least half of its pixels are inside the mask.
+
+    \b
+    Example: datalth-shards score shards --masks masks
+    """
+    from shards.inspect.score import recall
+
+    opened = TicketSet.open(folder, images=False)
+    n = opened.num_patches
+    if not Path(masks).is_dir():
+        raise TicketSetError(f"--masks {masks}: no such folder")
+    if any(k > n for k in tokens):
+        raise TicketSetError(f"--tokens {max(tokens)}: expected at most {n}, the patches of a view")
+    counts = list(tokens) or sorted({max(1, n // 4), max(1, n // 2), opened.k})
+    found = recall(opened, split or opened.splits[0], masks, counts)
+    if as_json:
+        _print_json(found)
+        return
+    click.echo(
+        f"split {printable(found['split'])}: {found['images']} images scored, on average {found['mean_object_patches']:.1f} of {n}"
+        f" patches are object; {found['without_mask']} without mask, {found['without_object']} without object patch"
+    )
+    rows = [[r["k"], f"{r['k'] / n:.0%}", r["ticket"], r["stderr"], r["center"], r["random"]] for r in found["rows"]]
+    click.echo(table(rows, ["K", "share", "ticket", "std. error", "center", "random"]))
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, sort_keys=True, indent=1))  # in ASCII: nothing in it acts on a terminal
+
+
+def _save(picture: Any, output: str) -> None:
+    picture.save(output, "PNG")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The inspect commands: what they print, draw and import."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import SELECTOR, inspect, mine
+from shards.inspect import draw
+from shards.inspect.compare import overlap
+from shards.inspect.draw import rank_tile, ticket_tile, view_tile
+from shards.inspect.score import object_patches, recall
+from shards.reader import TicketSet
+from shards.views import center_ranking
+
+KEY = "train/ant/ant_0"
+
+
+@pytest.fixture(scope="module")
+def linked(center_set: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tickets of a real selector over the images of `center_set`."""
+    out = tmp_path_factory.mktemp("linked") / "evit"
+    mine("--data", center_set, "--out", out, "--images", "link", "--selector", SELECTOR, "--weights", weights)
+    return out
+
+
+@pytest.fixture(scope="module")
+def masks(center_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every image the mask of its right half."""
+    root = tmp_path_factory.mktemp("masks")
+    for row in TicketSet.open(str(center_set)).table("train").to_pylist():
+        mask = np.zeros((row["height"], row["width"]), np.uint8)
+        mask[:, row["width"] // 2 :] = 255
+        path = (root / row["source"]).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    return root
+
+
+def commands(folder: Path, other: Path, masks: Path, out: Path) -> list[list[str]]:
+    return [
+        ["info", str(folder)],
+        ["ls", str(folder)],
+        ["show", str(folder), KEY, "-o", str(out / "show.png")],
+        ["sheet", str(folder), "-o", str(out / "sheet.png")],
+        ["stats", str(folder), "-o", str(out / "stats.png")],
+        ["verify", str(folder), "--deep"],
+        ["diff", str(folder), str(other)],
+        ["score", str(folder), "--masks", str(masks)],
+    ]
+
+
+def test_no_inspect_command_and_no_help_imports_torch_or_webdataset(center_set, linked, masks, tmp_path):
+    """All in one fresh process, on a linked set; the negative control is the miner's own run module."""
+    runs = commands(linked, center_set, masks, tmp_path)
+    helps = [["--help"], *([name, "--help"] for name, *_ in runs)]
+    code = f"""
+import sys
+from click.testing import CliRunner
+import miner.cli, shards.inspect.cli
+for arguments in {runs + helps!r}:
+    result = CliRunner().invoke(shards.inspect.cli.main, arguments)
+    assert result.exit_code == 0, (arguments, result.output, result.exception)
+assert CliRunner().invoke(miner.cli.main, ["--help"]).exit_code == 0
+heavy = {{"torch", "webdataset", "timm", "torchvision"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+import miner.run
+assert heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in ("show", "sheet", "stats"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 100 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_info_says_what_a_set_is(center_set, linked):
+    text = inspect("info", linked).output
+    assert f"evit of {SELECTOR}" in text and "K = 13 of 16 patches, keep rate 0.9 a stage" in text
+    assert f"linked from {center_set}" in text
+    assert json.loads(inspect("info", linked, "--json").output)["k"] == 13
+
+
+def test_ls_filters_by_split_label_and_status(center_set):
+    rows = [json.loads(line) for line in inspect("ls", center_set, "-n", 0, "--json").output.splitlines()]
+    assert len(rows) == 27 and rows[0]["ticket"] == "eff6"  # all but patches 3, 12, 15
+    one = [
+        json.loads(x)
+        for x in inspect("ls", center_set, "--split", "val", "--label", "bee", "--json").output.splitlines()
+    ]
+    assert [r["label"] for r in one] == [1, 1] and {r["split"] for r in one} == {"val"}
+    assert inspect("ls", center_set, "--status", "failed", "--json").output == ""
+    assert "20 of 27 rows" in inspect("ls", center_set).output
+    assert "expected a class name or a number below 3" in inspect("ls", center_set, "--label", "dog", code=1).output
+
+
+def test_show_prints_views_and_tickets(center_set):
+    shown = json.loads(inspect("show", center_set, KEY, "--json").output)
+    assert len(shown["views"]) == 3 and shown["views"][0]["flip"] == 0 and len(shown["tickets"][0]) == 13
+    assert "no sample has the key" in inspect("show", center_set, "nobody", code=1).output
+
+
+def test_stats_of_center_tickets_are_the_center(center_set):
+    found = json.loads(inspect("stats", center_set, "--json").output)
+    frequency = np.array(found["frequency"])
+    assert frequency.sum() == 13 and frequency[1:3, 1:3].min() == 1 and frequency[0, 3] == 0 or frequency.max() == 1
+    assert found["per_class"]["ant"]["samples"] == 7 and found["entropy"] is None
+
+
+def test_diff_of_a_set_with_itself_is_one_and_random_sets_meet_the_expectation(center_set, photos, tmp_path):
+    same = TicketSet.open(str(center_set))
+    assert [v["overlap"] for v in overlap(same, same, "train")["views"]] == [1.0, 1.0, 1.0]
+    for seed in (1, 2):
+        mine("--data", photos, "--out", tmp_path / f"r{seed}", "--method", "random", "--tokens", 6, "--seed", seed)
+    a, b = (TicketSet.open(str(tmp_path / f"r{seed}")) for seed in (1, 2))
+    found = overlap(a, b, "train")
+    assert found["other_views"] == 21 * 15  # other seeds draw other boxes; the canonical view is shared
+    assert found["views"][0]["overlap"] == pytest.approx(found["random"]["overlap"], abs=0.12)
+    assert found["random"]["overlap"] == pytest.approx(6 / 16)
+    text = inspect("diff", tmp_path / "r1", tmp_path / "r2").output
+    assert "random" in text and "21 images in both" in text
+
+
+def test_diff_refuses_another_grid(center_set, photos, tmp_path):
+    mine("--data", photos, "--out", tmp_path / "fine", "--method", "center", "--patch-size", 8)
+    assert "equal patch grids" in inspect("diff", center_set, tmp_path / "fine", code=1).output
+
+
+def test_score_of_center_tickets_equals_the_center_column(center_set, masks):
+    found = recall(TicketSet.open(str(center_set)), "train", str(masks), [4, 8, 13])
+    assert found["images"] == 21 and found["mean_object_patches"] == 8
+    for row in found["rows"]:
+        assert row["ticket"] == row["center"] and row["random"] == row["k"] / 16
+    assert found["rows"][0]["ticket"] == 0.25  # two of the four innermost patches
+
+
+def test_object_patches_follow_box_and_flip(tmp_path):
+    mask = np.zeros((40, 80), np.uint8)
+    mask[:, 60:] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    path = str(tmp_path / "m.png")
+    whole = object_patches(path, (80, 40), np.array([0, 40, 40, 40, 0]), (2, 2))
+    assert whole.tolist() == [False, True, False, True]
+    flipped = object_patches(path, (80, 40), np.array([0, 40, 40, 40, 1]), (2, 2))
+    assert flipped.tolist() == [True, False, True, False]
+    assert not object_patches(path, (80, 40), np.array([0, 0, 40, 40, 0]), (2, 2)).any()
+
+
+def test_center_ranking_here_is_the_miners(center_set):
+    sample = next(TicketSet.open(str(center_set)).stream("train"))
+    assert (sample.rankings[0] == center_ranking((4, 4))).all()
+
+
+def test_score_needs_masks_and_a_possible_k(center_set, masks, tmp_path):
+    assert "no such folder" in inspect("score", center_set, "--masks", tmp_path / "none", code=1).output
+    assert "no image of split train has a mask" in inspect("score", center_set, "--masks", tmp_path, code=1).output
+    assert "at most 16" in inspect("score", center_set, "--masks", masks, "--tokens", 17, code=1).output
+
+
+def test_ticket_tiles_light_the_kept_patches_alone():
+    tile = Image.new("RGB", (40, 40), (200, 220, 100))
+    lit = np.asarray(ticket_tile(tile, np.array([1, 2]), (2, 2)))
+    assert (lit[5, 25] == (200, 220, 100)).all() and (lit[25, 5] == (200, 220, 100)).all()
+    assert lit[5, 5].max() < 120 and lit[25, 25].max() < 120
+    heat = np.asarray(rank_tile(tile, np.array([3, 1, 2, 0]), (2, 2)), int)
+    assert heat[30, 30].sum() > heat[5, 30].sum() > heat[30, 5].sum() > heat[5, 5].sum()
+
+
+def test_view_tile_shows_the_flipped_box():
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 30:] = 255
+    plain = np.asarray(view_tile(pixels, (0, 20, 20, 20, 0), 20))
+    flipped = np.asarray(view_tile(pixels, (0, 20, 20, 20, 1), 20))
+    assert plain[10, 15, 0] > 200 and plain[10, 3, 0] < 50 and (flipped == plain[:, ::-1]).all()
+
+
+def test_pictures_must_be_png(center_set, tmp_path):
+    assert "ends in .png" in inspect("sheet", center_set, "-o", tmp_path / "a.jpg", code=2).output
+    assert "no such folder" in inspect("sheet", center_set, "-o", tmp_path / "none/a.png", code=2).output
+
+
+def test_every_command_refuses_what_is_no_ticket_set(tmp_path, masks):
+    for arguments in commands(tmp_path, tmp_path, masks, tmp_path):
+        result = inspect(*arguments, code=1)
+        assert result.output.startswith("Error: ") and result.output.count("\n") == 1
+
+
+def test_an_unfinished_set_is_named_as_such(center_set, tmp_path):
+    copy = Path(shutil.copytree(center_set, tmp_path / "set"))
+    (copy / "manifest.json").unlink()
+    assert "not finished" in inspect("info", copy, code=1).output
+
+
+def test_stats_of_a_split_without_a_good_sample(photos, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for path in (data / "val").rglob("*.*"):
+        path.write_bytes(b"no image")
+    mine("--data", data, "--out", tmp_path / "set", "--method", "center", "--max-failures", 1)
+    found = json.loads(inspect("stats", tmp_path / "set", "--split", "val", "--json").stdout)
+    assert (found["samples"], found["failed"], found["entropy"], found["per_class"]) == (0, 6, None, {})
+    assert found["frequency"] == [[0.0] * 4] * 4
+    inspect("stats", tmp_path / "set", "--split", "val", "-o", tmp_path / "x.png")
+
+
+def test_letters_beyond_latin_are_drawn_and_what_no_font_has_is_spelled():
+    for text in ("ant", "Kätzchen", "кошка", "γάτα"):
+        font, shown = draw._font(text, 12)
+        box = bytes(font.getmask("\U0010ffff"))
+        assert shown == text and all(bytes(font.getmask(char)) != box for char in text)
+    assert draw._font("猫 кот\n", 12)[1] == "U+732B котU+000A"
+    plain = draw._font("ant", 12)[0]
+    assert bytes(plain.getmask("к")) == bytes(plain.getmask("\U0010ffff")), "the control: Pillow's own font lacks it"
+    tile = Image.new("RGB", (160, 160))
+    one, other = (np.asarray(draw.page([(text, [tile])], [], "")) for text in ("кошка", "собак"))
+    assert not np.array_equal(one, other), "boxes in their place would be equal"

@@ -1,0 +1,47 @@
+"""Arms: which ranking of a view's patches a run trains on; its first K make the ticket."""
+
+import numpy as np
+
+from shards.permutation import permutation
+from shards.views import center_ranking
+
+ARMS = ("winning", "random", "random-fixed", "center", "inverse", "full")
+
+
+def arm_ranking(
+    arm: str, mined: np.ndarray, grid: tuple[int, int], *, fixed_name: str = "", fresh_name: str = ""
+) -> np.ndarray:
+    """The ranking of one view for an arm.
+
+    Args:
+        arm: of ARMS.
+        mined: [N], most informative first.
+        grid: (gh, gw).
+        fixed_name: names the image and view; all that random-fixed depends on.
+        fresh_name: names the sample of the epoch; all that random depends on.
+    Returns:
+        [N] patch indices. `full` keeps raster order, so that its K = N patches are the plain view.
+    """
+    if arm == "winning":
+        return mined
+    if arm == "inverse":
+        return mined[::-1]
+    if arm == "center":
+        return center_ranking(grid)
+    if arm == "full":
+        return np.arange(grid[0] * grid[1])  # also where the student looks at a coarser grid
+    return permutation(len(mined), arm, {"random": fresh_name, "random-fixed": fixed_name}[arm])
+
+
+def mixed_ranking(own: np.ndarray, other: np.ndarray, share: np.ndarray | float) -> np.ndarray:
+    """The ranking of a view that is mixed with another: patches by their weighted rank, ties to the lower index.
+
+    Args:
+        own: [N] ranking.
+        other: [N] ranking of the partner.
+        share: of the partner in each patch, [N], or one number for all: 1 - lambda in mixup, the covered share
+            in CutMix.
+    """
+    ranks = np.empty((2, len(own)))
+    ranks[0, own] = ranks[1, other] = np.arange(len(own))
+    return np.argsort((1 - share) * ranks[0] + share * ranks[1], kind="stable")

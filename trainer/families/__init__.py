@@ -1,0 +1,1 @@
+"""How timm models take tickets: a file a family, and the registry."""

@@ -1,0 +1,153 @@
+"""TicketViT: feed the patches of a ticket to a timm Vision Transformer. The only file that knows timm's insides.
+
+timm's order is patch_embed -> _pos_embed -> patch_drop -> norm_pre -> blocks. Dropping tokens in timm's
+`patch_drop` slot equals dropping the pixels before a linear stem, and the second is what a lean trainer
+wants. `_pos_embed` is affine in its input, so one call of it on zeros gives prefix tokens and the position
+table of every variant (registers, distillation token, no_embed_class, dynamic_img_size).
+
+Shapes: B images, K kept patches, N = gh * gw patches, P prefix tokens, D width, C*p*p values of a patch in
+the order of the stem's weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import TicketSetError
+from trainer.families.base import TicketModel
+
+
+class TicketViT(TicketModel):
+    """A timm ViT that takes patches and their places instead of an image.
+
+    Args:
+        model: timm VisionTransformer with a linear patch stem, or an Eva. It is not changed (an Eva's empty
+            patch_drop slot is filled, which adds no parameter), and its state_dict is what checkpoints hold.
+    Raises:
+        TicketSetError: a model that cannot take tickets.
+    """
+
+    feed = "patches are gathered before the patch embedding, each at its own position"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        check_model(model)
+        self.model = model
+        self.grid = tuple(model.patch_embed.grid_size)
+        self.patch_size = model.patch_embed.patch_size[0]
+        self.whole_side = self.grid[0] * self.patch_size
+        if _is_eva(model):
+            model.patch_drop = _Slot(model.num_prefix_tokens)
+
+    def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
+        """[B, K, C*p*p] normalised pixels and [B, K] row-major places in [0, N) -> logits [B, classes].
+
+        In training a distilled model in distilled_training mode gives its pair of logits, as timm's does.
+        """
+        if _is_eva(self.model):
+            self.model.patch_drop.keep_indices = keep_indices
+            return self.model(scatter_patches(patches, keep_indices, self.grid, self.patch_size))
+        model = self.model
+        x = model.norm_pre(self._embed(patches, keep_indices))
+        if model.grad_checkpointing and self.training:
+            from timm.models import checkpoint_seq
+
+            x = checkpoint_seq(model.blocks, x)
+        else:
+            x = model.blocks(x)
+        return model.forward_head(model.norm(x))
+
+    def _embed(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
+        """[B, P + K, D]: prefix tokens, then embedded patches at their own positions."""
+        model, stem = self.model, self.model.patch_embed
+        prefix = model.num_prefix_tokens
+        weight = stem.proj.weight.flatten(1)
+        zeros = weight.new_zeros(
+            1, *(self.grid if model.dynamic_img_size else (self.grid[0] * self.grid[1],)), len(weight)
+        )
+        table = model._pos_embed(zeros)  # [1, P + N, D]
+        x = stem.norm(nn.functional.linear(patches, weight, stem.proj.bias)) + table[0, prefix:][keep_indices]
+        return torch.cat([table[:, :prefix].expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+
+
+class _Slot(nn.Module):
+    """Stands in an Eva's patch_drop slot and keeps the given patches; RoPE follows the indices it returns."""
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.keep_indices: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        keep = self.keep_indices
+        if keep is None:
+            return x, None
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, gather_patches(patches, keep)], dim=1), keep
+
+
+def check_model(model: Any) -> None:
+    """Refuse models whose forward would not equal timm's on these tokens.
+
+    Raises:
+        TicketSetError: says what the model lacks.
+    """
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import VisionTransformer
+
+    name = type(model).__name__
+    if not (isinstance(model, VisionTransformer) or _is_eva(model)):
+        raise TicketSetError(f"model {name}: cannot take tickets; expected a timm VisionTransformer or Eva")
+    stem: Any = getattr(model.patch_embed, "proj", None)
+    size = tuple(model.patch_embed.patch_size)
+    linear = (
+        isinstance(model.patch_embed, PatchEmbed)
+        and isinstance(stem, nn.Conv2d)
+        and stem.kernel_size == stem.stride == size
+        and stem.padding == (0, 0)
+    )
+    if not linear or size[0] != size[1] or stem.groups != 1:
+        raise TicketSetError(f"model {name}: expected a patch stem of one square convolution without overlap")
+    if stem.in_channels != 3:
+        raise TicketSetError(f"model {name}: expected 3 input channels, got {stem.in_channels}")
+    if not model.global_pool:
+        raise TicketSetError(f"model {name}: expected a head that pools the tokens, got global_pool ''")
+    if model.patch_embed.grid_size is None:
+        raise TicketSetError(f"model {name}: expected a fixed patch grid; build it with img_size")
+    if model.pos_drop.p:
+        raise TicketSetError(f"model {name}: expected no dropout of position embeddings, got {model.pos_drop.p}")
+    if not _is_eva(model) and not isinstance(model.patch_drop, nn.Identity):
+        raise TicketSetError(f"model {name}: patch_drop_rate drops patches at random beside the tickets; leave it 0")
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, C*p*p], row-major, each patch in the order of the stem's weights."""
+    b, c, h, w = images.shape
+    p = patch_size
+    return images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+
+
+def gather_patches(patches: Tensor, keep_indices: Tensor) -> Tensor:
+    """[B, N, F] and [B, K] -> [B, K, F]"""
+    return patches.gather(1, keep_indices[:, :, None].expand(-1, -1, patches.shape[-1]))
+
+
+def scatter_patches(patches: Tensor, keep_indices: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The inverse of patchify and gather: [B, K, C*p*p] -> [B, C, H, W], zero where a patch was dropped."""
+    b, _, size = patches.shape
+    blank = patches.new_zeros(b, grid[0] * grid[1], size)
+    return unpatchify(blank.scatter(1, keep_indices[:, :, None].expand(-1, -1, size), patches), grid, patch_size)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The inverse of patchify: [B, N, C*p*p] -> [B, C, H, W]"""
+    b, p = len(patches), patch_size
+    cells = patches.reshape(b, *grid, -1, p, p)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, grid[0] * p, grid[1] * p)
+
+
+def _is_eva(model: Any) -> bool:
+    from timm.models.eva import Eva
+
+    return isinstance(model, Eva)
