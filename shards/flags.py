@@ -52,7 +52,14 @@ def setting(
         parse: text, or for a dict or a tuple of any length all texts, -> value.
         marks: what else is true of it; see `marked`.
     """
-    metadata: dict[str, Any] = {"kind": kind, "help": help, "metavar": metavar, "flag": flag, "short": short, "shown": shown}
+    metadata: dict[str, Any] = {
+        "kind": kind,
+        "help": help,
+        "metavar": metavar,
+        "flag": flag,
+        "short": short,
+        "shown": shown,
+    }
     metadata |= {"parse": parse, "marks": marks}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -128,8 +135,8 @@ def _option(field: Any, hint: Any) -> Callable[[Command], Command]:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory
     keywords: dict[str, Any] = {"help": said["help"], "metavar": said["metavar"], "required": needed}
     if not needed:
-        # Of nothing, none and off there is nothing to show.
-        keywords |= {"default": default, "show_default": said["shown"] or not (default in (None, False, (), dict))}
+        empty = default is None or default is False or default == () or default is dict
+        keywords |= {"default": default, "show_default": said["shown"] or not empty}
     if hint is bool:
         keywords["is_flag"] = True
         flag += f"/--no-{flag.removeprefix('--')}" if default is True else ""

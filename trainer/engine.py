@@ -1,28 +1,29 @@
 """One epoch of training, as a function of explicit state. Steps are counted since epoch 0, in optimizer updates."""
 
-import functools
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from timm.models import model_parameters
-from timm.utils import dispatch_clip_grad, distribute_bn
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from shards.errors import TicketSetError
 from trainer.data.augment import erase
-from trainer.data.dataset import Batch
+from trainer.data.loader import Batch
 from trainer.families.base import TicketModel
+from trainer.families.patches import normalize
+from trainer.options import Machine, Optimization
+from trainer.ranks import Rank
 
 
 @dataclass
 class State:
-    """Everything that changes while training; a checkpoint holds it.
+    """Everything that changes while training; a checkpoint holds it, and what hooks add.
 
     Attributes:
         model: the student, perhaps compiled and in DistributedDataParallel.
@@ -38,7 +39,6 @@ class State:
     optimizer: Any
     scheduler: Any
     scaler: Any
-    ema: Any
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
@@ -49,47 +49,73 @@ class State:
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """What one update needs to know."""
+class Setup:
+    """What a step needs to know.
 
-    device: torch.device
+    Attributes:
+        mean, std: by which pixels are normalized.
+        num_classes: of the labels.
+    """
+
+    optimization: Optimization
+    machine: Machine
+    rank: Rank
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    patch_size: int
     num_classes: int
-    smoothing: float
-    clip_grad: float | None
-    clip_mode: str
-    accum: int
-    amp_dtype: torch.dtype | None
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    log_interval: int = 50
-    recovery_interval: int = 0
-    before_update: Callable[[int], None] = field(default=lambda update: None)
-    stop_requested: Callable[[], bool] = field(default=lambda: False)
+
+    @classmethod
+    def of(cls, student: TicketModel, optimization: Optimization, machine: Machine, rank: Rank) -> "Setup":
+        """For a student: pixels as its timm model wants them."""
+        config = resolve_model_data_config(student.model)
+        return cls(optimization, machine, rank, config["mean"], config["std"], student.model.num_classes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rank.device
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, where it is asked for."""
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[self.machine.amp_dtype]
+        return torch.autocast(self.device.type, dtype, enabled=self.machine.amp)
+
+    def normalized(self, patches: Tensor) -> Tensor:
+        """uint8 [B, K, 3*p*p] -> float32."""
+        return normalize(patches, self.mean, self.std)
 
 
 class Stopped(Exception):
     """A signal asked to stop; the state is at a step boundary."""
 
 
-def train_epoch(
-    state: State,
-    batches: Iterable[Batch],
-    steps: int,
-    options: StepOptions,
-    log: Callable[[State, int, dict[str, float]], None],
-    save_recovery: Callable[[State], None],
-) -> float:
+class Places(Protocol):
+    """Where an epoch calls on whoever runs it."""
+
+    def before_step(self, update: int) -> None:
+        """Before the forward of an update."""
+
+    def after_update(self, update: int) -> None:
+        """Weights are new, the schedule is not."""
+
+    def share(self) -> None:
+        """The epoch's last step: let all ranks have the same running averages."""
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Every `log_interval` steps: loss, images a rank, seconds, seconds waited for data."""
+
+    def save(self) -> None:
+        """At a step's border: every `recovery_interval` steps, at the epoch's end, and before Stopped."""
+
+    def stop_requested(self) -> bool:
+        """Whether to stop after this step; the same answer on all ranks."""
+
+
+def train_epoch(state: State, batches: Iterable[Batch], steps: int, setup: Setup, places: Places) -> float:
     """Train from `state.step` to the epoch's end.
 
     Args:
-        batches: `accum` micro-batches a step, from state.step on.
+        batches: `grad_accum_steps` micro-batches a step, from state.step on.
         steps: of the whole epoch.
-        log: called every log_interval steps with loss, mean loss, rate, images a step, seconds, data seconds.
-        save_recovery: called every recovery_interval steps, at the epoch's end, and before Stopped.
     Returns:
         The epoch's mean training loss over all ranks.
     Raises:
@@ -98,125 +124,100 @@ def train_epoch(
     """
     state.model.train()
     iterator = iter(batches)
-    total = torch.zeros((), device=options.device, dtype=torch.float64)  # so that a stop does not regroup the sum
-    bad = torch.full((), steps, device=options.device)  # the first step whose loss was not finite, without a sync
+    accum, ranks = setup.optimization.grad_accum_steps, setup.rank.size
+    log_interval, recovery_interval = setup.machine.log_interval, setup.machine.recovery_interval
+    total = torch.zeros((), device=setup.device, dtype=torch.float64)  # so that a stop does not regroup the sum
+    bad = torch.full((), steps, device=setup.device)  # the first step whose loss was not finite, without a sync
     pending = seen = 0
     last, waited = time.perf_counter(), 0.0
     while state.step < steps:
         update = state.epoch * steps + state.step
-        loss = torch.zeros((), device=options.device)
-        options.before_update(update)
-        for micro in range(options.accum):
+        loss = torch.zeros((), device=setup.device)
+        places.before_step(update)
+        for micro in range(accum):
             start = time.perf_counter()
             batch = next(iterator)
             waited += time.perf_counter() - start
             seen += len(batch["labels"])
-            last_micro = micro == options.accum - 1
-            loss += train_micro_batch(state, batch, options, update, micro, last_micro)
-        apply_update(state, options, update)
+            loss += train_micro_batch(state, batch, setup, update, micro)
+        apply_update(state, setup, update, places.after_update)
         bad = torch.where((bad == steps) & ~torch.isfinite(loss), state.step, bad)
         total += loss.double()
         pending += 1
         state.step += 1
-        if state.step == steps and options.world_size > 1:
-            share_batch_norm(state, options)
-        due = bool(options.recovery_interval) and state.step % options.recovery_interval == 0
-        boundary = due or state.step == steps or state.step % options.log_interval == 0
-        stop = options.stop_requested()
+        if state.step == steps:
+            places.share()
+        due = bool(recovery_interval) and state.step % recovery_interval == 0
+        boundary = due or state.step == steps or state.step % log_interval == 0
+        stop = places.stop_requested()
         if stop or boundary:
-            if options.world_size > 1:
+            if ranks > 1:
                 torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
             check_finite(int(bad), steps, state)  # here the host waits for the device
-            losses = mean_over_ranks(torch.stack([total, loss.double()]), options)
+            losses = setup.rank.mean(torch.stack([total, loss.double()]))
             state.loss_sum, state.loss_count = state.loss_sum + losses[0], state.loss_count + pending
             total, pending = torch.zeros_like(total), 0
             seconds = time.perf_counter() - last
             state.seconds += seconds
-            log(state, steps, {"loss": losses[1], "images": seen, "seconds": seconds, "waited": waited})
+            places.log({"loss": losses[1], "images": seen, "seconds": seconds, "waited": waited})
             last, waited, seen = time.perf_counter(), 0.0, 0
             if stop or due or state.step == steps:
-                save_recovery(state)
+                places.save()
             if stop:
                 raise Stopped
     return state.loss_sum / max(1, state.loss_count)
 
 
 def learning_rate(state: State) -> float:
-    """Of the layers that have it whole: --layer-decay gives the lower ones less."""
+    """Of the layers that have it whole: `layer_decay` gives the lower ones less."""
     return max(group["lr"] for group in state.optimizer.param_groups)
 
 
-def share_batch_norm(state: State, options: StepOptions) -> None:
-    """Give all ranks the mean of their running averages: validation and checkpoints are then of one model."""
-    for model in [state.student.model, *([state.ema.module] if state.ema is not None else [])]:
-        distribute_bn(model, options.world_size, reduce=True)
-
-
-def train_micro_batch(
-    state: State, batch: Batch, options: StepOptions, update: int, micro: int, last_micro: bool
-) -> Tensor:
-    """Forward and backward of one micro-batch; returns its share of the step's loss, detached."""
+def train_micro_batch(state: State, batch: Batch, setup: Setup, update: int, micro: int) -> Tensor:
+    """Forward and backward of one micro-batch of a step; returns its share of the step's loss, detached."""
+    accum, student = setup.optimization.grad_accum_steps, state.student
     grid_width = int(batch["grid_width"][0])
-    batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
-    seed_step(options.seed, update, micro * options.world_size + options.rank)
-    patches = normalise(batch["patches"], options)
+    batch = {name: tensor.to(setup.device, non_blocking=True) for name, tensor in batch.items()}
+    seed_step(setup.machine.seed, update, micro * setup.rank.size + setup.rank.number)
+    patches = setup.normalized(batch["patches"])
     if "erase" in batch:
         places = batch["keep_indices"]
-        if state.student.wants_all:
+        if student.wants_all:
             places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
-        patches = erase(patches, places, batch["erase"], grid_width, options.patch_size, None)
-    targets = soft_targets(batch, options)
-    sync = nullcontext() if last_micro or not hasattr(state.model, "no_sync") else state.model.no_sync()
-    with sync:
-        with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
-            extras = {name: batch[name] for name in state.student.extras if name in batch}
+        patches = erase(patches, places, batch["erase"], grid_width, student.patch_size, None)
+    targets = soft_targets(batch, setup.optimization.smoothing, setup.num_classes)
+    # Gradients of ranks are summed once a step: with its last micro-batch.
+    last = micro == accum - 1 or not hasattr(state.model, "no_sync")
+    with nullcontext() if last else state.model.no_sync():
+        with setup.autocast():
+            extras = {name: batch[name] for name in student.extras if name in batch}
             outputs = state.model(patches, batch["keep_indices"], **extras)
-            loss = state.student.loss(outputs, targets, batch, options.smoothing) / options.accum
+            loss = student.loss(outputs, targets, batch, setup.optimization.smoothing) / accum
         state.scaler.scale(loss).backward()
     return loss.detach()
 
 
-def apply_update(state: State, options: StepOptions, update: int) -> None:
-    """Clip, step, schedule and average."""
-    if options.clip_grad:
+def apply_update(
+    state: State, setup: Setup, update: int, after_update: Callable[[int], None] = lambda update: None
+) -> None:
+    """Clip, step and schedule."""
+    if setup.optimization.clip_grad:
         state.scaler.unscale_(state.optimizer)
-        parameters = model_parameters(state.student.model, exclude_head=options.clip_mode == "agc")
-        dispatch_clip_grad(parameters, options.clip_grad, options.clip_mode)
+        torch.nn.utils.clip_grad_norm_(state.student.model.parameters(), setup.optimization.clip_grad)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
-    if state.ema is not None:
-        state.ema.update(state.student.model, step=update + 1)
+    after_update(update)
     state.scheduler.step_update(update + 1)
 
 
-def normalise(patches: Tensor, options: StepOptions) -> Tensor:
-    """uint8 [B, K, 3*p*p] -> float32, by the model's mean and std."""
-    b, k, _ = patches.shape
-    mean, std = _levels(options.mean, patches.device), _levels(options.std, patches.device)
-    return patches.view(b, k, 3, -1).float().sub_(mean).div_(std).view(b, k, -1)
-
-
-@functools.lru_cache(maxsize=8)
-def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3, 1] in uint8 levels, made once: a copy from the host in every step would make it wait."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device).mul(255)[:, None]
-
-
-def mean_over_ranks(values: Tensor, options: StepOptions) -> list[float]:
-    if options.world_size > 1:
-        torch.distributed.all_reduce(values)
-    return (values / options.world_size).tolist()
-
-
-def soft_targets(batch: Batch, options: StepOptions) -> Tensor:
+def soft_targets(batch: Batch, smoothing: float, num_classes: int) -> Tensor:
     """[B, classes]: smoothed labels, those of mixed views by their share, as timm's Mixup."""
-    off = options.smoothing / options.num_classes
-    on = 1 - options.smoothing + off
+    off = smoothing / num_classes
+    on = 1 - smoothing + off
     both = []
     for name in ("labels", "partners"):
-        full = torch.full((len(batch[name]), options.num_classes), off, device=batch[name].device)
+        full = torch.full((len(batch[name]), num_classes), off, device=batch[name].device)
         both.append(full.scatter_(1, batch[name][:, None], on))
     lam = batch["lam"][:, None]
     return both[0] * lam + both[1] * (1 - lam)
@@ -242,7 +243,7 @@ def check_finite(bad: int, steps: int, state: State) -> None:
     if bad < steps:
         raise TicketSetError(
             f"loss is not finite at epoch {state.epoch}, step {bad}; the last checkpoint before is kept."
-            f" Try a lower --lr-base, --clip-grad 1, or --amp-dtype bfloat16"
+            f" Try a lower `lr_base`, `clip_grad` 1, or `amp_dtype` bfloat16"
         )
 
 

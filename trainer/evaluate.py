@@ -1,4 +1,7 @@
-"""Validation under three protocols: the selector's tickets (the paper's), all patches, and random patches."""
+"""Validation under three protocols: the selector's tickets (the paper's), all patches, and random patches.
+
+A model that drops patches inside, a selector in training, is tested with its drops (`dropped`) and without (`all`).
+"""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.arms import arm_ranking
-from trainer.data.dataset import Batch
-from trainer.engine import StepOptions, normalise
+from trainer.data.loader import Batch
+from trainer.engine import Setup
 from trainer.families.base import TicketModel
-from trainer.families.dropping import without_drops
-from trainer.families.vit import gather_patches
-
-PROTOCOLS = ("tickets", "all", "random")
-DROPPING_PROTOCOLS = ("dropped", "all")  # of a selector: with its drop blocks, and without
+from trainer.families.patches import gather_patches
 
 
 class Figures(TypedDict):
@@ -34,41 +33,41 @@ def evaluate(
     protocols: Sequence[str],
     tokens: int,
     images: int,
-    options: StepOptions,
+    setup: Setup,
 ) -> tuple[dict[str, Figures], Tensor]:
     """Figures of each model and protocol over all ranks, under the model's name and the protocol's joined.
 
     Also the answers: int32 [models * protocols, images], classes in stored order.
 
     Args:
-        models: by a prefix; not in DistributedDataParallel, since ranks may hold different numbers of batches.
-        batches: of an EvalFeed.
+        models: by the prefix of their figures; not in DistributedDataParallel, since ranks may hold different numbers of batches.
+        batches: of a ValidationDataset.
         tokens: K.
         images: of the split, over all ranks.
     """
     names = [prefix + protocol for prefix in models for protocol in protocols]
-    answers = torch.zeros(len(names), images, dtype=torch.int32, device=options.device)
+    answers = torch.zeros(len(names), images, dtype=torch.int32, device=setup.device)
     for model in models.values():
         model.eval()
-    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=options.device)  # top1, top5, loss, images
+    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=setup.device)  # top1, top5, loss, images
     for batch in batches:
         positions = batch["positions"].tolist()
-        random = random_rankings(positions, batch["rankings"].shape[1], options.seed)
-        batch = {name: tensor.to(options.device, non_blocking=True) for name, tensor in batch.items()}
-        patches = normalise(batch["patches"], options)
-        whole = normalise(batch["whole"], options) if "whole" in batch else patches
+        random = random_rankings(positions, batch["rankings"].shape[1], setup.machine.seed)
+        batch = {name: tensor.to(setup.device, non_blocking=True) for name, tensor in batch.items()}
+        patches = setup.normalized(batch["patches"])
+        whole = setup.normalized(batch["whole"]) if "whole" in batch else patches
         for row, (model, protocol) in enumerate(itertools.product(models.values(), protocols)):
             if protocol in ("all", "dropped"):
                 chosen, keep = whole, every(whole)
             else:
-                keep = (random.to(options.device) if protocol == "random" else batch["rankings"])[:, :tokens]
+                keep = (random.to(setup.device) if protocol == "random" else batch["rankings"])[:, :tokens]
                 chosen = patches if model.wants_all else gather_patches(patches, keep)
-            with torch.autocast(options.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
-                logits = (model if protocol == "dropped" else without_drops(model))(chosen, keep).float()
+            with setup.autocast():
+                logits = (model if protocol == "dropped" else model.undropped())(chosen, keep).float()
             ranked = best_classes(logits)
             sums[row] += figures(logits, ranked, batch["labels"])
             answers[row, batch["positions"]] = ranked[:, 0].int()
-    if options.world_size > 1:
+    if setup.rank.size > 1:
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(answers)  # each image is one rank's; the others hold 0
     results: dict[str, Figures] = {

@@ -1,95 +1,289 @@
-"""datalth-train's flags as one object, and which of them a resumed run may change. No torch: the verdict reads it too."""
+"""The settings of a training run, in groups that say what they are of; datalth-train's flags are made from them.
 
-from dataclasses import dataclass
-from typing import Any
+Names are timm's where timm has the setting; defaults are DeiT's recipe for ImageNet. No torch: the verdict reads it too.
+"""
+
+import ast
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import click
+
+from miner.drop import DEFAULT_KEEP_RATE, parse_blocks
+from shards.console import Finite
+from shards.errors import TicketSetError
+from shards.flags import Settings, marked, setting
+
+Arm = Literal["winning", "random", "random-fixed", "center", "inverse", "full"]
+ARMS: tuple[str, ...] = get_args(Arm)
+PROTOCOLS = ("tickets", "all", "random")  # how a student is tested
+
+POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
+SHARE, AMOUNT = Finite(0, 1), Finite(min=0)
+FREE = frozenset(["free"])  # what a resumed run may say otherwise
+
+
+def key_values(texts: Sequence[str] | None) -> dict[str, Any]:
+    """NAME=VALUE each; values are Python literals where they are some, else text.
+
+    Raises:
+        TicketSetError: no NAME=VALUE, or a value that no file of ours could hold.
+    """
+    out: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise TicketSetError(f"expected NAME=VALUE, got {text!r}")
+        try:
+            out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # text, or what is no literal
+            out[name] = value
+        try:
+            json.dumps(out[name])  # config.json holds them too
+        except (TypeError, ValueError, RecursionError):
+            raise TicketSetError(
+                f"{name}: expected numbers, text, True, False, None or lists of them, got {value:.80}"
+            ) from None
+    return out
+
+
+def cores() -> int:
+    """Worker processes where none are asked for; outside Linux, whose sockets and memory they need, none."""
+    return min(4, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 0
 
 
 @dataclass(frozen=True)
-class Options:
-    """datalth-train's flags; timm's names."""
+class Data(Settings):
+    """Where samples come from. None may be another place when a run goes on: what they must be is in their ids."""
 
-    shards: str  # "" with --eval --resume alone, until the run has said which
-    token_labels: str | None
-    base: str | None
-    model: str
-    feed: str | None
-    tickets: str
-    tokens: int | None
-    resize_to_tokens: bool
-    unmask_epochs: int
-    drop_blocks: tuple[int, ...] | None
-    keep_rate: float | None
-    fuse_token: bool
-    shrink_start_epoch: int
-    shrink_epochs: int
-    repeats: int
-    train_split: str
-    val_split: str
-    pretrained: bool
-    initial_checkpoint: str | None
-    model_kwargs: dict[str, Any]
-    drop_path: float
-    grad_checkpointing: bool
-    batch_size: int
-    grad_accum_steps: int
-    epochs: int
-    opt: str
-    opt_kwargs: dict[str, Any]
-    momentum: float
-    layer_decay: float | None
-    lr: float | None
-    lr_base: float
-    weight_decay: float
-    clip_grad: float | None
-    clip_mode: str
-    sched: str
-    warmup_epochs: int
-    warmup_lr: float
-    min_lr: float
-    smoothing: float
-    mixup: float
-    cutmix: float
-    mixup_prob: float
-    mixup_switch_prob: float
-    mix_token: bool
-    aa: str
-    color_jitter: float
-    reprob: float
-    model_ema: bool
-    model_ema_decay: float
-    amp: bool
-    amp_dtype: str
-    torchcompile: bool
-    device: str | None
-    seed: int
-    workers: int
-    log_interval: int
-    recovery_interval: int
-    output: str
-    experiment: str | None
-    resume: str | None
-    eval: bool
-    log_tensorboard: bool
-    wandb_project: str | None
+    shards: str | None = setting(
+        None,
+        metavar="DIR",
+        help="Ticket set, plain or linked.  [required, but for --eval --resume: the run's own]",
+        marks=FREE,
+    )
+    token_labels: str | None = setting(
+        None,
+        metavar="DIR|none",
+        help="Set with token labels of the same images, for LV-ViT; none: use none.  [default: the ticket set's own]",
+        marks=FREE,
+    )
+    base: str | None = setting(None, metavar="DIR", help="Where the base of a linked set is now.", marks=FREE)
+    train_split: str = setting("train")
+    val_split: str = setting("val")
 
 
-# What a resumed run may say otherwise. The global batch may not change: it decides the samples. Splitting it otherwise over
-# ranks and steps keeps the samples, but draws other drop paths and erasing noise.
-FREE_TO_CHANGE = frozenset(
-    ["resume", "eval", "workers", "device", "torchcompile", "log_interval", "recovery_interval", "output", "experiment"]
-    + [
-        "log_tensorboard",
-        "wandb_project",
-        "shards",
-        "base",
-        "token_labels",
-        "world_size",
-        "grad_accum_steps",
-        "batch_size",
-    ]
-    + ["initial_checkpoint", "pretrained"]
-)
-# What args.yaml holds beside the flags.
+@dataclass(frozen=True)
+class Tickets(Settings):
+    """Which patches of which views are trained on."""
+
+    tickets: Arm = setting("winning", help="Which patches to train on.")
+    tokens: int | None = setting(None, POSITIVE, "Another K of the same rankings.", metavar="K", shown="the set's")
+    resize_to_tokens: bool = setting(False, help="The control of the same cost: the whole view at K coarser patches.")
+    unmask_epochs: int = setting(0, COUNT, "Train the last E epochs on all patches.")
+    repeats: int = setting(3, POSITIVE, "Views replayed per decode (repeated augmentation).")
+
+
+@dataclass(frozen=True)
+class Model(Settings):
+    """timm's model, and what it starts from."""
+
+    model: str = setting(
+        "deit_tiny", help="timm ViT, Swin, Hiera or CNN, lvvit_t|s|m, or deit_tiny|deit_small|deit_base."
+    )
+    feed: str | None = setting(
+        None,
+        metavar="NAME",
+        help="What a ticket becomes: small-dense or zero for Swin, late or early for LV-ViT; other models have one way.",
+        shown="the first",
+    )
+    pretrained: bool = setting(False, help="Start from timm's pretrained weights.", marks=FREE)
+    initial_checkpoint: str | None = setting(None, metavar="FILE", help="Start from these weights.", marks=FREE)
+    model_kwargs: dict[str, Any] = setting(
+        dict, metavar="NAME=VALUE", help="For timm.create_model (repeatable).", parse=key_values
+    )
+    drop_path: float = setting(0.1, SHARE, "Stochastic depth.")
+    grad_checkpointing: bool = setting(False, help="Less memory, more time.")
+
+
+@dataclass(frozen=True)
+class Dropping(Settings):
+    """Of a model that drops patches inside: a ticket selector that is trained."""
+
+    drop_blocks: tuple[int, ...] | None = setting(
+        None,
+        metavar="B,B,...",
+        help="Train a ticket selector: drop patches inside, at these blocks.",
+        parse=parse_blocks,
+    )
+    keep_rate: float | None = setting(
+        None, Finite(0, 1, min_open=True), "Of each drop block.", shown=f"{DEFAULT_KEEP_RATE:g}"
+    )
+    fuse_token: bool = setting(False, help="EViT's: what a block drops goes on as one token.")
+    shrink_start_epoch: int = setting(0, COUNT, "Keep all patches until then.")
+    shrink_epochs: int = setting(0, COUNT, "Then go down to --keep-rate over as many epochs.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name, value in vars(self).items() if value and name != "drop_blocks"]
+        if given and self.drop_blocks is None:
+            raise TicketSetError(
+                f"`{given[0]}`: of a selector that drops patches inside; give `drop_blocks` too."
+                " How much of a view a ticket holds is mined; `tokens` takes another K of its ranking"
+            )
+
+
+@dataclass(frozen=True)
+class Augment(Settings):
+    """What is done to pixels; boxes and flips are mined. Mixup and CutMix mix neighbors of a batch."""
+
+    mixup: float = setting(0.8, AMOUNT, "Alpha; 0: off.")
+    cutmix: float = setting(1.0, AMOUNT, "Alpha; 0: off.")
+    mix_token: bool = setting(False, help="LV-ViT's own CutMix, on tokens; with --mixup 0 --cutmix 0.")
+    aa: str = setting("rand-m9-mstd0.5-inc1", help="timm's policy; geometric ops leave the view as it is.")
+    color_jitter: float = setting(0.4, AMOUNT, "Where there is no --aa.")
+    reprob: float = setting(0.25, SHARE, "Random erasing.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether views are mixed by their pixels."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixes and self.mix_token:
+            raise TicketSetError("`mix_token`: expected `mixup` 0 `cutmix` 0 beside it")
+
+
+@dataclass(frozen=True)
+class Optimization(Settings):
+    """From a loss to new weights. Splitting the global batch otherwise over ranks and steps keeps its samples."""
+
+    batch_size: int = setting(128, POSITIVE, "Per device.", short="-b", marks=FREE)
+    grad_accum_steps: int = setting(1, POSITIVE, "Batches summed before an update.", marks=FREE)
+    epochs: int = setting(300, POSITIVE, "Each as many views as there are images.")
+    opt: str = setting("adamw", help="A timm optimizer.")
+    opt_kwargs: dict[str, Any] = setting(
+        dict, metavar="NAME=VALUE", help="For the optimizer, such as momentum=0.9 (repeatable).", parse=key_values
+    )
+    layer_decay: float | None = setting(
+        None, Finite(), "Learning rate times D a layer down; for fine-tuning.", metavar="D"
+    )
+    lr: float | None = setting(None, AMOUNT, "Absolute; overrides --lr-base.")
+    lr_base: float = setting(5e-4, AMOUNT, "Per 512 images of the global batch.")
+    weight_decay: float = setting(0.05, AMOUNT)
+    clip_grad: float | None = setting(None, AMOUNT, "Clip the norm of gradients at X.", metavar="X")
+    sched: str = setting("cosine", help="A timm scheduler.")
+    warmup_epochs: int = setting(5, COUNT)
+    warmup_lr: float = setting(1e-6, AMOUNT)
+    min_lr: float = setting(1e-5, AMOUNT)
+    smoothing: float = setting(0.1, SHARE, "Label smoothing.")
+    model_ema: bool = setting(True, help="Average the weights over the steps too.")
+    model_ema_decay: float = setting(0.99996, Finite(0, 1, max_open=True))
+
+
+@dataclass(frozen=True)
+class Machine(Settings):
+    """Where and how it is computed, and how often it is saved."""
+
+    amp: bool = setting(False, help="Mixed precision.")
+    amp_dtype: Literal["float16", "bfloat16"] = setting("float16")
+    torchcompile: bool = setting(False, help="torch.compile the model.", marks=FREE)
+    device: str | None = setting(None, help="cuda, cpu.", shown="cuda where there is one", marks=FREE)
+    seed: int = setting(42, click.IntRange(0, 2**63 - 1))
+    workers: int = setting(
+        cores,
+        COUNT,
+        "Processes that read and decode.",
+        short="-j",
+        shown="4, or as many as there are cores",
+        marks=FREE,
+    )
+    log_interval: int = setting(50, POSITIVE, metavar="STEPS", marks=FREE)
+    recovery_interval: int = setting(0, COUNT, "Save within an epoch.", metavar="STEPS", marks=FREE)
+
+
+@dataclass(frozen=True)
+class Output(Settings):
+    """Which run this is, and where its files and figures go."""
+
+    output: str = setting("output", metavar="DIR", help="Folder of the runs.", marks=FREE)
+    experiment: str | None = setting(
+        None, metavar="NAME", help="Folder of this run.", shown="time, model, tickets", marks=FREE
+    )
+    resume: str | None = setting(
+        None,
+        metavar="PATH|latest",
+        help="Go on from a run's folder or checkpoint; latest: from --experiment's, if it has begun.",
+        marks=FREE,
+    )
+    log_tensorboard: bool = setting(
+        False, help="Also write TensorBoard events; pip install 'datalth[tensorboard]'.", marks=FREE
+    )
+    wandb_project: str | None = setting(
+        None, metavar="NAME", help="Also log to Weights & Biases; pip install 'datalth[wandb]'.", marks=FREE
+    )
+    eval: bool = setting(False, help="Only validate, under all protocols that apply.", marks=FREE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a training: the set is named by `data`, how it is computed by `machine`."""
+
+    data: Data = field(default_factory=Data)
+    tickets: Tickets = field(default_factory=Tickets)
+    model: Model = field(default_factory=Model)
+    dropping: Dropping = field(default_factory=Dropping)
+    augment: Augment = field(default_factory=Augment)
+    optimization: Optimization = field(default_factory=Optimization)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        tickets, epochs = self.tickets, self.optimization.epochs
+        if tickets.unmask_epochs > epochs:
+            raise TicketSetError(f"`unmask_epochs` {tickets.unmask_epochs}: expected at most `epochs` {epochs}")
+        if self.dropping.drop_blocks is None:
+            return
+        if tickets.tickets != "full" or tickets.resize_to_tokens:
+            raise TicketSetError("`drop_blocks` trains a ticket selector: expected `tickets` full beside it")
+        if tickets.tokens or tickets.unmask_epochs:
+            name = "tokens" if tickets.tokens else "unmask_epochs"
+            raise TicketSetError(f"`{name}`: of students; a selector sees all patches and drops by `keep_rate`")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Groups out of names and values, such as a command's; others are left alone.
+
+        Raises:
+            TicketSetError: a value that its field does not take, or values that do not go together.
+        """
+        groups = {group.name: group.default_factory for group in fields(cls)}
+        return cls(**{name: group_of(group, values) for name, group in groups.items()})  # type: ignore[arg-type]
+
+    def flat(self) -> dict[str, Any]:
+        """Names and values, as a file holds them."""
+        return {name: value for group in fields(self) for name, value in asdict(getattr(self, group.name)).items()}
+
+    def but(self, **changes: Any) -> "Recipe":
+        """The same with other values of some fields."""
+        return Recipe.of(self.flat() | changes)
+
+
+def group_of(group: Any, values: Mapping[str, Any]) -> Any:
+    """A group out of names and values.
+
+    Raises:
+        TicketSetError: a value that its field does not take.
+    """
+    return group(**{one.name: values[one.name] for one in fields(group) if one.name in values})
+
+
+GROUPS: tuple[type[Settings], ...] = (Data, Tickets, Model, Dropping, Augment, Optimization, Machine, Output)
+FREE_TO_CHANGE = marked("free", *GROUPS) | {"world_size"}
+# What args.yaml holds beside the settings.
 DERIVED = frozenset(
     ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"]
 )

@@ -17,7 +17,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 
 from shards.errors import TicketSetError
 from trainer.data.augment import ColorAugment, erase, erasing_box, seeded
-from trainer.families.vit import gather_patches, patchify
+from trainer.families.patches import gather_patches, patchify
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 DEIT = "rand-m9-mstd0.5-inc1"

@@ -117,7 +117,7 @@ def test_no_file_is_a_line(tmp_path):
 
 
 def test_numbers_are_finite_on_the_command_line_too(tmp_path):
-    for flag in ("--lr", "--mixup", "--momentum", "--layer-decay", "--drop-path"):
+    for flag in ("--lr", "--mixup", "--layer-decay", "--drop-path"):
         assert "finite" in invoked("--shards", "none", flag, "nan", code=2)
     assert "expected numbers, text" in invoked("--shards", "none", "--opt-kwargs", "betas={1, 2}", code=2)
 

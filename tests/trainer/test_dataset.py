@@ -2,8 +2,8 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +16,33 @@ from shards.errors import TicketSetError
 from shards.reader import Sample, TicketSet
 from shards.rows import Rows
 from shards.views import center_ranking
-from trainer.data.arms import ARMS
 from trainer.data.augment import seeded
-from trainer.data.dataset import Batch, EvalFeed, FeedOptions, TrainFeed, loader
+from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
+from trainer.data.loader import Batch
 from trainer.data.sampler import epoch_samples, view_of_visit
-from trainer.families.vit import gather_patches, patchify
+from trainer.families.patches import gather_patches, patchify
+from trainer.options import ARMS, Augment, Tickets, group_of
 
 CPU = torch.device("cpu")
-PLAIN = FeedOptions(arm="winning", tokens=6, img_size=64, patch_size=16, seed=0, batch_size=8, global_batch=8)
-RICH = replace(
-    PLAIN, arm="random", repeats=3, aa="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5
-)
+PLAIN: dict[str, Any] = {"tickets": "winning", "tokens": 6, "repeats": 1, "aa": "", "color_jitter": 0.0, "reprob": 0.0,
+                         "mixup": 0.0, "cutmix": 0.0, "batch_size": 8, "seed": 0}  # fmt: skip
+RICH = {
+    **PLAIN,
+    "tickets": "random",
+    "repeats": 3,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+
+
+def dataset(opened: TicketSet, settings: dict[str, Any], **changes: Any) -> TicketDataset:
+    """Of the train split; `settings` are of tickets and augmentation, and what else the dataset takes."""
+    values = {**settings, **changes}
+    tickets, augment = group_of(Tickets, values), group_of(Augment, values)
+    rest = {name: value for name, value in values.items() if name not in {**vars(tickets), **vars(augment)}}
+    return TicketDataset(opened, "train", tickets=tickets, augment=augment, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +54,8 @@ def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(folder: Path) -> Rows:
-    return Rows(TicketSet.open(str(folder)), "train")
+def opened(folder: Path) -> TicketSet:
+    return TicketSet.open(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +74,10 @@ def equal(a: Batch, b: Batch) -> bool:
     return all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-def shown(feed: TrainFeed, epoch: int) -> list[tuple[int, int, int]]:
+def shown(feed: TicketDataset, epoch: int) -> list[tuple[int, int, int]]:
     """(shard, row, view) of an epoch's samples."""
-    options, sizes = feed.options, feed.rows.sizes
-    return [
-        (s, r, view_of_visit(options.seed, s, r, visit, 4))
-        for s, r, visit in epoch_samples(options.seed, epoch, sizes, options.repeats).tolist()
-    ]
+    samples = epoch_samples(feed.seed, epoch, feed.rows.sizes, feed.tickets.repeats).tolist()
+    return [(s, r, view_of_visit(feed.seed, s, r, visit, 4)) for s, r, visit in samples]
 
 
 def whole(sample: Sample, view: int) -> torch.Tensor:
@@ -76,9 +89,9 @@ def whole(sample: Sample, view: int) -> torch.Tensor:
 # Purity.
 
 
-def test_batches_are_equal_for_any_number_of_workers(rows):
-    feed = TrainFeed(rows, RICH)
-    places = [(epoch, step, 0) for epoch in (0, 1) for step in range(feed.steps())]
+def test_batches_are_equal_for_any_number_of_workers(opened):
+    feed = dataset(opened, RICH)
+    places = [(epoch, step, 0) for epoch in (0, 1) for step in range(feed.steps)]
     direct = [feed[place] for place in places]
     for workers in (0, 1, 3):
         batches = list(loader(feed, places, workers, CPU))
@@ -88,8 +101,8 @@ def test_batches_are_equal_for_any_number_of_workers(rows):
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_batches_are_equal_however_workers_start(rows, method):
-    feed = TrainFeed(rows, RICH)
+def test_batches_are_equal_however_workers_start(opened, method):
+    feed = dataset(opened, RICH)
     places = [(0, 0, 0), (1, 2, 0)]
     before = torch.multiprocessing.get_start_method()
     torch.multiprocessing.set_start_method(method, force=True)
@@ -101,9 +114,11 @@ def test_batches_are_equal_however_workers_start(rows, method):
 
 
 @pytest.mark.parametrize("arm", ["winning", "random"])
-def test_micro_batches_of_two_ranks_and_two_accumulation_steps_make_the_one_big_batch(rows, arm):
-    options = replace(RICH, arm=arm, global_batch=16)
-    big, small = TrainFeed(rows, replace(options, batch_size=16)), TrainFeed(rows, replace(options, batch_size=4))
+def test_micro_batches_of_two_ranks_and_two_accumulation_steps_make_the_one_big_batch(opened, arm):
+    options = dict(RICH, tickets=arm)
+    big = dataset(opened, options, batch_size=16)
+    small = dataset(opened, options, batch_size=4, micro_batches=4)
+    assert small.places(0, 1, rank=1, ranks=2) == [(0, 1, 1), (0, 1, 3)]
     for epoch, step in ((0, 0), (0, 1), (3, 1)):  # step 1 begins the epoch anew
         one = big[epoch, step, 0]
         parts = [small[epoch, step, micro] for micro in range(4)]
@@ -113,12 +128,12 @@ def test_micro_batches_of_two_ranks_and_two_accumulation_steps_make_the_one_big_
         assert not equal(one, shuffled)
 
 
-def test_a_batch_depends_on_seed_epoch_and_step(rows):
-    feed = TrainFeed(rows, RICH)
+def test_a_batch_depends_on_seed_epoch_and_step(opened):
+    feed = dataset(opened, RICH)
     batch = feed[1, 1, 0]
-    assert equal(batch, TrainFeed(rows, RICH)[1, 1, 0])
+    assert equal(batch, dataset(opened, RICH)[1, 1, 0])
     others = {
-        "seed": TrainFeed(rows, replace(RICH, seed=1))[1, 1, 0],
+        "seed": dataset(opened, RICH, seed=1)[1, 1, 0],
         "epoch": feed[2, 1, 0],
         "cycle": feed[4, 1, 0],
         "step": feed[1, 0, 0],
@@ -128,8 +143,8 @@ def test_a_batch_depends_on_seed_epoch_and_step(rows):
             assert not torch.equal(batch[field], other[field]), (name, field)
 
 
-def test_the_global_generators_are_left_as_they_were(rows):
-    feed = TrainFeed(rows, RICH)
+def test_the_global_generators_are_left_as_they_were(opened):
+    feed = dataset(opened, RICH)
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
@@ -138,7 +153,7 @@ def test_the_global_generators_are_left_as_they_were(rows):
     assert random.getstate() == before[0]
     assert np.random.get_state()[1].tolist() == before[1] and np.random.get_state()[2:] == before[2]
     assert torch.equal(torch.get_rng_state(), before[3])
-    feed.augment(np.zeros((8, 8, 3), np.uint8))  # negative control: without its guard it draws from them
+    feed.color(np.zeros((8, 8, 3), np.uint8))  # negative control: without its guard it draws from them
     assert np.random.get_state()[2:] != before[2]
 
 
@@ -155,9 +170,9 @@ def test_a_failed_sample_leaves_the_generators_as_they_were():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_patches_are_the_arms_patches_of_the_rendered_view(rows, stored, arm):
-    options = replace(PLAIN, arm=arm, tokens=16 if arm == "full" else 6, repeats=3)
-    feed = TrainFeed(rows, options)
+def test_patches_are_the_arms_patches_of_the_rendered_view(opened, stored, arm):
+    options = dict(PLAIN, tickets=arm, tokens=16 if arm == "full" else 6, repeats=3)
+    feed = dataset(opened, options)
     for epoch in (0, 4):
         places = shown(feed, epoch)
         for step in range(2):
@@ -180,9 +195,9 @@ def test_patches_are_the_arms_patches_of_the_rendered_view(rows, stored, arm):
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixup": 0.8}, {"cutmix": 1.0}])
-def test_all_patches_may_be_fewer_and_coarser_than_the_ticket_was_mined_on(rows, stored, changes):
+def test_all_patches_may_be_fewer_and_coarser_than_the_ticket_was_mined_on(opened, stored, changes):
     """--resize-to-tokens: whole views of 32 px, four patches, of a set with sixteen."""
-    feed = TrainFeed(rows, replace(PLAIN, arm="full", tokens=4, img_size=32, **changes))
+    feed = dataset(opened, PLAIN, tickets="full", views=Views(32, 32, 16), **changes)
     batch = feed[0, 0, 0]
     assert batch["keep_indices"].tolist() == [[0, 1, 2, 3]] * 8
     if not changes:
@@ -192,27 +207,27 @@ def test_all_patches_may_be_fewer_and_coarser_than_the_ticket_was_mined_on(rows,
             assert torch.equal(patches, patchify(pixels.permute(2, 0, 1)[None], 16)[0])
 
 
-def test_every_image_is_decoded_once_a_batch(rows, monkeypatch):
+def test_every_image_is_decoded_once_a_batch(opened, monkeypatch):
     calls = []
     decode = reader.decode
     monkeypatch.setattr(reader, "decode", lambda data, *rest: calls.append(data) or decode(data, *rest))
-    feed = TrainFeed(rows, replace(RICH, batch_size=18, global_batch=18))
+    feed = dataset(opened, RICH, batch_size=18)
     feed[0, 0, 0]
     assert len(calls) == len(set(calls)) == len({(s, r) for s, r, _ in shown(feed, 0)[:18]}) == 7
     calls.clear()
-    TrainFeed(rows, replace(RICH, batch_size=18, global_batch=18, repeats=1))[0, 0, 0]
+    dataset(opened, RICH, batch_size=18, repeats=1)[0, 0, 0]
     assert len(calls) == len(set(calls)) == 18
 
 
-def test_a_cycle_of_epochs_shows_every_training_view_of_every_image_once_and_never_view_0(rows, stored):
+def test_a_cycle_of_epochs_shows_every_training_view_of_every_image_once_and_never_view_0(opened, stored):
     """Views are told by their pixels."""
     view_of = {whole(s, v).numpy().tobytes(): (s.key, v) for s in stored.values() for v in range(4)}
     assert len(view_of) == 84
-    feed = TrainFeed(rows, replace(PLAIN, arm="full", tokens=16, repeats=3, batch_size=7, global_batch=7))
+    feed = dataset(opened, PLAIN, tickets="full", tokens=16, repeats=3, batch_size=7)
     for cycle in range(2):
         seen: Counter = Counter()
         for epoch in range(3 * cycle, 3 * cycle + 3):
-            assert feed.steps() == 3
+            assert feed.steps == 3
             for step in range(3):
                 seen.update(view_of[p.numpy().tobytes()] for p in feed[epoch, step, 0]["patches"])
         assert seen == Counter((s.key, v) for s in stored.values() for v in (1, 2, 3))
@@ -222,15 +237,14 @@ def test_a_set_of_one_view_trains_on_view_0(photos, tmp_path):
     mine("--data", photos, "--out", tmp_path / "set", "--method", "center", "--views", 1, "--limit", 6)
     opened = TicketSet.open(str(tmp_path / "set"))
     views = {whole(s, 0).numpy().tobytes() for s in opened.stream("train")}
-    rows = Rows(opened, "train")
-    feed = TrainFeed(rows, replace(PLAIN, arm="full", tokens=16, batch_size=len(rows), global_batch=len(rows)))
+    feed = dataset(opened, PLAIN, tickets="full", tokens=16, batch_size=len(Rows(opened, "train")))
     for epoch in range(2):
         assert {p.numpy().tobytes() for p in feed[epoch, 0, 0]["patches"]} == views
 
 
-def test_unmasked_epochs_hold_all_patches_of_the_same_views(rows):
-    feed = TrainFeed(rows, replace(RICH, unmask_from=2))
-    masked = TrainFeed(rows, RICH)
+def test_unmasked_epochs_hold_all_patches_of_the_same_views(opened):
+    feed = dataset(opened, RICH, unmask_from=2)
+    masked = dataset(opened, RICH)
     assert equal(feed[1, 0, 0], masked[1, 0, 0])
     batch, ticket = feed[2, 0, 0], masked[2, 0, 0]
     assert batch["keep_indices"].tolist() == [list(range(16))] * 8
@@ -240,22 +254,22 @@ def test_unmasked_epochs_hold_all_patches_of_the_same_views(rows):
 
 @pytest.mark.parametrize("arm", ["winning", "random", "random-fixed", "center", "inverse"])
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_another_number_of_tokens_is_another_prefix(rows, arm, mixup):
-    six, three = (TrainFeed(rows, replace(PLAIN, arm=arm, tokens=k, mixup=mixup))[0, 0, 0] for k in (6, 3))
+def test_another_number_of_tokens_is_another_prefix(opened, arm, mixup):
+    six, three = (dataset(opened, PLAIN, tickets=arm, tokens=k, mixup=mixup)[0, 0, 0] for k in (6, 3))
     assert torch.equal(six["keep_indices"][:, :3], three["keep_indices"])
     assert torch.equal(six["patches"][:, :3], three["patches"])
     assert three["patches"].shape == (8, 3, 768)
 
 
-def test_inverse_patches_are_the_last_of_the_ranking(rows):
-    whole_ranking = TrainFeed(rows, replace(PLAIN, tokens=16))[0, 0, 0]["keep_indices"]
-    inverse = TrainFeed(rows, replace(PLAIN, arm="inverse"))[0, 0, 0]["keep_indices"]
+def test_inverse_patches_are_the_last_of_the_ranking(opened):
+    whole_ranking = dataset(opened, PLAIN, tokens=16)[0, 0, 0]["keep_indices"]
+    inverse = dataset(opened, PLAIN, tickets="inverse")[0, 0, 0]["keep_indices"]
     assert torch.equal(inverse.flip(1), whole_ranking[:, -6:])
 
 
-def kept_by_view(rows: Rows, arm: str, seed: int = 0) -> list[dict[tuple[int, int, int], tuple[int, ...]]]:
+def kept_by_view(opened: TicketSet, arm: str, seed: int = 0) -> list[dict[tuple[int, int, int], tuple[int, ...]]]:
     """Per turn of three epochs, in which every training view is shown once: (shard, row, view) -> patches."""
-    feed = TrainFeed(rows, replace(PLAIN, arm=arm, seed=seed, tokens=16, batch_size=21, global_batch=21))
+    feed = dataset(opened, PLAIN, tickets=arm, seed=seed, tokens=16, batch_size=21)
     turns = []
     for turn in range(2):
         kept = {}
@@ -267,23 +281,23 @@ def kept_by_view(rows: Rows, arm: str, seed: int = 0) -> list[dict[tuple[int, in
     return turns
 
 
-def test_random_is_drawn_anew_for_every_epoch_and_view_and_random_fixed_is_not(rows):
-    first, second = kept_by_view(rows, "random")
+def test_random_is_drawn_anew_for_every_epoch_and_view_and_random_fixed_is_not(opened):
+    first, second = kept_by_view(opened, "random")
     assert len(set(first.values()) | set(second.values())) == 126
-    first, second = kept_by_view(rows, "random-fixed")
+    first, second = kept_by_view(opened, "random-fixed")
     assert first == second
     assert len(set(first.values())) == 63
-    assert not set(kept_by_view(rows, "random-fixed", seed=1)[0].values()) & set(first.values())
-    counts = np.array([[t[:6].count(p) for p in range(16)] for t in kept_by_view(rows, "random")[0].values()]).sum(0)
+    assert not set(kept_by_view(opened, "random-fixed", seed=1)[0].values()) & set(first.values())
+    counts = np.array([[t[:6].count(p) for p in range(16)] for t in kept_by_view(opened, "random")[0].values()]).sum(0)
     assert 63 * 6 == counts.sum() and counts.min() > 8 and counts.max() < 40  # about 24 each
 
 
-def test_linked_sets_give_the_bases_images_with_their_own_tickets(folder, rows, tmp_path):
+def test_linked_sets_give_the_bases_images_with_their_own_tickets(folder, opened, tmp_path):
     mine("--data", folder, "--images", "link", "--out", tmp_path / "link", "--method", "center")
-    linked = Rows(TicketSet.open(str(tmp_path / "link")), "train")
-    full = replace(PLAIN, arm="full", tokens=16)
-    assert equal(TrainFeed(linked, full)[0, 0, 0], TrainFeed(rows, full)[0, 0, 0])
-    own, base = TrainFeed(linked, PLAIN)[0, 0, 0], TrainFeed(rows, PLAIN)[0, 0, 0]
+    linked = TicketSet.open(str(tmp_path / "link"))
+    full = dict(PLAIN, tickets="full", tokens=16)
+    assert equal(dataset(linked, full)[0, 0, 0], dataset(opened, full)[0, 0, 0])
+    own, base = dataset(linked, PLAIN)[0, 0, 0], dataset(opened, PLAIN)[0, 0, 0]
     assert own["keep_indices"].tolist() == [center_ranking((4, 4))[:6].tolist()] * 8
     assert not torch.equal(own["keep_indices"], base["keep_indices"])
     assert torch.equal(own["labels"], base["labels"])
@@ -292,22 +306,15 @@ def test_linked_sets_give_the_bases_images_with_their_own_tickets(folder, rows, 
 # Mixing.
 
 
-def naive_mix(pixels: torch.Tensor, labels: torch.Tensor, options: FeedOptions, epoch: int, step: int):
+def naive_mix(pixels: torch.Tensor, labels: torch.Tensor, options: dict[str, Any], epoch: int, step: int):
     """timm's Mixup, pair by pair: mixed uint8 [B, C, S, S], targets, lam, and the partner's share of each pixel."""
-    mixup = Mixup(
-        options.mixup,
-        options.cutmix,
-        prob=options.mixup_prob,
-        switch_prob=options.mixup_switch_prob,
-        label_smoothing=0,
-        num_classes=3,
-    )
+    mixup = Mixup(options["mixup"], options["cutmix"], label_smoothing=0, num_classes=3)
     mixed, targets = pixels.float(), []
     for i in range(0, len(pixels), 2):
-        with seeded("mix", options.seed, epoch, step):
+        with seeded("mix", options["seed"], epoch, step):
             mixed[i : i + 2], target = mixup(mixed[i : i + 2], labels[i : i + 2])
         targets.append(target)
-    with seeded("mix", options.seed, epoch, step):
+    with seeded("mix", options["seed"], epoch, step):
         share, _ = mixup(torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)]), labels[:2])
     return mixed.round().byte(), torch.cat(targets), share[0, 0]
 
@@ -317,14 +324,12 @@ def naive_ticket(own: list[int], other: list[int], shares: list[float], count: i
     return [p for _, p in sorted(weighted)[:count]]
 
 
-@pytest.mark.parametrize(
-    "alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}, {"mixup": 0.8, "mixup_prob": 0.5}]
-)
-def test_mixing_is_timms_on_whole_views_and_tickets_go_by_weighted_rank(rows, alphas):
-    plain = replace(PLAIN, tokens=16)
-    mixing = replace(PLAIN, **alphas)
-    plain_feed, feed = TrainFeed(rows, plain), TrainFeed(rows, mixing)
-    unmasked = TrainFeed(rows, replace(mixing, unmask_from=0))
+@pytest.mark.parametrize("alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixing_is_timms_on_whole_views_and_tickets_go_by_weighted_rank(opened, alphas):
+    plain = dict(PLAIN, tokens=16)
+    mixing = {**PLAIN, **alphas}
+    plain_feed, feed = dataset(opened, plain), dataset(opened, mixing)
+    unmasked = dataset(opened, mixing, unmask_from=0)
     kinds = Counter()
     for epoch in range(4):
         for step in range(2):
@@ -348,29 +353,26 @@ def test_mixing_is_timms_on_whole_views_and_tickets_go_by_weighted_rank(rows, al
                 assert batch["keep_indices"][i].tolist() == ticket
             kind = "none" if lam[0] == 1 else "cutmix" if set(share.flatten().tolist()) <= {0.0, 1.0} else "mixup"
             kinds[kind] += 1
-    expected = {name for name in ("mixup", "cutmix") if name in alphas} | (
-        {"none"} if "mixup_prob" in alphas else set()
-    )
-    assert set(kinds) == expected
+    assert set(kinds) == set(alphas)
 
 
-def test_mixing_without_tickets_keeps_raster_order(rows):
-    batch = TrainFeed(rows, replace(PLAIN, arm="full", tokens=16, mixup=0.8))[0, 0, 0]
+def test_mixing_without_tickets_keeps_raster_order(opened):
+    batch = dataset(opened, PLAIN, tickets="full", tokens=16, mixup=0.8)[0, 0, 0]
     assert batch["keep_indices"].tolist() == [list(range(16))] * 8 and batch["lam"][0] < 1
 
 
-def test_neighbours_mix_two_different_images(rows, stored):
-    feed = TrainFeed(rows, replace(RICH, mixup_prob=1.0))
+def test_neighbours_mix_two_different_images(opened, stored):
+    feed = dataset(opened, RICH)
     for epoch in range(3):
         pairs = np.array(shown(feed, epoch)[:20])[:, :2].reshape(10, 2, 2)
         assert (pairs[:, 0] != pairs[:, 1]).any(axis=1).all(), epoch
 
 
-def test_mixing_an_odd_batch_is_refused_in_words(rows):
+def test_mixing_an_odd_batch_is_refused_in_words(opened):
     for alphas in ({"mixup": 0.8}, {"cutmix": 1.0}):
         with pytest.raises(TicketSetError, match="even.*got 7"):
-            TrainFeed(rows, replace(PLAIN, batch_size=7, global_batch=14, **alphas))
-    assert len(TrainFeed(rows, replace(PLAIN, batch_size=7, global_batch=14))[0, 0, 0]["labels"]) == 7
+            dataset(opened, PLAIN, batch_size=7, **alphas)
+    assert len(dataset(opened, PLAIN, batch_size=7)[0, 0, 0]["labels"]) == 7
 
 
 def test_timms_targets_are_what_lam_and_partners_say():
@@ -383,11 +385,11 @@ def test_timms_targets_are_what_lam_and_partners_say():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 5, 23])
-def test_evaluation_sees_every_sample_once_over_all_ranks(rows, stored, world):
+def test_evaluation_sees_every_sample_once_over_all_ranks(opened, stored, world):
     everything = list(stored.values())
     seen = []
     for rank in range(world):
-        feed = EvalFeed(rows, replace(PLAIN, batch_size=4), rank, world)
+        feed = ValidationDataset(opened, "train", batch_size=4, rank=rank, ranks=world)
         for batch in loader(feed, range(len(feed)), 0, CPU):
             for i, position in enumerate(batch["positions"].tolist()):
                 sample = everything[position]
@@ -405,26 +407,25 @@ def test_evaluation_sees_every_sample_once_over_all_ranks(rows, stored, world):
 def test_uneven_shards_and_one_shard_are_read_whole_by_more_workers_than_shards(photos, tmp_path, shard_size):
     mine("--data", photos, "--out", tmp_path / "set", "--method", "center", "--views", 2, "--shard-size", shard_size)
     opened = TicketSet.open(str(tmp_path / "set"))
-    rows = Rows(opened, "train")
-    assert rows.sizes == ((5, 5, 5, 5, 1) if shard_size == 5 else (21,))
+    assert Rows(opened, "train").sizes == ((5, 5, 5, 5, 1) if shard_size == 5 else (21,))
     by_pixels = {whole(s, 1).numpy().tobytes(): s.key for s in opened.stream("train")}
-    feed = TrainFeed(rows, replace(PLAIN, arm="full", tokens=16, batch_size=3, global_batch=3))
-    batches = loader(feed, [(0, step, 0) for step in range(feed.steps())], 2, CPU)
+    feed = dataset(opened, PLAIN, tickets="full", tokens=16, batch_size=3)
+    batches = loader(feed, [(0, step, 0) for step in range(feed.steps)], 2, CPU)
     seen = Counter(by_pixels[p.numpy().tobytes()] for batch in batches for p in batch["patches"])
     assert seen == Counter(s.key for s in opened.stream("train"))
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 4, 7, 32])
-def test_every_epoch_has_the_same_steps_and_they_hold_all_its_samples(rows, repeats, batch):
-    feed = TrainFeed(rows, replace(PLAIN, repeats=repeats, batch_size=batch, global_batch=batch))
+def test_every_epoch_has_the_same_steps_and_they_hold_all_its_samples(opened, repeats, batch):
+    feed = dataset(opened, PLAIN, repeats=repeats, batch_size=batch)
     most = max(len(feed.samples(epoch)) for epoch in range(repeats))
-    assert (feed.steps() - 1) * batch < most <= feed.steps() * batch
+    assert (feed.steps - 1) * batch < most <= feed.steps * batch
 
 
-def test_a_batch_larger_than_the_set_begins_anew(rows, stored):
-    feed = TrainFeed(rows, replace(PLAIN, batch_size=32, global_batch=32))
-    assert feed.steps() == 1
+def test_a_batch_larger_than_the_set_begins_anew(opened, stored):
+    feed = dataset(opened, PLAIN, batch_size=32)
+    assert feed.steps == 1
     batch = feed[0, 0, 0]
     assert torch.equal(batch["labels"][21:], batch["labels"][:11])
     assert Counter(batch["labels"][:21].tolist()) == Counter(s.label for s in stored.values())

@@ -14,7 +14,8 @@ from miner.drop import keep_counts
 from miner.selectors import create_selector
 from shards.errors import TicketSetError
 from trainer.families.dropping import FUSED, DroppingViT, keep_rate_at
-from trainer.families.vit import TicketViT, patchify
+from trainer.families.patches import patchify
+from trainer.families.vit import TicketViT
 
 BLOCKS = (1, 3, 4)
 
@@ -268,7 +269,7 @@ def unusual() -> nn.Module:
         (vit, {"drop_blocks": (3, 6)}, "--drop-blocks 3,6: expected ascending block numbers from 0 to 5"),
         (vit, {"drop_blocks": (3, 1)}, "ascending"),
         (vit, {"drop_blocks": ()}, "ascending"),
-        (vit, {"keep_rate": 0}, r"--keep-rate 0: expected a keep rate in \(0, 1\], got 0"),
+        (vit, {"keep_rate": 0}, r"`keep_rate` 0: expected a keep rate in \(0, 1\], got 0"),
         (vit, {"keep_rate": 1.2}, "got 1.2"),
         (lambda: vit(class_token=False, global_pool="avg"), {}, "with a class token"),
         (lambda: timm.create_model("resnet18"), {}, "cannot take tickets"),

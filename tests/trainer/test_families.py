@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,11 @@ from shards.rows import Rows
 from trainer.cli import main
 from trainer.engine import Stopped
 from trainer.families.hiera import TicketHiera
+from trainer.families.patches import patchify
 from trainer.families.registry import FAMILIES, family_of, feed_of
 from trainer.families.swin import TicketSwin
-from trainer.families.vit import patchify
 from trainer.families.zero import TicketZero
-from trainer.run import Run
+from trainer.trainer import Trainer
 from training import arguments, same, stopped_at, train, two_ranks, weights_of
 
 KWARGS = {
@@ -255,18 +254,18 @@ def test_hiera_trains_on_units(photos, tmp_path):
 def test_what_a_family_cannot_take_is_refused(tickets, photos, tmp_path: Path):
     refused = train(tickets, tmp_path, "x", "--token-labels", tmp_path / "maps", code=1).output
     assert "deit_tiny has no use for them; LV-ViT has" in refused
-    refused = train(tickets, tmp_path, "x", "--mix-token", code=1).output
+    refused = train(tickets, tmp_path, "x", "--mix-token", *NO_MIX, code=1).output
     assert "--mix-token: deit_tiny has none; it is LV-ViT's" in refused
     swin = flags("swin_tiny_patch4_window7_224")
     refused = train(tickets, tmp_path, "x", *swin, plain=True, code=1).output
-    assert "8 tokens are no square, so that they fill no image; choose --tokens 4 or 9" in refused
+    assert "8 is not a square, so that many patches fill no image; use --tokens 4 or 9" in refused
     hiera = [*flags("hiera_tiny_224"), "--model-kwargs", "patch_drop_rate=0.5"]
     for model, said in (
         ([*swin, "--feed", "tokens"], "take small-dense, zero"),
         ([*swin, "--tokens", 9, "--model-kwargs", "img_size=64"], "is for images of 64 px, but what it is fed has 48"),
         ([*swin, "--feed", "zero", "--model-kwargs", "in_chans=1"], "expected 3 input channels, got 1"),
         (["--model", "dla46_c", "--drop-path", 0, "--grad-checkpointing"], "--grad-checkpointing: dla46_c"),
-        (["--model", "vgg11"], "--model vgg11: has no stochastic depth; give --drop-path 0"),
+        (["--model", "vgg11"], "--model vgg11: has no stochastic depth; use --drop-path 0"),
         (["--model", "resnet51"], "near: "),
         (["--model", "resnet10t", "--pretrained"], "--initial-checkpoint FILE"),
     ):
@@ -321,14 +320,21 @@ def test_token_labels_and_mixed_pixels_are_refused_and_labels_can_be_left_out(ti
 
 
 def test_the_feed_gives_each_view_its_own_part_of_the_map(tickets, maps):
-    from trainer.data.dataset import FeedOptions, TrainFeed
+    from trainer.data.dataset import TicketDataset, Views
     from trainer.data.sampler import view_of_visit
+    from trainer.options import Augment, Tickets
 
     opened = TicketSet.open(str(tickets))
-    rows = Rows(opened, "train", token_labels=TicketSet.open(str(maps), images=False))
-    feed = TrainFeed(rows, FeedOptions("winning", 8, 64, 16, 0, 4, 4, repeats=2, token_labels=True))
-    batch = feed[0, 0, 0]
-    assert "token_labels" not in TrainFeed(rows, replace(feed.options, token_labels=False))[0, 0, 0]
+    plain = Augment(mixup=0.0, cutmix=0.0, aa="", color_jitter=0.0, reprob=0.0)
+    labels, views = TicketSet.open(str(maps), images=False), Views(64, 64, 16, token_labels=True)
+
+    def dataset(**given: object) -> TicketDataset:
+        return TicketDataset(opened, tickets=Tickets(repeats=2), augment=plain, batch_size=4, seed=0, **given)
+
+    feed = dataset(views=views, token_labels=labels)
+    rows, batch = feed.rows, feed[0, 0, 0]
+    assert "token_labels" not in dataset(token_labels=labels)[0, 0, 0]  # a ViT has no use for them
+    assert "token_labels" not in dataset(views=views, token_labels=False)[0, 0, 0]
     for slot, (shard, row, visit) in enumerate(feed.samples(0)[:4].tolist()):
         sample = rows.read(shard, row)
         top, left, height, width, flip = sample.views[view_of_visit(0, shard, row, visit, 4)].tolist()
@@ -348,13 +354,13 @@ def test_a_selector_whose_keep_rate_falls_resumes_exactly_and_is_tested_at_its_f
     def figures(run: str) -> list[list[str]]:
         return [line.split(",")[1:10] for line in (tmp_path / run / "summary.csv").read_text().splitlines()[1:]]
 
-    def interrupted(self, batches, count):
-        monkeypatch.setattr(Run, "_until_stopped", whole_validation)
-        self.stop = signal.SIGTERM
+    def interrupted(self, batches):
+        monkeypatch.setattr(Trainer, "_until_stopped", whole_validation)
+        self.stopped_by = signal.SIGTERM
         raise Stopped
 
-    whole_validation = Run._until_stopped
-    monkeypatch.setattr(Run, "_until_stopped", interrupted)  # in the first epoch's validation, in mid-schedule
+    whole_validation = Trainer._until_stopped
+    monkeypatch.setattr(Trainer, "_until_stopped", interrupted)  # in the first epoch's validation, in mid-schedule
     train(tickets, tmp_path, "run", *selector, code=143)
     train(tickets, tmp_path, "run", *selector, "--resume", "latest")
     assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))

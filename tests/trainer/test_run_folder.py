@@ -27,8 +27,9 @@ from conftest import mine
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import fetch
-from trainer import run as run_module
-from trainer.cli import cores, main
+from trainer import trainer as trainer_module
+from trainer.cli import main
+from trainer.options import cores
 from trainer.output import checkpoint
 from trainer.output.claim import Claim
 from trainer.output.folder import Summary
@@ -158,21 +159,21 @@ def test_a_young_average_is_never_taken_for_the_model(tickets, tmp_path):
     """timm prefers state_dict_ema; one that has seen 12 steps is noise."""
     train(tickets, tmp_path, "young")
     content = torch.load(tmp_path / "young/last.pth.tar", weights_only=True)
-    assert "young_ema" in content and "state_dict_ema" not in content
+    assert "early_ema" in content and "state_dict_ema" not in content
     train(tickets, tmp_path, "old", "--model-ema-decay", 0.88)
     content = torch.load(tmp_path / "old/last.pth.tar", weights_only=True)
-    assert "state_dict_ema" in content and "young_ema" not in content
+    assert "state_dict_ema" in content and "early_ema" not in content
 
 
 def test_a_signal_in_validation_loses_nothing(tickets, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        evaluate = run_module.evaluate
+        evaluate = trainer_module.evaluate
 
         def interrupted(*arguments):
             os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(*arguments)
 
-        patch.setattr(run_module, "evaluate", interrupted)
+        patch.setattr(trainer_module, "evaluate", interrupted)
         output = train(tickets, tmp_path, "run", code=143).output
     assert "stopped at epoch 0, step 6" in output
     train(tickets, tmp_path, "run", "--resume", "latest")
@@ -191,10 +192,10 @@ def test_an_image_that_cannot_be_read_is_one_line_with_its_name(tickets, tmp_pat
 
 
 def test_a_worker_that_dies_is_one_line_that_names_the_last_checkpoint(tickets, whole, tmp_path, monkeypatch):
-    from trainer.data.dataset import TrainFeed
+    from trainer.data.dataset import TicketDataset
 
     parent = os.getpid()
-    views = TrainFeed._views
+    views = TicketDataset._views
 
     def dies(self, *arguments):
         if os.getpid() != parent:
@@ -203,7 +204,7 @@ def test_a_worker_that_dies_is_one_line_that_names_the_last_checkpoint(tickets, 
 
     def last_line(*flags: object) -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(TrainFeed, "_views", dies)
+            patch.setattr(TicketDataset, "_views", dies)
             return train(tickets, tmp_path, "run", "-j", 1, *flags, code=1).output.splitlines()[-1]
 
     said = last_line()
@@ -252,9 +253,9 @@ def first_loss(folder: Path) -> float:
 FAULTS = """
 import os, sys
 import torch
-from trainer import run
+from trainer import trainer as run
 from trainer.families import base as ticket_model
-from trainer.data.dataset import EvalFeed
+from trainer.data.dataset import ValidationDataset
 
 fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
 if fault == "signal in validation" and rank == 1:
@@ -267,17 +268,17 @@ if fault == "loss" and rank == 1:
     cross_entropy = ticket_model.soft_cross_entropy
     ticket_model.soft_cross_entropy = lambda *arguments: cross_entropy(*arguments) * float("nan")
 if fault == "worker" and rank == 1:
-    from trainer.data.dataset import TrainFeed
-    run_pid, views = os.getpid(), TrainFeed._views
+    from trainer.data.dataset import TicketDataset
+    run_pid, views = os.getpid(), TicketDataset._views
     def dies(*arguments):
         if os.getpid() != run_pid:
             os.kill(os.getpid(), 9)
         return views(*arguments)
-    TrainFeed._views = dies
+    TicketDataset._views = dies
 if fault == "image" and rank == 1:
     def broken(*arguments):
         raise OSError("val/bee/bee_0: cannot be read")
-    EvalFeed.__getitem__ = broken
+    ValidationDataset.__getitem__ = broken
 from trainer.cli import main
 main()
 """
@@ -308,8 +309,8 @@ def test_every_kind_of_head_is_costed_and_trains(tickets, tmp_path):
 
 
 def test_timms_optimizer_flags_reach_timm(tickets, tmp_path):
-    flags = ["--layer-decay", 0.5, "--opt", "sgd", "--opt-kwargs", "nesterov=False", "--momentum", 0.8]
-    train(tickets, tmp_path, "run", *flags, "--clip-grad", 0.01, "--clip-mode", "agc", "--epochs", 1)
+    flags = ["--layer-decay", 0.5, "--opt", "sgd", "--opt-kwargs", "nesterov=False", "--opt-kwargs", "momentum=0.8"]
+    train(tickets, tmp_path, "run", *flags, "--clip-grad", 0.01, "--epochs", 1)
     groups = torch.load(tmp_path / "run/last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
     assert {g["momentum"] for g in groups} == {0.8} and {g["nesterov"] for g in groups} == {False}
     assert len({g["lr_scale"] for g in groups}) == 4  # embedding, two blocks, head

@@ -110,7 +110,7 @@ def test_equal_logits_have_one_ranking_for_answers_and_accuracies():
 @pytest.mark.parametrize("family", ["vit", "swin", "swin zero", "lvvit late", "lvvit early", "hiera", "cnn"])
 def test_half_precision_runs_go_through_the_verdict(sets, tmp_path, monkeypatch, family):
     """Every logit the same, as bfloat16 makes some of them: the answer is the first class, 4 of 20 images."""
-    from trainer import run
+    from trainer import trainer as run
 
     build = run.build_student
 

@@ -13,7 +13,7 @@ from trainer.data.augment import seeded
 from trainer.data.mixing import draw_box, mixed_tickets
 from trainer.families.lvvit import TicketLVViT, blank_unused, sources, ticket_targets
 from trainer.families.lvvit_model import LVViT
-from trainer.families.vit import gather_patches, patchify
+from trainer.families.patches import gather_patches, patchify
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
 GRID, N, K, B, C = (4, 4), 16, 7, 4, 5

@@ -8,7 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from shards.errors import TicketSetError
-from trainer.families.vit import TicketViT, gather_patches, patchify, scatter_patches
+from trainer.families.patches import gather_patches, patchify, scatter_patches
+from trainer.families.vit import TicketViT
 
 SMALL = {"img_size": 48, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 MODELS = {

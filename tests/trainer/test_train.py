@@ -18,9 +18,12 @@ from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import Rows
 from trainer.cli import main
-from trainer.data.dataset import EvalFeed, FeedOptions, loader
+from trainer.data.dataset import ValidationDataset, loader
+from trainer.engine import Setup
 from trainer.evaluate import evaluate
 from trainer.families.vit import TicketViT
+from trainer.options import Machine, Optimization
+from trainer.ranks import Rank
 from training import SMALL, arguments, same, stopped_at, train, weights_of
 
 
@@ -116,7 +119,7 @@ def test_unmasked_epochs_and_the_resized_control_train(tickets, tmp_path):
     output = train(tickets, tmp_path, "resize", "--resize-to-tokens", "--tokens", 9, "--epochs", 1).output
     assert "whole views, resized: 9 of 16 tokens" in output
     refused = train(tickets, tmp_path, "odd", "--resize-to-tokens", code=1).output
-    assert "8 tokens are no square, so that they fill no image; choose --tokens 4 or 9" in refused
+    assert "8 is not a square, so that many patches fill no image; use --tokens 4 or 9" in refused
 
 
 def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):
@@ -131,13 +134,9 @@ def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):
 
 def test_evaluation_equals_timms_own_on_all_patches(tickets, whole):
     opened = TicketSet.open(str(tickets))
-    rows = Rows(opened, "val")
-    options = FeedOptions("winning", 8, 64, 16, 0, 4, 4)
     kwargs = {"num_classes": 3, "img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(whole / "last.pth.tar"), **kwargs).eval()
     from timm.data import resolve_model_data_config
-
-    from trainer.engine import StepOptions
 
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[name])[:, None, None] * 255 for name in ("mean", "std"))
@@ -145,13 +144,12 @@ def test_evaluation_equals_timms_own_on_all_patches(tickets, whole):
     for sample in opened.stream("val"):
         view = torch.from_numpy(sample.render(0, 64)).permute(2, 0, 1).float()
         expected.append(int(model(((view - mean) / std)[None]).argmax()))
-    step = StepOptions(torch.device("cpu"), config["mean"], config["std"], 16, 3, 0.1, None, "norm", 1, None, 0)
-    feed = EvalFeed(rows, options)
-    found, answers = evaluate(
-        {"": TicketViT(model)}, loader(feed, range(len(feed)), 0, step.device), ("all",), 8, 6, step
-    )
+    student, validation = TicketViT(model), ValidationDataset(opened, batch_size=4)
+    setup = Setup.of(student, Optimization(), Machine(), Rank())
+    batches = loader(validation, range(len(validation)), 0, setup.device)
+    found, answers = evaluate({"": student}, batches, ("all",), 8, 6, setup)
     assert answers[0].tolist() == expected
-    assert found["all"]["top1"] == pytest.approx(100 * sum(expected == rows.labels) / 6)
+    assert found["all"]["top1"] == pytest.approx(100 * sum(expected == validation.rows.labels) / 6)
 
 
 def test_eval_reports_three_protocols(tickets, whole, tmp_path):
@@ -276,11 +274,11 @@ def test_weights_that_an_update_broke_are_never_saved(tickets, tmp_path, monkeyp
     updates = []
     apply = engine.apply_update
 
-    def poisoned(state, options, update):
+    def poisoned(state, setup, update, after_update):
         updates.append(update)
         if len(updates) == 3:
             next(state.student.model.parameters()).grad.fill_(torch.nan)
-        apply(state, options, update)
+        apply(state, setup, update, after_update)
 
     monkeypatch.setattr(engine, "apply_update", poisoned)
     output = train(tickets, tmp_path, "nan", "--recovery-interval", 1, code=1).output
@@ -370,7 +368,7 @@ def test_a_device_without_memory_is_one_line(tickets, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
-    from trainer import run as module
+    from trainer import trainer as module
 
     monkeypatch.setattr(module, "train_epoch", full)
     output = train(tickets, tmp_path, "x", code=1).output.splitlines()[-1]

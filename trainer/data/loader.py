@@ -44,14 +44,14 @@ class WorkerDied(TicketSetError):
     """A worker process ended before the run did."""
 
 
-def batches(feed: Any, places: Iterable[Any], workers: int, device: torch.device) -> Generator[Batch, None, None]:
-    """`feed[place]` of every place, in order; close the generator to end the processes.
+def batches(dataset: Any, places: Iterable[Any], workers: int, device: torch.device) -> Generator[Batch, None, None]:
+    """`dataset[place]` of every place, in order; close the generator to end the processes.
 
     Args:
         device: where they go; for a copy that nothing waits for they are put into page-locked memory.
     Raises:
         WorkerDied: one was killed, or crashed.
-        TicketSetError, ImageError, OSError: the feed's.
+        TicketSetError, ImageError, OSError: the dataset's.
     """
     left = iter(places)
     waiting: deque[Future[Batch]] = deque()
@@ -63,7 +63,7 @@ def batches(feed: Any, places: Iterable[Any], workers: int, device: torch.device
         before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)  # until a worker ignores them
         try:
             for _ in range(workers):
-                crew.append(_Worker(feed))
+                crew.append(_Worker(dataset))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         turns = itertools.cycle(crew)
@@ -96,12 +96,12 @@ def pinned(batch: Batch) -> Batch:
 class _Worker:
     """One process, as the run sees it."""
 
-    def __init__(self, feed: Any) -> None:
+    def __init__(self, dataset: Any) -> None:
         # Packets, so that a message comes whole or not at all.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         register_after_fork(self._socket, socket.socket.close)  # or no worker would see the run's end
         with theirs:
-            self._process = multiprocessing.Process(target=_work, args=(feed, theirs), daemon=True)
+            self._process = multiprocessing.Process(target=_work, args=(dataset, theirs), daemon=True)
             self._process.start()
         # Python waits for its processes at exit, and these ignore SIGTERM.
         self._kill = Finalize(self, self._process.kill, exitpriority=10)
@@ -146,7 +146,7 @@ class _Worker:
         self._socket.close()
 
 
-def _work(feed: Any, run: socket.socket) -> None:
+def _work(dataset: Any, run: socket.socket) -> None:
     """What a worker does until the run hangs up, or is no more."""
     for number in LEFT_TO_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
@@ -155,7 +155,7 @@ def _work(feed: Any, run: socket.socket) -> None:
     with suppress(BrokenPipeError, ConnectionResetError):
         while message := run.recv(MESSAGE):
             try:
-                _hand_over(feed[pickle.loads(message)], run)
+                _hand_over(dataset[pickle.loads(message)], run)
             except (BrokenPipeError, ConnectionResetError):
                 return
             except (TicketSetError, ImageError, OSError) as error:

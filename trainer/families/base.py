@@ -1,9 +1,13 @@
 """What the trainer asks of a model that is fed tickets: one subclass a family, in a file of its own."""
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
+
+from shards.errors import TicketSetError
+from trainer.options import PROTOCOLS
 
 
 class TicketModel(nn.Module, ABC):
@@ -19,6 +23,7 @@ class TicketModel(nn.Module, ABC):
         feed: what a ticket becomes for this model, in words.
         wants_token_labels: whether `loss` has a use for mined token labels in the batch.
         extras: names of what forward takes of a batch beside patches and places, where the batch has it.
+        protocols: how it is tested.
     """
 
     model: Any
@@ -29,6 +34,7 @@ class TicketModel(nn.Module, ABC):
     wants_token_labels = False
     feed = ""
     extras: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = PROTOCOLS
 
     @classmethod
     def side_of(cls, tokens: int, img_size: int, patch_size: int) -> int:
@@ -65,6 +71,20 @@ class TicketModel(nn.Module, ABC):
             In eval mode logits [B, classes]; in training what `loss` takes.
         """
 
+    def undropped(self) -> "TicketModel":
+        """The same weights, with nothing dropped inside."""
+        return self
+
+    def tested(self) -> "TicketModel":
+        """The same weights as they will be used when training is over; testing it changes nothing in this one."""
+        return self
+
+    def with_weights_of(self, model: Any) -> "TicketModel":
+        """The same with another timm model of the same kind inside."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "model": model}
+        return other
+
     def loss(self, outputs: Any, targets: Tensor, batch: dict[str, Tensor], smoothing: float) -> Tensor:
         """Mean loss of a batch.
 
@@ -80,3 +100,22 @@ class TicketModel(nn.Module, ABC):
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """As timm's SoftTargetCrossEntropy; with smoothed one-hot targets as its LabelSmoothingCrossEntropy."""
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def square_side(tokens: int, num_patches: int, what: str) -> int:
+    """m for K = m * m.
+
+    Args:
+        what: needs it, for the error.
+
+    Raises:
+        TicketSetError: K is no square; names the nearest that are.
+    """
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        low = int(tokens**0.5)
+        near = [str(m * m) for m in (low, low + 1) if m and m * m <= num_patches]
+        raise TicketSetError(
+            f"{what}: {tokens} is not a square, so that many patches fill no image; use `tokens` {' or '.join(near)}"
+        )
+    return side

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from miner.attention import check_model, class_attention, descending
-from miner.drop import check_blocks, default_blocks, keep_counts
+from miner.drop import DEFAULT_KEEP_RATE, check_blocks, default_blocks, keep_counts
 from shards.errors import TicketSetError
-from trainer.families.base import TicketModel
-from trainer.families.vit import TicketViT, gather_patches, scatter_patches
+from trainer.families.patches import gather_patches, scatter_patches
+from trainer.families.vit import TicketViT
+from trainer.hooks import Hook
+from trainer.options import Dropping
 
 FUSED = -1  # the place of a fused token, which has none
-KEEP_RATE = 0.9  # where none is given, as the miner's
 
 
 class DroppingViT(TicketViT):
@@ -38,14 +39,20 @@ class DroppingViT(TicketViT):
         keep_rate: of each drop block, in (0, 1].
         fuse_token: append the attention-weighted sum of the dropped, and carry it on.
     Attributes:
-        drops: False: what it is given passes all blocks, as in a TicketViT; that may be a ticket.
+        drops: False: what it is given passes all blocks, as in a TicketViT; that may be a ticket. See `undropped`.
         keep_rate: as given; `set_rate` may let it keep more for a while.
     Raises:
         TicketSetError: a model that cannot take tickets or has no class token, blocks that it lacks, a bad keep rate.
     """
 
+    protocols = ("dropped", "all")
+
     def __init__(
-        self, model: Any, drop_blocks: Sequence[int] | None = None, keep_rate: float = 0.9, fuse_token: bool = False
+        self,
+        model: Any,
+        drop_blocks: Sequence[int] | None = None,
+        keep_rate: float = DEFAULT_KEEP_RATE,
+        fuse_token: bool = False,
     ) -> None:
         super().__init__(model)
         check_model(model, self.grid)
@@ -68,8 +75,19 @@ class DroppingViT(TicketViT):
         try:
             keep_counts(1, rate)
         except ValueError as error:
-            raise TicketSetError(f"--keep-rate {rate}: {error}") from None
+            raise TicketSetError(f"`keep_rate` {rate}: {error}") from None
         self._rate = rate
+
+    def undropped(self) -> "DroppingViT":
+        plain = copy.copy(self)
+        plain.drops = False
+        return plain
+
+    def tested(self) -> "DroppingViT":
+        """At its final keep rate, whatever it has come down to."""
+        final = copy.copy(self)
+        final.set_rate(self.keep_rate)
+        return final
 
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
         """As TicketViT's: [B, N, C*p*p] normalised pixels and [B, N] row-major places -> logits [B, classes].
@@ -162,15 +180,6 @@ class DroppingViT(TicketViT):
         return torch.cat(tokens, dim=1), places
 
 
-def without_drops(student: TicketModel) -> TicketModel:
-    """A student that drops nothing inside, of the same weights."""
-    if not isinstance(student, DroppingViT):
-        return student
-    plain = copy.copy(student)
-    plain.drops = False
-    return plain
-
-
 def keep_rate_at(update: float, first: int, last: int, keep_rate: float) -> float:
     """EViT's schedule: 1 before update (or epoch) `first`, then half a cosine down to keep_rate, which holds from `last` on.
 
@@ -184,3 +193,18 @@ def keep_rate_at(update: float, first: int, last: int, keep_rate: float) -> floa
     if update >= last:
         return keep_rate
     return keep_rate + (1 - keep_rate) * (math.cos(math.pi * (update - first) / (last - first)) + 1) / 2
+
+
+class FallingKeepRate(Hook):
+    """Lets a selector drop more and more; a function of the update, so that going on after a stop is exact.
+
+    Args:
+        dropping: from which epoch on, and over how many.
+    """
+
+    def __init__(self, dropping: Dropping) -> None:
+        self._first, self._epochs = dropping.shrink_start_epoch, dropping.shrink_epochs
+
+    def before_step(self, trainer: Any, update: int) -> None:
+        first, last = self._first * trainer.steps, (self._first + self._epochs) * trainer.steps
+        trainer.student.set_rate(keep_rate_at(update, first, last, trainer.student.keep_rate))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shards.errors import TicketSetError
 from trainer.families.base import TicketModel
-from trainer.families.vit import scatter_patches
+from trainer.families.patches import scatter_patches
 
 
 class TicketHiera(TicketModel):

@@ -8,7 +8,7 @@ the image it comes from (`sources`) and its place. Pixels that may be seen, toke
 these pairs, so that they cannot disagree. Image i's partner is i ^ 1.
 
 Shapes: B images (even where they are mixed), N = gh * gw patches, K of them kept, F = 3*p*p values of a patch in the
-order of trainer.families.vit.patchify, D width, C classes. A box is (top, bottom, left, right) in cells of the grid,
+order of trainer.families.patches.patchify, D width, C classes. A box is (top, bottom, left, right) in cells of the grid,
 bottom and right excluded; it is empty where nothing is mixed.
 """
 
@@ -22,7 +22,7 @@ from shards.token_labels import UNIT
 from trainer.data.token_labels import cut, smoothed
 from trainer.families.base import TicketModel, soft_cross_entropy
 from trainer.families.lvvit_model import LVViT
-from trainer.families.vit import gather_patches, unpatchify
+from trainer.families.patches import gather_patches, unpatchify
 
 FEEDS = {
     "late": "whole views to the stem, a ticket's tokens after it",

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shards.errors import TicketSetError
-from trainer.families.base import TicketModel
-from trainer.families.vit import gather_patches, scatter_patches
+from trainer.families.base import TicketModel, square_side
+from trainer.families.patches import gather_patches, scatter_patches
 from trainer.families.zero import check_input
 
 
@@ -50,22 +49,3 @@ class TicketSwin(TicketModel):
         packed = gather_patches(patches, order)
         places = order.sort(1).values  # 0 .. K-1
         return self.model(scatter_patches(packed, places, (self.side, self.side), self.patch_size))
-
-
-def square_side(tokens: int, num_patches: int, what: str) -> int:
-    """m for K = m * m.
-
-    Args:
-        what: needs it, for the error.
-
-    Raises:
-        TicketSetError: K is no square; names the nearest that are.
-    """
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        low = int(tokens**0.5)
-        near = [str(m * m) for m in (low, low + 1) if m and m * m <= num_patches]
-        raise TicketSetError(
-            f"{what}: {tokens} tokens are no square, so that they fill no image; choose --tokens {' or '.join(near)}"
-        )
-    return side

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shards.errors import TicketSetError
 from trainer.families.base import TicketModel
+from trainer.families.patches import gather_patches, scatter_patches
 
 
 class TicketViT(TicketModel):
@@ -119,32 +120,6 @@ def check_model(model: Any) -> None:
         raise TicketSetError(f"model {name}: expected no dropout of position embeddings, got {model.pos_drop.p}")
     if not _is_eva(model) and not isinstance(model.patch_drop, nn.Identity):
         raise TicketSetError(f"model {name}: patch_drop_rate drops patches at random beside the tickets; leave it 0")
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, C*p*p], row-major, each patch in the order of the stem's weights."""
-    b, c, h, w = images.shape
-    p = patch_size
-    return images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
-
-
-def gather_patches(patches: Tensor, keep_indices: Tensor) -> Tensor:
-    """[B, N, F] and [B, K] -> [B, K, F]"""
-    return patches.gather(1, keep_indices[:, :, None].expand(-1, -1, patches.shape[-1]))
-
-
-def scatter_patches(patches: Tensor, keep_indices: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """The inverse of patchify and gather: [B, K, C*p*p] -> [B, C, H, W], zero where a patch was dropped."""
-    b, _, size = patches.shape
-    blank = patches.new_zeros(b, grid[0] * grid[1], size)
-    return unpatchify(blank.scatter(1, keep_indices[:, :, None].expand(-1, -1, size), patches), grid, patch_size)
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """The inverse of patchify: [B, N, C*p*p] -> [B, C, H, W]"""
-    b, p = len(patches), patch_size
-    cells = patches.reshape(b, *grid, -1, p, p)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, grid[0] * p, grid[1] * p)
 
 
 def _is_eva(model: Any) -> bool:

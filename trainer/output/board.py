@@ -1,63 +1,66 @@
-"""TensorBoard and Weights & Biases, each behind its flag and its extra."""
+"""TensorBoard and Weights & Biases, each behind its setting and its extra."""
 
 import hashlib
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import TicketSetError
+from trainer.hooks import Epoch, Hook
+from trainer.options import Output
+from trainer.output.folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
 
 
-class Board:
-    """Passes an epoch's figures on; with no flag given it does nothing.
+class Board(Hook):
+    """Passes an epoch's figures on to TensorBoard; Weights & Biases reads them there, by its own synchronization.
 
+    Args:
+        folder: of the run; comes before this among the hooks, and gives the events their place.
+        output: says which is asked for.
     Raises:
-        TicketSetError: the package behind a flag is not installed.
+        TicketSetError: the package behind a setting is not installed.
     """
 
-    def __init__(
-        self,
-        tensorboard: bool = False,
-        wandb_project: str | None = None,
-        folder: Path | None = None,
-        arguments: dict[str, Any] | None = None,
-    ) -> None:
-        self._use_tensorboard, self._project = tensorboard, wandb_project
-        self._folder, self._arguments = folder, arguments
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        for wanted, module, extra in (
-            (tensorboard, "torch.utils.tensorboard", "tensorboard"),
-            (wandb_project, "wandb", "wandb"),
-        ):
+    def __init__(self, folder: RunFolder, output: Output) -> None:
+        self._folder, self._project = folder, output.wandb_project
+        self._writer: Any = None
+        wanted = ["torch.utils.tensorboard"] + (["wandb"] if self._project else [])
+        for module in wanted:
             try:
-                if wanted:
-                    importlib.import_module(module)
+                importlib.import_module(module)
             except ImportError:
+                extra = "wandb" if self._project else "tensorboard"
                 raise TicketSetError(f"this flag needs {extra}: pip install 'datalth[{extra}]'") from None
 
-    def _open(self) -> None:
-        """At the first epoch's end: until then a run's folder holds nothing of theirs."""
-        assert self._folder is not None
-        if self._use_tensorboard and self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def after_epoch(self, trainer: "Trainer", epoch: Epoch) -> None:
+        if trainer.rank.number:
+            return
+        if self._writer is None:  # until the first epoch's end the run's folder holds nothing of theirs
+            self._open(trainer, self._folder.path)
+        self._writer.add_scalar("train_loss", epoch.loss, epoch.number)
+        self._writer.add_scalar("lr", epoch.lr, epoch.number)
+        for name, figures in epoch.results.items():
+            for figure, value in figures.items():
+                self._writer.add_scalar(f"{name}_{figure}", value, epoch.number)
+        self._writer.flush()
 
-            self._tensorboard = SummaryWriter(str(self._folder))
-        if self._project and self._wandb is None:
+    def _open(self, trainer: "Trainer", path: Path) -> None:
+        if self._project:
             import wandb
 
-            # The run's own id, so that a resumed run goes on in its page.
-            identity = hashlib.blake2b(str(self._folder.resolve()).encode(), digest_size=6).hexdigest()
-            self._wandb = wandb.init(
-                project=self._project, name=self._folder.name, id=identity, resume="allow", config=self._arguments
+            # The run's own id, so that a run that goes on does so in its page.
+            identity = hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()
+            wandb.init(
+                project=self._project,
+                name=path.name,
+                id=identity,
+                resume="allow",
+                config=trainer.arguments(),
+                sync_tensorboard=True,
             )
+        from torch.utils.tensorboard import SummaryWriter
 
-    def write(self, epoch: int, figures: dict[str, float]) -> None:
-        """Log one epoch."""
-        self._open()
-        if self._tensorboard is not None:
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(name, value, epoch)
-            self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(figures, step=epoch)
+        self._writer = SummaryWriter(str(path))

@@ -6,32 +6,34 @@ model_best.pth.tar     the best epoch by the arm's own protocol, raw weights
 model_best.safetensors the same weights alone, with the class names; beside it its sum, for sha256sum -c
 """
 
+import copy
 import hashlib
 import json
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from miner.models import in_class_order, in_our_words, timm_name
 from shards.errors import TicketSetError, first_line
 from shards.storage import atomic_file, write_atomic
-from trainer.engine import State
+from trainer.hooks import Beside
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
 
 LAST, RECOVERY, BEST, BEST_WEIGHTS = "last.pth.tar", "recovery.pth.tar", "model_best.pth.tar", "model_best.safetensors"
-WEIGHTS_ALONE = f"holds weights alone; take {LAST}, or start anew from it with --initial-checkpoint"
+WEIGHTS_ALONE = f"holds weights alone; take {LAST}, or start anew from it as `initial_checkpoint`"
 COUNTERS = ("epoch", "step", "loss_sum", "loss_count", "seconds", "best", "best_epoch")
 
 
-def save(
-    path: Path, state: State, arguments: dict[str, Any], metric: float | None, classes: list[str], ema_is_mature: bool
-) -> None:
+def save(path: Path, trainer: "Trainer", arguments: dict[str, Any], metric: float | None) -> None:
     """Write a checkpoint: plain containers and tensors only, so that weights-only loading takes it.
 
-    timm prefers `state_dict_ema` to `state_dict`. An average that has seen too little is no model yet, so it stands
-    under a name of ours until then.
+    Hooks add what is theirs, such as the `state_dict_ema` that timm prefers to `state_dict`.
     """
+    state = trainer.state
     content = {
         **{name: getattr(state, name) for name in COUNTERS},
         "arch": timm_name(arguments["model"]),
@@ -40,11 +42,15 @@ def save(
         "amp_scaler": state.scaler.state_dict(),
         "version": 2,
         "args": arguments,
-        "classes": classes,
+        "classes": trainer.opened.classes,
         "metric": metric,
     }
-    if state.ema is not None:
-        content["state_dict_ema" if ema_is_mature else "young_ema"] = state.ema.module.state_dict()
+    for hook in trainer.hooks:
+        added = hook.on_save(trainer)
+        assert not added.keys() & content.keys(), (
+            f"{type(hook).__name__} would overwrite {added.keys() & content.keys()}"
+        )
+        content |= added
     _write(path, content)
 
 
@@ -77,14 +83,15 @@ class _Watched:
         self._file.flush()
 
 
-def save_best(folder: Path, state: State, arguments: dict[str, Any], metric: float, classes: list[str]) -> None:
+def save_best(folder: Path, trainer: "Trainer", arguments: dict[str, Any], metric: float, epoch: int) -> None:
     """Write the best weights so far, for timm and as safetensors."""
     from safetensors.torch import save as to_bytes
 
     # No EMA weights in here: timm's checkpoint_path would take them, and the metric is the raw weights'.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.student.model.state_dict().items()}
+    state, classes = trainer.student.model.state_dict(), trainer.opened.classes
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     arch = timm_name(arguments["model"])
-    content = {"epoch": state.epoch, "arch": arch, "state_dict": weights, "version": 2}
+    content = {"epoch": epoch + 1, "arch": arch, "state_dict": weights, "version": 2}
     _write(folder / BEST, {**content, "args": arguments, "classes": classes, "metric": metric})
     # One key alone: the order of several would differ from file to file.
     data = to_bytes(weights, {"classes": json.dumps(classes)})
@@ -98,13 +105,13 @@ def _sums(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def check(path: Path, flag: str) -> None:
+def check(path: Path, field: str) -> None:
     """Hold a file against the checksums in it, of a zip's records, and beside it; a file may have none.
 
     Raises:
         TicketSetError: it is not what was written.
     """
-    damaged = f"{flag} {path}: damaged, not what was written"
+    damaged = f"`{field}` {path}: damaged, not what was written"
     if _sums(path).exists():
         expected = _sums(path).read_bytes()[:64].decode("ascii", "replace")
         digest = hashlib.sha256()
@@ -149,64 +156,66 @@ def read(path: Path) -> dict[str, Any]:
         TicketSetError: not one of ours, or damaged.
     """
     if path.suffix == ".safetensors":
-        raise TicketSetError(f"--resume {path}: {WEIGHTS_ALONE}")
+        raise TicketSetError(f"`resume` {path}: {WEIGHTS_ALONE}")
     try:
-        check(path, "--resume")
+        check(path, "resume")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise TicketSetError(f"--resume {path}: no such file") from None
+        raise TicketSetError(f"`resume` {path}: no such file") from None
     except TicketSetError:
         raise
     except Exception as error:  # zip and pickle errors have no common class
-        raise TicketSetError(f"--resume {path}: not a loadable checkpoint: {in_our_words(error)}") from None
+        raise TicketSetError(f"`resume` {path}: not a loadable checkpoint: {in_our_words(error)}") from None
     kinds = {"state_dict": dict, "args": dict, "classes": list}
     if not isinstance(content, dict) or not all(isinstance(content.get(n), kind) for n, kind in kinds.items()):
-        raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train")
+        raise TicketSetError(f"`resume` {path}: expected a checkpoint of datalth-train")
     if not all(isinstance(name, str) for name in content["classes"]) or not content["classes"]:
-        raise TicketSetError(f"--resume {path}: expected names of classes in it, got {content['classes'][:3]}")
+        raise TicketSetError(f"`resume` {path}: expected names of classes in it, got {content['classes'][:3]}")
     return content
 
 
-def restore_weights(path: Path, content: dict[str, Any], state: State, classes: list[str]) -> None:
-    """Weights alone, for validation on a set of the same classes in whatever order; EMA where there are some worth it.
+def restore_weights(path: Path, content: dict[str, Any], trainer: "Trainer") -> None:
+    """Weights alone, for validation on a set of the same classes in whatever order; an average where one is worth it.
 
     Raises:
         TicketSetError: other classes, or of another size than the set asks for.
     """
-    model, theirs = state.student.model, content["classes"]
+    model, theirs, classes = trainer.student.model, content["classes"], trainer.opened.classes
     if sorted(theirs) != sorted(classes):
         raise TicketSetError(
-            f"--resume {path}: trained on other classes ({len(theirs)}, from {min(theirs, default='')})"
+            f"`resume` {path}: trained on other classes ({len(theirs)}, from {min(theirs, default='')})"
             f" than the set's ({len(classes)}, from {min(classes)})"
         )
     try:
         model.load_state_dict(in_class_order(model, content["state_dict"], theirs, classes))
     except (AttributeError, RuntimeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise TicketSetError(f"--resume {path}: does not fit this set: {reason}") from None
-    if state.ema is not None and "state_dict_ema" in content:
-        state.ema.module.load_state_dict(in_class_order(model, content["state_dict_ema"], theirs, classes))
-    else:
-        state.ema = None
+        raise TicketSetError(f"`resume` {path}: does not fit this set: {reason}") from None
+    average = content.get("state_dict_ema")
+    if average is not None:
+        averaged = copy.deepcopy(model)
+        averaged.load_state_dict(in_class_order(model, average, theirs, classes))
+        trainer.hooks.append(Beside("ema_", averaged))
 
 
-def restore(path: Path, content: dict[str, Any], state: State) -> None:
-    """Put a checkpoint's contents into a fresh state.
+def restore(path: Path, content: dict[str, Any], trainer: "Trainer") -> None:
+    """Put a checkpoint's contents into a trainer that has not begun.
 
     Raises:
         TicketSetError: it holds weights alone, as model_best.pth.tar does, or those of another model.
     """
     if not {"optimizer", "step"} <= content.keys():
-        raise TicketSetError(f"--resume {path}: {WEIGHTS_ALONE}")
+        raise TicketSetError(f"`resume` {path}: {WEIGHTS_ALONE}")
     if any(not isinstance(content.get(name), int) or content[name] < 0 for name in ("epoch", "step")):
-        raise TicketSetError(f"--resume {path}: expected a checkpoint of datalth-train: no epoch and step in it")
+        raise TicketSetError(f"`resume` {path}: expected a checkpoint of datalth-train: no epoch and step in it")
+    state = trainer.state
     try:
         state.student.model.load_state_dict(content["state_dict"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.scaler.load_state_dict(content["amp_scaler"])
-        if state.ema is not None:
-            state.ema.module.load_state_dict(content.get("state_dict_ema") or content["young_ema"])
         for name in COUNTERS:
             setattr(state, name, content[name])
+        for hook in trainer.hooks:
+            hook.on_restore(trainer, content)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise TicketSetError(f"--resume {path}: does not fit this run: {first_line(error)}") from None
+        raise TicketSetError(f"`resume` {path}: does not fit this run: {first_line(error)}") from None

@@ -13,22 +13,27 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from torch import Tensor
 
 from shards.errors import TicketSetError
 from shards.storage import atomic_file, write_atomic
 from trainer.config import read_yaml
-from trainer.engine import State
-from trainer.options import FREE_TO_CHANGE, Options
+from trainer.hooks import Epoch, Hook
+from trainer.options import FREE_TO_CHANGE, Output
 from trainer.output import checkpoint
-from trainer.output.board import Board
 from trainer.output.claim import TAKEN, Claim
+from trainer.student import timm_config
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Figures
+    from trainer.trainer import Trainer
 
 log = logging.getLogger("datalth")
 ARGUMENTS, CLASSES, CONFIG = "args.yaml", "classes.txt", "config.json"
@@ -37,62 +42,80 @@ TEMPORARY = re.compile(
 )
 
 
-class RunFolder:
-    """The files of one run, written by rank 0; opening a run that is there keeps its args.yaml.
+class RunFolder(Hook):
+    """The files of one run, written by rank 0; a run that goes on keeps its args.yaml.
 
     Args:
-        path: the run's alone, see `Claim`.
-        epoch: that is trained next.
-        config: timm's, for config.json.
+        path: of its folder, made where it is missing.
+        output: what else args.yaml holds.
+        claim: a hold on the folder, where there is one to be made or kept, see `Claim`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        arguments: dict[str, Any],
-        classes: list[str],
-        board: Board,
-        epoch: int,
-        config: dict[str, Any],
-    ) -> None:
-        self.path, self._arguments, self._classes, self._board, self._config = path, arguments, classes, board, config
-        _remove_temporaries(path)
+    def __init__(self, path: Path, output: Output | None = None, claim: Claim | None = None) -> None:
+        self.path, self._output, self._claim = path, output or Output(), claim
+        self._arguments: dict[str, Any] = {}
+        self._summary: Summary | None = None  # on rank 0, once it has begun
+
+    def begin(self, trainer: "Trainer") -> None:
+        self._arguments = vars(self._output) | trainer.arguments()
+        self.path = trainer.rank.on_first(lambda: self._open(trainer))
+
+    def _open(self, trainer: "Trainer") -> Path:
+        if self._claim is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+        elif self._claim.path is None:
+            self.path = self._claim.make(self.path, named=bool(self._output.experiment or self._output.resume))
+        _remove_temporaries(self.path)
         files = {
-            CLASSES: "".join(f"{name}\n" for name in classes),
-            ARGUMENTS: yaml.safe_dump(arguments, sort_keys=False),
+            CLASSES: "".join(f"{name}\n" for name in trainer.opened.classes),
+            ARGUMENTS: yaml.safe_dump(self._arguments, sort_keys=False),
         }
         for name, text in files.items():  # a folder with args.yaml is a run: it comes last
-            if not (path / name).exists():
-                write_atomic(path / name, text.encode())
-        self._summary = Summary(path / "summary.csv", epoch)
+            if not (self.path / name).exists():
+                write_atomic(self.path / name, text.encode())
+        self._summary = Summary(self.path / "summary.csv", trainer.state.epoch)
+        return self.path
 
-    def save_recovery(self, state: State, ema_is_mature: bool) -> None:
-        path = self.path / checkpoint.RECOVERY
-        checkpoint.save(path, state, self._arguments, None, self._classes, ema_is_mature)
+    def save(self, trainer: "Trainer") -> None:
+        if self._summary is not None:
+            checkpoint.save(self.path / checkpoint.RECOVERY, trainer, self._arguments, None)
 
-    def save_epoch(
-        self, state: State, metric: float, train_loss: float, cells: dict[str, Any], lr: float, ema_is_mature: bool
-    ) -> None:
-        """Everything of the epoch before `state.epoch`: best weights, its row, then the checkpoint that goes on."""
-        epoch = state.epoch - 1
-        if state.best_epoch == epoch:
-            checkpoint.save_best(self.path, state, self._arguments, metric, self._classes)
+    def after_epoch(self, trainer: "Trainer", epoch: Epoch) -> None:
+        """Best weights, the epoch's row, then the checkpoint that goes on."""
+        if self._summary is None:
+            return
+        if epoch.is_best:
+            checkpoint.save_best(self.path, trainer, self._arguments, epoch.metric, epoch.number)
             # After the weights: where they are missing, timm would take another checkpoint of the folder.
-            write_atomic(self.path / CONFIG, (json.dumps(self._config, indent=1) + "\n").encode())
-        evaluated = {f"eval_{name}": value for name, value in cells.items()}
-        self._summary.add({"epoch": epoch, "train_loss": train_loss, **evaluated, "lr": lr})
-        path = self.path / checkpoint.LAST
-        checkpoint.save(path, state, self._arguments, metric, self._classes, ema_is_mature)
-        figures = {name: value for name, value in cells.items() if value != ""}
-        self._board.write(epoch, {"train_loss": train_loss, "lr": lr, **figures})
+            config = timm_config(trainer.recipe.model, trainer.opened.classes, trainer.student)
+            write_atomic(self.path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+        self._summary.add(_row(trainer, epoch))
+        checkpoint.save(self.path / checkpoint.LAST, trainer, self._arguments, epoch.metric)
         (self.path / checkpoint.RECOVERY).unlink(missing_ok=True)
 
-    def save_final(self, final: dict[str, Any], keys: pa.Array, labels: np.ndarray, answers: dict[str, Any]) -> None:
-        """final.json stands for the whole run: it is written last."""
-        table = pa.table({"key": keys, "label": labels, **answers})
+    def at_end(self, trainer: "Trainer", results: "Mapping[str, Figures]", answers: Tensor) -> None:
+        """What the verdict reads; final.json stands for the whole run: it is written last."""
+        if self._summary is None:
+            return
+        rows, state = trainer.validation.rows, trainer.state
+        columns = dict(zip(trainer.protocols, answers.numpy(), strict=False))  # other models' follow
+        table = pa.table({"key": rows.keys, "label": rows.labels, **columns})
         with atomic_file(self.path / "predictions.parquet") as file:
             pq.write_table(table, file)
+        cost = {**trainer.costs, "seconds": state.seconds}
+        final = {"epoch": state.epoch - 1, "results": results, "best": state.best, "cost": cost}
         write_atomic(self.path / "final.json", (json.dumps(final, indent=1) + "\n").encode())
+
+
+def _row(trainer: "Trainer", epoch: Epoch) -> dict[str, Any]:
+    """summary.csv's cells; EMA's stand empty until its weights have seen enough, random's until the last epoch."""
+    prefixes = ["", *(prefix for hook in trainer.hooks for prefix in hook.prefixes)]
+    names = [f"{prefix}{protocol}" for prefix in prefixes for protocol in trainer.protocols]
+    blank = dict.fromkeys(("top1", "top5", "loss"), "")
+    cells = {
+        f"eval_{name}_{figure}": {**blank, **epoch.results.get(name, {})}[figure] for name in names for figure in blank
+    }
+    return {"epoch": epoch.number, "train_loss": epoch.loss, **cells, "lr": epoch.lr}
 
 
 class Summary:
@@ -141,39 +164,41 @@ def _is_begun(folder: Path) -> bool:
     return any(path.name != CLASSES and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
-def find(options: Options, claim: Claim | None = None) -> tuple[Path, Path | None]:
+def find(output: Output, default: str, claim: Claim | None = None) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to go on from.
 
     Args:
+        output: what was asked for.
+        default: the folder's name where none was given, after the time.
         claim: takes the folder, where it is there, before anything in it is looked at.
     Raises:
-        TicketSetError: there is a run and --resume was not given, or it is under way, or there is no checkpoint where
+        TicketSetError: there is a run and `resume` was not given, or it is under way, or there is no checkpoint where
             one was named.
     """
-    folder, named = _place(options)
-    if claim is not None and folder.is_dir() and (options.resume or options.experiment):
+    folder, named = _place(output, default)
+    if claim is not None and folder.is_dir() and (output.resume or output.experiment):
         claim.hold(folder)
     if named is not None:
         return folder, named
-    if options.resume:
+    if output.resume:
         found = checkpoint.newest(folder)
-        if options.resume != "latest" and not found:
-            raise TicketSetError(f"--resume {folder}: holds no {checkpoint.LAST} or {checkpoint.RECOVERY}")
+        if output.resume != "latest" and not found:
+            raise TicketSetError(f"`resume` {folder}: holds no {checkpoint.LAST} or {checkpoint.RECOVERY}")
         return folder, found
-    if options.experiment and folder.exists() and _is_begun(folder):
+    if output.experiment and folder.exists() and _is_begun(folder):
         raise TicketSetError(f"{folder}: {TAKEN}")
     return folder, None
 
 
-def _place(options: Options) -> tuple[Path, Path | None]:
+def _place(output: Output, default: str) -> tuple[Path, Path | None]:
     """The run's folder, and a checkpoint that was named."""
-    if options.resume and options.resume != "latest":
-        path = Path(options.resume)
+    if output.resume and output.resume != "latest":
+        path = Path(output.resume)
         return (path, None) if path.is_dir() else (path.parent, path)
-    if options.resume and not options.experiment:
-        raise TicketSetError("--resume latest: name the run with --experiment")
-    name = options.experiment or "-".join([time.strftime("%Y%m%d-%H%M%S"), options.model, options.tickets])
-    return Path(options.output) / name, None
+    if output.resume and not output.experiment:
+        raise TicketSetError("`resume` latest: name the run with `experiment`")
+    name = output.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{default}"
+    return Path(output.output) / name, None
 
 
 def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str, Any]) -> None:
@@ -191,7 +216,7 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
         if not then:
             raise TicketSetError(f"{folder / ARGUMENTS}: expected the arguments of a run, got none")
     elif folder.exists() and _is_begun(folder):
-        raise TicketSetError(f"--resume {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
+        raise TicketSetError(f"`resume` {folder}: expected a run of datalth-train, got a folder without {ARGUMENTS}")
     else:
         return
     then, now = (
@@ -200,7 +225,7 @@ def check_arguments(folder: Path, content: dict[str, Any] | None, now: dict[str,
     differing = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if differing:
         raise TicketSetError(
-            f"--resume {folder}: trained with other arguments: "
+            f"`resume` {folder}: trained with other arguments: "
             + "; ".join(f"{name}: {then.get(name)} there, {now[name]} here" for name in differing[:5])
             + f" (-c {folder / ARGUMENTS} gives the run's own)"
         )

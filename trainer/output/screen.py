@@ -1,48 +1,68 @@
 """What a person sees of a run: what is about to happen, a line now and then, the figures at the end."""
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from trainer.data.dataset import FeedOptions
+from torch import Tensor
+
 from trainer.engine import State, learning_rate
-from trainer.evaluate import Figures
-from trainer.families.base import TicketModel
-from trainer.options import Options
+from trainer.hooks import Hook
+from trainer.output.folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Figures
+    from trainer.trainer import Trainer
 
 log = logging.getLogger("datalth")
 
 
-def show(
-    options: Options,
-    student: TicketModel,
-    costs: dict[str, Any],
-    feed: FeedOptions,
-    lr: float,
-    steps: int,
-    labelled: bool,
-) -> None:
-    """Before the first step; `labelled`: token labels are in use."""
+class Lines(Hook):
+    """Before the first step what is trained on what, at the end its figures.
+
+    Args:
+        folder: of the run; comes before this among the hooks.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def begin(self, trainer: "Trainer") -> None:
+        show(trainer)
+        log.info(f"output: {self._folder.path}")
+
+    def at_end(self, trainer: "Trainer", results: "Mapping[str, Figures]", answers: Tensor) -> None:
+        report(trainer.state, results)
+
+
+def show(trainer: "Trainer") -> None:
+    """What is about to happen."""
+    recipe, student, costs = trainer.recipe, trainer.student, trainer.costs
+    model, tickets, optimization = recipe.model, recipe.tickets, recipe.optimization
     own, dense = costs["train_gmacs"], costs["dense_gmacs"]
-    arm = "whole views, resized" if options.resize_to_tokens else options.tickets
-    unmasked = f", the last {options.unmask_epochs} epochs all" if options.unmask_epochs else ""
-    ranks = feed.global_batch // options.batch_size // options.grad_accum_steps
-    log.info(f"{options.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; {student.feed}")
-    if labelled:
-        log.info(f"token labels: of {options.token_labels or options.shards}; the images' own labels are not used")
+    arm = "whole views, resized" if tickets.resize_to_tokens else tickets.tickets
+    unmasked = f", the last {tickets.unmask_epochs} epochs all" if tickets.unmask_epochs else ""
+    log.info(f"{model.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; {student.feed}")
+    if trainer.dataset.labelled:
+        of = recipe.data.token_labels or trainer.opened.url
+        log.info(f"token labels: of {of}; the images' own labels are not used")
     log.info(
         f"{arm}: {costs['tokens']} of {costs['patches']} tokens{unmasked};"
         f" {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"
     )
     log.info(
-        f"global batch {feed.global_batch} = {options.batch_size} x {ranks} ranks x {options.grad_accum_steps},"
-        f" lr {lr:.3e}, {options.epochs} epochs of {steps} steps"
+        f"global batch {trainer.dataset.global_batch} = {optimization.batch_size} x {trainer.rank.size} ranks x"
+        f" {optimization.grad_accum_steps}, lr {trainer.lr:.3e}, {optimization.epochs} epochs of {trainer.steps} steps"
     )
-    if options.warmup_epochs >= options.epochs:
+    warmup, min_lr = optimization.warmup_epochs, optimization.min_lr
+    if warmup >= optimization.epochs:
         log.warning(
-            f"--warmup-epochs {options.warmup_epochs}: not less than --epochs {options.epochs}; the learning rate only rises"
+            f"`warmup_epochs` {warmup}: not less than `epochs` {optimization.epochs}; the learning rate only rises"
         )
-    if lr < options.min_lr and options.sched not in ("step", "multistep", "constant"):
-        log.warning(f"--min-lr {options.min_lr:g}: above the learning rate {lr:.3g}, which rises to it by the end")
+    if trainer.lr < min_lr and optimization.sched not in ("step", "multistep", "constant"):
+        log.warning(f"`min_lr` {min_lr:g}: above the learning rate {trainer.lr:.3g}, which rises to it by the end")
+    if skipped := sorted(set(trainer.dataset.color.skipped)):
+        log.info(f"`aa`: geometry is mined; {', '.join(skipped)} leave the view as it is")
 
 
 def progress(state: State, steps: int, figures: dict[str, float], ranks: int, tokens: str) -> None:
@@ -56,7 +76,7 @@ def progress(state: State, steps: int, figures: dict[str, float], ranks: int, to
     )
 
 
-def report(state: State, results: dict[str, Figures]) -> None:
+def report(state: State, results: "Mapping[str, Figures]") -> None:
     """At the end."""
     for name, figures in results.items():
         log.info(f"{name:12s} top-1 {figures['top1']:.2f}  top-5 {figures['top5']:.2f}  loss {figures['loss']:.4f}")

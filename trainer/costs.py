@@ -1,0 +1,86 @@
+"""What a student costs: multiply-accumulates of one image's forward, in units of 1e9 (GMACs)."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shards.reader import TicketSet
+from trainer.data.dataset import TicketDataset, ticket_size
+from trainer.families.base import TicketModel
+from trainer.families.dropping import keep_rate_at
+from trainer.families.zero import TicketZero
+from trainer.options import Dropping, Model, Recipe
+from trainer.student import create_model
+
+
+def gmacs(student: TicketModel, tokens: int) -> float:
+    """Of one image's forward on K patches, as torch counts them.
+
+    Counted on a copy without storage: of the CPU's attention kernel torch counts nothing.
+    """
+    try:
+        return _count(copy.deepcopy(student).to("meta"), tokens)
+    except NotImplementedError:  # Hiera's mask counts what is there; the plain kernel is counted on a CPU too
+        with sdpa_kernel(SDPBackend.MATH):
+            return _count(copy.deepcopy(student).cpu(), tokens)
+
+
+def _count(student: TicketModel, tokens: int) -> float:
+    student.eval().requires_grad_(False)
+    device = next(student.parameters()).device
+    given = student.grid[0] * student.grid[1] if student.wants_all else tokens
+    patches = torch.zeros(1, given, 3 * student.patch_size**2, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        student(patches, torch.arange(tokens, device=device)[None])
+    return counter.get_total_flops() / 2e9
+
+
+def dense_gmacs(settings: Model, opened: TicketSet, student: TicketModel) -> float:
+    """GMACs of the student on whole views of the set's own size, also where it is trained on smaller ones."""
+    side, patch = opened.manifest["img_size"], opened.manifest["patch_size"]
+    if student.whole_side != side:
+        if "window_size" in settings.model_kwargs:  # Swin's is of the smaller image; timm's own is of the whole
+            kept = {name: value for name, value in settings.model_kwargs.items() if name != "window_size"}
+            settings = replace(settings, model_kwargs=kept)
+        model = create_model(settings, opened, **TicketZero.size_arguments(student.model, side))
+        student = TicketZero(model, opened.grid, patch, side)
+    return gmacs(student, opened.num_patches)
+
+
+def training_gmacs(student: TicketModel, dropping: Dropping, epochs: int, tokens: int) -> float:
+    """GMACs of training on tickets of K patches; a keep rate that falls is looked at 16 times, and its mean taken."""
+    if dropping.drop_blocks is None:
+        return gmacs(student, tokens)
+    first, last = dropping.shrink_start_epoch, dropping.shrink_start_epoch + dropping.shrink_epochs
+    points, total = 16 if last else 1, 0.0
+    shrinking: Any = copy.copy(student)
+    for point in range(points):
+        epoch = (point + 0.5) / points * epochs
+        shrinking.set_rate(keep_rate_at(epoch, first, last, shrinking.keep_rate))
+        total += gmacs(shrinking, tokens)
+    return total / points
+
+
+def costs(
+    recipe: Recipe, opened: TicketSet, student: TicketModel, dataset: TicketDataset, protocols: Sequence[str]
+) -> dict[str, Any]:
+    """Tokens, and GMACs of a view's forward: in training as the mean over the epochs, and under each protocol."""
+    epochs, unmask_epochs = recipe.optimization.epochs, recipe.tickets.unmask_epochs
+    at_k = training_gmacs(student, recipe.dropping, epochs, dataset.tokens)
+    # What `full` too is tested on; a selector's tickets are its own.
+    drops = recipe.dropping.drop_blocks is not None
+    at_test = gmacs(student.tested(), dataset.tokens if drops else ticket_size(opened, recipe.tickets))
+    whole = gmacs(student.undropped(), (student.whole_side // student.patch_size) ** 2)
+    unmasked = unmask_epochs / epochs
+    return {
+        "tokens": dataset.tokens,
+        "patches": opened.num_patches,
+        "train_gmacs": (1 - unmasked) * at_k + unmasked * whole,
+        "test_gmacs": {name: whole if name == "all" else at_test for name in protocols},
+        "dense_gmacs": dense_gmacs(recipe.model, opened, student.undropped()),
+    }

@@ -1,0 +1,357 @@
+"""Training as a library call: a ticket set, a recipe, hooks -> epochs.
+
+trainer = Trainer(TicketSet.open("shards"), Recipe(tickets=Tickets(tokens=98)), [RunFolder(Path("output/winning"))])
+trainer.fit()
+"""
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor
+from tqdm import tqdm
+
+from shards.errors import TicketSetError, first_line
+from shards.reader import TicketSet
+from trainer.costs import costs
+from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
+from trainer.data.loader import Batch
+from trainer.engine import Setup, State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
+from trainer.evaluate import Figures, evaluate
+from trainer.families.base import TicketModel
+from trainer.families.dropping import FallingKeepRate
+from trainer.hooks import Average, Epoch, Hook
+from trainer.options import Machine, Optimization, Recipe
+from trainer.output import checkpoint, screen
+from trainer.ranks import Rank
+from trainer.student import build_student
+
+log = logging.getLogger("datalth")
+NOTHING_STOPS = lambda: 0
+
+
+class Trainer:
+    """Trains a student on a ticket set, and tests it. A function of the recipe: stopped and restored, or on other workers,
+    it gives the same weights.
+
+    Args:
+        opened: the set; `shards.verify` checks it.
+        recipe: all settings.
+        hooks: called at fixed places, see `trainer.hooks`; the average and the falling keep rate that the recipe asks for
+            come before them.
+        rank: this process among those of the run.
+        stop: a signal's number once this process is asked to stop, else 0.
+        trained: it is only tested, so that the weights it starts from must be whole.
+    Attributes:
+        student: timm's model behind its stem.
+        dataset, validation: what it is fed.
+        state: all that changes.
+        steps: of an epoch.
+        lr: at its height.
+    Raises:
+        TicketSetError: a recipe that this set or this machine cannot follow.
+    """
+
+    def __init__(
+        self,
+        opened: TicketSet,
+        recipe: Recipe,
+        hooks: Sequence[Hook] = (),
+        rank: Rank | None = None,
+        stop: Callable[[], int] = NOTHING_STOPS,
+        trained: bool = False,
+    ) -> None:
+        self.opened, self.recipe, self.rank, self._stop = opened, recipe, rank or Rank(), stop
+        optimization, machine, tickets = recipe.optimization, recipe.machine, recipe.tickets
+        torch.manual_seed(machine.seed)
+        self.student = build_student(opened, recipe.model, tickets, recipe.dropping, trained).to(self.rank.device)
+        check_student(recipe, self.student)
+        views = Views.of(opened, self.student, tickets.resize_to_tokens)
+        self.dataset = TicketDataset(
+            opened,
+            recipe.data.train_split,
+            tickets=tickets,
+            augment=recipe.augment,
+            views=views,
+            batch_size=optimization.batch_size,
+            micro_batches=self.rank.size * optimization.grad_accum_steps,
+            seed=machine.seed,
+            unmask_from=optimization.epochs - tickets.unmask_epochs if tickets.unmask_epochs else None,
+            token_labels=open_token_labels(recipe),
+        )
+        self.validation = ValidationDataset(
+            opened,
+            recipe.data.val_split,
+            views=views,
+            batch_size=optimization.batch_size,
+            rank=self.rank.number,
+            ranks=self.rank.size,
+        )
+        self.steps = self.dataset.steps
+        self.lr = learning_rate_of(optimization, self.dataset.global_batch)
+        self.state = build_state(self.student, optimization, machine, self.rank, self.lr, self.steps)
+        self.setup = Setup.of(self.student, optimization, machine, self.rank)
+        self.hooks: list[Hook] = list(hooks)
+        if optimization.model_ema:
+            self.hooks.insert(0, Average(self.student.model, optimization.model_ema_decay))
+        if recipe.dropping.drop_blocks is not None:
+            self.hooks.insert(0, FallingKeepRate(recipe.dropping))
+        self.stopped_by = 0
+
+    @property
+    def updates(self) -> int:
+        """Made so far."""
+        return self.state.epoch * self.steps + self.state.step
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Of the last validation; the others take the first two."""
+        return ("all",) if self.recipe.tickets.resize_to_tokens else self.student.protocols
+
+    @property
+    def own_protocol(self) -> str:
+        """The one that the best epoch goes by: what the student was trained for."""
+        tickets = self.recipe.tickets
+        sees_all = tickets.resize_to_tokens or tickets.unmask_epochs
+        if sees_all or (tickets.tickets == "full" and self.recipe.dropping.drop_blocks is None):
+            return "all"
+        return self.protocols[0]
+
+    @cached_property
+    def costs(self) -> dict[str, Any]:
+        """See `trainer.costs`."""
+        return costs(self.recipe, self.opened, self.student, self.dataset, self.protocols)
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings, and what they were applied to, as args.yaml and checkpoints hold them."""
+        opened = self.opened
+        flat = {k: list(v) if isinstance(v, tuple) else v for k, v in self.recipe.flat().items()}
+        labels = self.recipe.data.token_labels
+        if labels not in (None, "none"):
+            labels = TicketSet.open(labels, self.recipe.data.base, images=False).manifest["set_id"]
+        return flat | {
+            "set_id": opened.manifest["set_id"],
+            "base_set_id": (opened.base or opened).manifest["set_id"],
+            "labels_set_id": labels,
+            "set_method": opened.manifest["selector"]["method"],
+            "world_size": self.rank.size,
+            "global_batch": self.dataset.global_batch,
+            "resolved_tokens": self.dataset.tokens,
+        }
+
+    def restore(self, path: Path, content: dict[str, Any] | None = None) -> None:
+        """Go on from a checkpoint, exactly.
+
+        Args:
+            path: of it.
+            content: what `checkpoint.read` gave, where it was read before.
+        Raises:
+            TicketSetError: it is damaged, holds weights alone, or those of another run.
+        """
+        content = checkpoint.read(path) if content is None else content
+        checkpoint.restore(path, content, self)
+        self.state.scheduler.step_update(self.updates)
+        log.info(f"resuming {path}: epoch {self.state.epoch}, step {self.state.step}")
+
+    def fit(self) -> "dict[str, Figures]":
+        """Train from the state's epoch and step to the end.
+
+        Returns:
+            Figures of the last epoch by protocol.
+        Raises:
+            Stopped: a signal came; everything so far was saved by the hooks.
+        """
+        for hook in self.hooks:
+            hook.begin(self)
+        self._rehearse()
+        found = None
+        while self.state.epoch < self.recipe.optimization.epochs:
+            found = self._epoch()
+        results, answers = found or self.evaluate(self.protocols)
+        for hook in self.hooks:
+            hook.at_end(self, results, answers)
+        return results
+
+    def _rehearse(self) -> None:
+        """Micro-batches forward and backward, thrown away, for what must not happen later."""
+        if self.rank.size > 1:
+            # DDP lays its gradient buckets out anew after its first backward. Done before the first update, a resumed
+            # process sums gradients in the order of one that was never stopped.
+            for _ in range(2):
+                self._try_batch(self.dataset)
+        unmask_from = self.dataset.unmask_from
+        if unmask_from is not None and self.state.epoch < unmask_from:
+            self._try_batch(self.dataset.unmasked())  # memory fails now or never
+
+    def _try_batch(self, dataset: TicketDataset) -> None:
+        """One micro-batch forward and backward, with an optimizer's two numbers a weight in memory."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]  # averages of batch norm
+        weights = [] if self.state.optimizer.state else [p for p in self.student.parameters() for _ in range(2)]
+        moments = [torch.empty_like(p) for p in weights]
+        setup = replace(self.setup, optimization=replace(self.setup.optimization, grad_accum_steps=1))
+        train_micro_batch(self.state, dataset[0, 0, self.rank.number], setup, 0, 0)
+        self.state.optimizer.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        del moments
+
+    def _epoch(self) -> tuple[dict[str, Figures], Tensor]:
+        state, last = self.state, self.recipe.optimization.epochs - 1
+        for hook in self.hooks:
+            hook.before_epoch(self)
+        places = self.dataset.places(state.epoch, state.step, self.rank.number, self.rank.size)
+        # Its worker processes end before those of validation begin, and whatever goes wrong.
+        with contextlib.closing(self._batches(self.dataset, places)) as batches:
+            loss = train_epoch(state, batches, self.steps, self.setup, self)
+        lr, number = learning_rate(state), state.epoch
+        results, answers = self.evaluate(self.protocols if number == last else self.protocols[:2])
+        metric = results[self.own_protocol]["top1"]
+        best = is_better(metric, state.best)
+        if best:
+            state.best, state.best_epoch = metric, number
+        text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in results.items())
+        log.info(f"Test: {number}  top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})")
+        state.epoch, state.step, state.loss_sum, state.loss_count = number + 1, 0, 0.0, 0
+        for hook in self.hooks:
+            hook.after_epoch(self, Epoch(number, loss, lr, results, metric, best))
+        return results, answers
+
+    def evaluate(self, protocols: Sequence[str]) -> tuple[dict[str, Figures], Tensor]:
+        """The student and what hooks have tested beside it, under each protocol, and their answers.
+
+        The student itself is not changed: a selector that learns to drop by and by is tested as it will be used.
+        """
+        models: dict[str, TicketModel] = {"": self.student}
+        for hook in self.hooks:
+            models |= hook.also_tested(self)
+        models = {prefix: model.tested() for prefix, model in models.items()}
+        images = len(self.validation.rows)
+        with contextlib.closing(self._batches(self.validation, range(len(self.validation)))) as batches:
+            shown = self._until_stopped(batches)
+            return evaluate(models, shown, protocols, self.test_tokens, images, self.setup)
+
+    @property
+    def test_tokens(self) -> int:
+        """K of the ticket and random protocols; what `full` too is tested on."""
+        return self.recipe.tickets.tokens or self.opened.k
+
+    def _batches(self, dataset: Any, places: Any) -> Any:
+        return loader(dataset, places, self.recipe.machine.workers, self.rank.device)
+
+    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches of validation, with a bar on a terminal; all ranks take as many turns, though one may have less."""
+        quiet = None if self.rank.number == 0 else True
+        for _ in tqdm(range(self.validation.turns), "Test", leave=False, disable=quiet):
+            if self.stop_requested():  # the epoch's training is saved
+                raise Stopped
+            if (batch := next(batches, None)) is not None:
+                yield batch
+
+    # What train_epoch calls on.
+
+    def before_step(self, update: int) -> None:
+        for hook in self.hooks:
+            hook.before_step(self, update)
+
+    def after_update(self, update: int) -> None:
+        for hook in self.hooks:
+            hook.after_update(self, update)
+
+    def share(self) -> None:
+        self.rank.share_batch_norm(self.student.model)
+        for hook in self.hooks:
+            hook.share(self)
+
+    def log(self, figures: dict[str, float]) -> None:
+        whole = self.dataset.is_whole(self.state.epoch)
+        tokens = math.prod(self.dataset.views.at(True)[1]) if whole else self.dataset.tokens
+        screen.progress(self.state, self.steps, figures, self.rank.size, f"{tokens}/{self.opened.num_patches}")
+
+    def save(self) -> None:
+        for hook in self.hooks:
+            hook.save(self)
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks hear it at the same step."""
+        self.stopped_by = self.rank.greatest(self._stop())
+        return bool(self.stopped_by)
+
+
+def learning_rate_of(optimization: Optimization, global_batch: int) -> float:
+    """The rate at its height: `lr`, or `lr_base` for each 512 images of a step."""
+    return optimization.lr_base * global_batch / 512 if optimization.lr is None else optimization.lr
+
+
+def open_token_labels(recipe: Recipe) -> TicketSet | bool | None:
+    """The set that holds token labels: another one, None for the ticket set itself, False for none."""
+    path = recipe.data.token_labels
+    if path in (None, "none"):
+        return None if path is None else False
+    return TicketSet.open(path, recipe.data.base, images=False)
+
+
+def check_student(recipe: Recipe, student: TicketModel) -> None:
+    """
+    Raises:
+        TicketSetError: settings for which the model has no use.
+    """
+    if recipe.data.token_labels not in (None, "none") and not student.wants_token_labels:
+        raise TicketSetError(f"`token_labels`: {recipe.model.model} has no use for them; LV-ViT has")
+    if recipe.augment.mix_token and "box" not in student.extras:
+        raise TicketSetError(f"`mix_token`: {recipe.model.model} has none; it is LV-ViT's")
+
+
+def build_state(
+    student: TicketModel, optimization: Optimization, machine: Machine, rank: Rank, lr: float, steps: int
+) -> State:
+    """Model, optimizer and schedule before the first step, made by timm.
+
+    Raises:
+        TicketSetError: timm does not know the optimizer or the schedule.
+    """
+    try:
+        optimizer = create_optimizer_v2(
+            student.model,
+            optimization.opt,
+            lr=lr,
+            weight_decay=optimization.weight_decay,
+            layer_decay=optimization.layer_decay,
+            **optimization.opt_kwargs,
+        )
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("second-order optimizers are not supported")
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            optimization.sched,
+            num_epochs=optimization.epochs,
+            min_lr=optimization.min_lr,
+            warmup_lr=optimization.warmup_lr,
+            warmup_epochs=optimization.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+        if scheduler is None:
+            raise ValueError("expected a schedule; constant leaves the learning rate as it is")
+        scheduler.step_update(0)
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # timm's factories, for unknown names
+        reason = first_line(error) if str(error) else "not supported here"
+        raise TicketSetError(f"`opt` {optimization.opt}, `sched` {optimization.sched}, `lr` {lr:g}: {reason}") from None
+    scaler = torch.amp.GradScaler(rank.device.type, enabled=machine.amp and machine.amp_dtype == "float16")
+    trained: Any = student
+    if machine.torchcompile:
+        trained = torch.compile(trained)  # before DDP, as timm
+    if rank.size > 1:
+        # Prefix tokens' gradients are slices of the position table's: a few numbers, not worth two warnings a rank.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        ids = [rank.device.index] if rank.device.type == "cuda" else None
+        trained = torch.nn.parallel.DistributedDataParallel(trained, device_ids=ids)
+    return State(trained, student, optimizer, scheduler, scaler)
