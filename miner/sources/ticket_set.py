@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from miner.sources.source import SCHEMA, Source
+from miner.sources.source import SCHEMA, Kept, Source
 from shards import storage
 from shards.reader import Row, TicketSet
 from shards.tar import split_members
@@ -44,8 +44,8 @@ class _TicketSetReader:
 
     def __init__(self, images: TicketSet, shards: list[str]) -> None:
         self._images, self._shards = images, shards
-        self._open = functools.lru_cache(2 if storage.is_remote(images.url) else 64)(storage.open_ranges)
-        self._rows = functools.lru_cache(4)(self._rows_of)
+        self._open = Kept(storage.open_ranges, 2 if storage.is_remote(images.url) else 64)
+        self._rows = Kept(functools.partial(_rows_of, images), 4)
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
         name, key = self._shards[row["container"]], row["key"]
@@ -54,6 +54,8 @@ class _TicketSetReader:
         sample = self._images.sample(name, self._rows(name)[key], members, members, url)
         return sample.image, sample.views
 
-    def _rows_of(self, name: str) -> dict[str, Row]:
-        rows = self._images.joined(name).select(Row._fields).to_pylist()
-        return {row["key"]: Row(**row) for row in rows}
+
+def _rows_of(images: TicketSet, name: str) -> dict[str, Row]:
+    """What the index says of a shard's samples, by key."""
+    rows = images.joined(name).select(Row._fields).to_pylist()
+    return {row["key"]: Row(**row) for row in rows}
