@@ -19,10 +19,11 @@ from benchmarks.rounds import Leg, Part, Row, speedup, turns
 from benchmarks.setting import Setting
 from benchmarks.steps import MEAN, SIZE, STD, NoSchedule
 from shards.reader import TicketSet
-from shards.rows import Rows
-from trainer.data.dataset import FeedOptions, TrainFeed, loader
-from trainer.engine import State, StepOptions, apply_update, train_micro_batch
+from trainer.data.dataset import TicketDataset, loader
+from trainer.engine import Setup, State, apply_update, train_micro_batch
 from trainer.families.vit import TicketViT
+from trainer.options import Augment, Machine, Optimization, Tickets
+from trainer.ranks import Rank
 
 BATCH, TOKENS, STEPS = 32, 144, 4
 WANTED = (">=", 1.35)
@@ -48,27 +49,19 @@ def build(classes: int) -> tuple[Any, Any, Any]:
 
 def our_steps(opened: TicketSet) -> Leg:
     model, optimizer, ema = build(len(opened.classes))
-    feed = TrainFeed(
-        Rows(opened, "train"),
-        FeedOptions(
-            arm="winning", tokens=TOKENS, img_size=SIZE, patch_size=16, seed=0, batch_size=BATCH,
-            global_batch=BATCH, **DEIT,
-        ),
-    )  # fmt: skip
-    options = StepOptions(
-        device=torch.device("cpu"), mean=MEAN, std=STD, patch_size=16, num_classes=len(opened.classes),
-        smoothing=0.1, clip_grad=None, clip_mode="norm", accum=1, amp_dtype=None, seed=0,
-    )  # fmt: skip
+    tickets = Tickets(tokens=TOKENS, repeats=1)
+    dataset = TicketDataset(opened, tickets=tickets, augment=Augment(**DEIT), batch_size=BATCH, seed=0)
+    setup = Setup(Optimization(), Machine(seed=0), Rank(), MEAN, STD, len(opened.classes))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     student = TicketViT(model).train()
-    state = State(student, student, optimizer, NoSchedule(), scaler, ema)
-    places = [(epoch, step, 0) for epoch in range(1000) for step in range(feed.steps())]
-    batches = iter(loader(feed, places, 0, torch.device("cpu")))
+    state = State(student, student, optimizer, NoSchedule(), scaler)
+    places = [place for epoch in range(1000) for place in dataset.places(epoch)]
+    batches = iter(loader(dataset, places, 0, torch.device("cpu")))
 
     def steps() -> float:
         for number in range(STEPS):
-            train_micro_batch(state, next(batches), options, number, 0, True)
-            apply_update(state, options, number)
+            train_micro_batch(state, next(batches), setup, number, 0)
+            apply_update(state, setup, number, lambda update: ema.update(model, step=update + 1))
         return STEPS * BATCH
 
     return steps

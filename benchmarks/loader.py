@@ -19,11 +19,13 @@ from benchmarks.setting import Setting
 from benchmarks.strangers import Stranger
 from shards.reader import TicketSet
 from shards.rows import Rows
-from trainer.data.dataset import FeedOptions, TrainFeed, loader
+from trainer.data.dataset import TicketDataset, loader
+from trainer.options import Augment, Tickets
 
 BATCH, SIZE = 64, 224
 LAP = 3  # batches: short laps and three times the rounds, since a lap's images are drawn and differ in size
-DEIT = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0}
+PLAIN = {"aa": "", "color_jitter": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
+DEIT = {"color_jitter": 0.0, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0}
 
 
 def measure(setting: Setting) -> Part:
@@ -92,16 +94,18 @@ def endless(make: Any) -> Iterator[int]:
         epoch += 1
 
 
-def our_batches(shards: Path, arm: str = "winning", tokens: int = 144, repeats: int = 1, **augment: Any) -> Iterator:
-    options = FeedOptions(
-        arm=arm, tokens=tokens, img_size=SIZE, patch_size=16, seed=0, batch_size=BATCH,
-        global_batch=BATCH, repeats=repeats, **augment,
-    )  # fmt: skip
-    feed = TrainFeed(Rows(TicketSet.open(str(shards)), "train"), options)
+def our_batches(shards: Path, arm: Any = "winning", tokens: int = 144, repeats: int = 1, **augment: Any) -> Iterator:
+    dataset = TicketDataset(
+        TicketSet.open(str(shards)),
+        tickets=Tickets(arm, tokens=tokens, repeats=repeats),
+        augment=Augment(**{**PLAIN, **augment}),
+        batch_size=BATCH,
+        seed=0,
+    )
 
     def make(epoch: int) -> Iterable[int]:
-        places = [(epoch, step, 0) for step in range(feed.steps())]
-        return (len(batch["patches"]) for batch in loader(feed, places, 0, torch.device("cpu")))
+        batches = loader(dataset, dataset.places(epoch), 0, torch.device("cpu"))
+        return (len(batch["patches"]) for batch in batches)
 
     return endless(make)
 

@@ -19,13 +19,13 @@ READ = """
 import sys, time, torch
 torch.set_num_threads(1)
 from shards.reader import TicketSet
-from shards.rows import Rows
-from trainer.data.dataset import FeedOptions, TrainFeed, loader
+from trainer.data.dataset import TicketDataset, loader
+from trainer.options import Augment, Tickets
 import torchvision.transforms.v2
 start = time.process_time()
-feed = TrainFeed(Rows(TicketSet.open(sys.argv[1]), "train"), FeedOptions(arm="winning", tokens=3, img_size=32,
-    patch_size=16, seed=0, batch_size=50, global_batch=50))
-for batch in loader(feed, [(0, step, 0) for step in range(feed.steps())], 0, torch.device("cpu")):
+plain = Augment(aa="", color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0)
+dataset = TicketDataset(TicketSet.open(sys.argv[1]), tickets=Tickets(tokens=3, repeats=1), augment=plain, batch_size=50)
+for batch in loader(dataset, dataset.places(0), 0, torch.device("cpu")):
     pass
 print(time.process_time() - start)
 """

@@ -17,10 +17,12 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 from miner.drop import default_blocks, keep_counts
-from trainer.engine import State, StepOptions, apply_update, soft_targets, train_micro_batch
+from trainer.costs import gmacs
+from trainer.engine import Setup, State, apply_update, soft_targets, train_micro_batch
 from trainer.families.base import soft_cross_entropy
 from trainer.families.vit import TicketViT
-from trainer.student import gmacs
+from trainer.options import Machine, Optimization
+from trainer.ranks import Rank
 
 CLASSES, SIZE, PATCH, N = 1000, 224, 16, 196
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,13 +52,10 @@ class Steps:
         labels = torch.randint(0, CLASSES, (batch,))
         self.targets = {"labels": labels, "partners": labels.flip(0), "lam": torch.full((batch,), 0.7)}
         self.mean, self.std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-        self.options = StepOptions(
-            device=torch.device("cpu"), mean=MEAN, std=STD, patch_size=PATCH, num_classes=CLASSES,
-            smoothing=0.1, clip_grad=None, clip_mode="norm", accum=1, amp_dtype=None, seed=0,
-        )  # fmt: skip
+        self.setup = Setup(Optimization(), Machine(seed=0), Rank(), MEAN, STD, CLASSES)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         student = TicketViT(self.model)
-        self.state = State(student, student, self.optimizer, NoSchedule(), scaler, None)
+        self.state = State(student, student, self.optimizer, NoSchedule(), scaler)
 
     def ours(self, tokens: int) -> Callable[[], float]:
         keep = self.order[:, :tokens].contiguous()
@@ -64,8 +63,8 @@ class Steps:
         batch = {"patches": kept, "keep_indices": keep, "grid_width": torch.full((self.batch,), 14), **self.targets}
 
         def step() -> float:
-            train_micro_batch(self.state, batch, self.options, 0, 0, True)
-            apply_update(self.state, self.options, 0)
+            train_micro_batch(self.state, batch, self.setup, 0, 0)
+            apply_update(self.state, self.setup, 0)
             return self.batch
 
         return step
@@ -92,7 +91,7 @@ class Steps:
 
     def _step(self, forward: Callable[[Tensor], Tensor]) -> float:
         images = (self.images.float() - self.mean) / self.std
-        loss = soft_cross_entropy(forward(images), soft_targets(self.targets, self.options))
+        loss = soft_cross_entropy(forward(images), soft_targets(self.targets, 0.1, CLASSES))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -50,7 +50,7 @@ def build_student(
         raise TicketSetError(
             f"`model` {model.model}: has a {student.grid[0]}x{student.grid[1]} grid of {student.patch_size} px patches,"
             f" but what {opened.url} feeds is {grid[0]}x{grid[1]} of {patch} px; leave img_size and patch_size out of"
-            f" `model_kwargs`, or mine with --patch-size {student.patch_size}"
+            f" `model_kwargs`, or mine with datalth-mine --patch-size {student.patch_size}"
         )
     return student
 

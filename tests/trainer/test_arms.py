@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from shards.views import center_ranking
-from trainer.data.arms import ARMS, arm_ranking, mixed_ranking
+from trainer.data.arms import arm_ranking, mixed_ranking
+from trainer.options import ARMS
 
 GRID = (4, 4)
 MINED = np.random.default_rng(0).permutation(16).astype(np.uint8)

@@ -5,16 +5,13 @@ import numpy as np
 from shards.permutation import permutation
 from shards.views import center_ranking
 
-ARMS = ("winning", "random", "random-fixed", "center", "inverse", "full")
-
-
 def arm_ranking(
     arm: str, mined: np.ndarray, grid: tuple[int, int], *, fixed_name: str = "", fresh_name: str = ""
 ) -> np.ndarray:
     """The ranking of one view for an arm.
 
     Args:
-        arm: of ARMS.
+        arm: of `trainer.options.ARMS`.
         mined: [N], most informative first.
         grid: (gh, gw).
         fixed_name: names the image and view; all that random-fixed depends on.

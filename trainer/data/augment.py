@@ -98,7 +98,7 @@ def _timm_policy(text: str, mean: tuple[float, ...]) -> Any:
         return kinds.get(text.partition("-")[0], auto_augment_transform)(text, parameters)
     except (AssertionError, ValueError) as error:  # timm asserts
         raise TicketSetError(
-            f"--aa {text}: expected one of timm's policies, such as rand-m9-mstd0.5-inc1, v0, original, 3a or augmix-m3"
+            f"`aa` {text}: expected one of timm's policies, such as rand-m9-mstd0.5-inc1, v0, original, 3a or augmix-m3"
             f"{f' ({error})' if str(error) else ''}"
         ) from None
 

@@ -182,7 +182,7 @@ class TicketDataset(Dataset[Batch]):
         if repeats > views:
             raise TicketSetError(
                 f"`repeats` {repeats}: {opened.url} has {views} training views an image; take `repeats` {views}, or mine"
-                f" with --views {repeats + 1} or more"
+                f" with datalth-mine --views {repeats + 1} or more"
             )
         if augment.mixes and self.labelled:
             raise TicketSetError(

@@ -131,7 +131,7 @@ class _Worker:
         if code is None or code >= 0:
             return "ended early" if code is None else f"ended with code {code}"
         name = signal.Signals(-code).name
-        hint = "; out of memory? Try fewer --workers, or a smaller --batch-size" if name == "SIGKILL" else ""
+        hint = "; out of memory? Try fewer `workers`, or a smaller `batch_size`" if name == "SIGKILL" else ""
         return f"was killed by {name}{hint}"
 
     def hang_up(self) -> None:

@@ -27,7 +27,7 @@ class TicketHiera(TicketModel):
         if self.grid != tuple(s // patch_size for s in (whole_side, whole_side)) or unit != patch_size:
             raise TicketSetError(
                 f"Hiera of {whole_side} px: expected tickets of its {self.grid[0]}x{self.grid[1]} mask units of {unit} px,"
-                f" got patches of {patch_size} px; mine with --patch-size {unit}"
+                f" got patches of {patch_size} px; mine with datalth-mine --patch-size {unit}"
             )
         if model.patch_drop_rate:
             raise TicketSetError("model Hiera: patch_drop_rate drops units at random beside the tickets; leave it 0")

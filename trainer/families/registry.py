@@ -20,7 +20,7 @@ class Family(NamedTuple):
     Attributes:
         name: for people.
         timm_class: name of timm's class, or of one that the model's class derives from.
-        feeds: names of --feed, the first is the default, and what takes tickets for the model there.
+        feeds: names of `feed`, the first is the default, and what takes tickets for the model there.
     """
 
     name: str
@@ -51,18 +51,18 @@ def family_of(model: nn.Module) -> Family:
     if _keeps_a_map(model):
         return CNN
     known = "; ".join(f"{family.name}: {', '.join(family.feeds)}" for family in (*FAMILIES, CNN))
-    raise TicketSetError(f"model {type(model).__name__}: cannot take tickets. What can, and its --feed: {known}")
+    raise TicketSetError(f"model {type(model).__name__}: cannot take tickets. What can, and its `feed`: {known}")
 
 
 def feed_of(model: nn.Module, wanted: str | None) -> tuple[str, type[TicketModel]]:
-    """The --feed of a model and what takes tickets there: the wanted one, or its family's first.
+    """The `feed` of a model and what takes tickets there: the wanted one, or its family's first.
 
     Raises:
         TicketSetError: no family, or it has no such feed.
     """
     family = family_of(model)
     if wanted is not None and wanted not in family.feeds:
-        raise TicketSetError(f"--feed {wanted}: {family.name} take {', '.join(family.feeds)}")
+        raise TicketSetError(f"`feed` {wanted}: {family.name} take {', '.join(family.feeds)}")
     name = wanted or next(iter(family.feeds))
     return name, family.feeds[name]
 

@@ -48,5 +48,5 @@ def check_input(model: Any, side: int) -> None:
     if expected is not None and tuple(expected) != (side, side):
         raise TicketSetError(
             f"model {type(model).__name__}: is for images of {expected[0]} px, but what it is fed has {side} px;"
-            " leave img_size out of --model-kwargs"
+            " leave img_size out of `model_kwargs`"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shards.errors import TicketSetError
 
-TAKEN = "a run is there already; go on with --resume latest, or name another --experiment"
+TAKEN = "a run is there already; go on with `resume` latest, or name another `experiment`"
 
 
 class Claim:

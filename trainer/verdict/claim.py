@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from shards.errors import TicketSetError
+from trainer.options import PROTOCOLS
 from trainer.verdict.groups import Group
-from trainer.verdict.runs import PROTOCOLS, Run
+from trainer.verdict.runs import Run
 from trainer.verdict.statistics import Estimate, Outcome, Spread, bootstrap, decide, difference, mean, pooled
 
 OWN = "own"  # each arm in the protocol it is trained for

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from shards.storage import write_atomic
+from trainer.options import PROTOCOLS
 from trainer.verdict.claim import OWN, Difference, Judge
 from trainer.verdict.groups import Group
 from trainer.verdict.plot import draw
 from trainer.verdict.report import Report
-from trainer.verdict.runs import PROTOCOLS
 from trainer.verdict.sentences import RESAMPLED
 from trainer.verdict.statistics import DRAWS, LEVEL, Estimate
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from shards.console import printable
 from shards.errors import TicketSetError
-from trainer.options import FREE_TO_CHANGE
-from trainer.verdict.runs import PROTOCOLS, Run
+from trainer.options import ARMS, FREE_TO_CHANGE, PROTOCOLS
+from trainer.verdict.runs import Run
 
-ARMS = ("winning", "random", "random-fixed", "center", "inverse", "resized")  # a table's order, below full
+ORDER = (*(arm for arm in ARMS if arm != "full"), "resized")  # of a table, below full
 # What tells arms apart, or names the set; base_set_id is compared on its own.
 ARM_FIELDS = frozenset(
     ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"]
@@ -52,7 +52,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The arm, and what --allow-diff lets differ."""
+        """The arm, and what `allow_diff` lets differ."""
         return f"{self.arm} {self.differing}".rstrip()
 
     @property
@@ -89,7 +89,7 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str]) -> None:
     comparable = {name for run in runs for name in run.args} - FREE
     unknown = [name for name in allowed if name not in comparable]
     if unknown:
-        raise TicketSetError(f"--allow-diff {unknown[0]}: expected one of {', '.join(sorted(comparable))}")
+        raise TicketSetError(f"`allow_diff` {unknown[0]}: expected one of {', '.join(sorted(comparable))}")
     first = runs[0]
     for run in runs:
         if run.args["base_set_id"] != first.args["base_set_id"]:
@@ -150,7 +150,7 @@ def _differing(run: Run, runs: Sequence[Run], allowed: Sequence[str]) -> tuple[t
 
 def _place(group: Group) -> tuple[Any, ...]:
     arm = group.arm.split(" +")[0]
-    below = -1 if arm == "full" else ARMS.index(arm)
+    below = -1 if arm == "full" else ORDER.index(arm)
     return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, group.name
 
 

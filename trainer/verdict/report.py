@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shards.console import duration, printable, table
+from trainer.options import PROTOCOLS
 from trainer.verdict.claim import OWN, Claim, Judge, key_notes
 from trainer.verdict.groups import Group
-from trainer.verdict.runs import PROTOCOLS, Run
+from trainer.verdict.runs import Run
 from trainer.verdict.sentences import RESAMPLED, interval, sentence
 from trainer.verdict.statistics import DRAWS, Estimate
 

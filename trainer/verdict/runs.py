@@ -13,9 +13,8 @@ from shards.checks import Check, fields, integer, number, one_of, or_null, parse
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
 from trainer.config import read_yaml
-from trainer.data.arms import ARMS
+from trainer.options import ARMS, PROTOCOLS
 
-PROTOCOLS = ("tickets", "all", "random")
 TOP1_TOLERANCE = 0.01  # points
 MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
 MAX_IMAGES = 1 << 22  # rows
