@@ -21,6 +21,7 @@ from miner.plan import make_plan, shard_rows, write_plan
 from miner.selectors import create_selector, register_method
 from miner.sources import open_source
 from shards.images import render_pixels, store_image
+from shards.schema import SelectorIdentity
 from shards.views import image_views
 
 SIZE, BATCH, GRID, N = 224, 16, (14, 14), 196
@@ -55,10 +56,10 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
     model: Any = timm.create_model(timm_name(name), num_classes=0, img_size=SIZE).eval()
     blocks = default_blocks(len(model.blocks))
     ranker = create_selector(method, model, GRID, keep_counts(N, 0.9, len(blocks)), blocks)
-    identity = {
-        "method": method, "model": name, "state": None, "keep_rate": 0.9, "counts": list(ranker.counts), "blocks": list(blocks),
-        "input_size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "dtype": "float32",
-    }  # fmt: skip
+    identity = SelectorIdentity(
+        method=method, model=name, state=None, keep_rate=0.9, counts=tuple(ranker.counts), blocks=tuple(blocks),
+        input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, dtype="float32", compiled=False, code=None,
+    )  # fmt: skip
     plan = make_plan(
         source, identity, img_size=SIZE, patch_size=16, k=ranker.k,
         views=views, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, exif="ignore", store_side=None, images="copy",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from miner.lane import WHOLE, Flight, Image, Lane
-from miner.plan import Plan, shard_rows
+from miner.plan import shard_rows
 from miner.selectors import Selector
 from miner.sources import Source
 from miner.token_labels import VIEWS_AN_IMAGE, Labeller
@@ -31,6 +31,7 @@ from shards import format as fmt
 from shards import token_labels
 from shards.errors import ImageError, TicketSetError, is_machine_error
 from shards.images import render_pixels, store_image
+from shards.schema import Plan
 from shards.views import image_views, view_seed
 
 
@@ -82,10 +83,10 @@ class Miner:
         self.plan, self.source, self.selector, self.folder = plan, source, selector, folder
         self.workers, self.on_batch, self.log_batch, self.labeller = workers, on_batch, log_batch, labeller
         self.progress = Progress()
-        common = plan.common["selector"]
-        self._size = common["input_size"]  # None: the method looks at no pixels
-        self._seed = plan.common["seed"]
-        self._scale = _scale(common["mean"], common["std"], selector.device)
+        said = plan.common.selector
+        self._size = said.input_size  # None: the method looks at no pixels
+        self._seed = plan.common.seed
+        self._scale = _scale(said.mean, said.std, selector.device)
         self._label_scale = _scale(labeller.mean, labeller.std, labeller.device) if labeller else self._scale
 
     def run(self, todo: list[tuple[str, int]], max_failures: float) -> None:
@@ -140,14 +141,15 @@ class Miner:
         last batch of a shard is a short one, so that the plan alone says what a batch holds.
         """
         waiting: collections.deque[Image] = collections.deque()  # images not yet given out
-        ranks = Lane(self.plan.common["batch_size"], self._launch, self._land)
-        labels = Lane((self.plan.token_labels or {}).get("batch_size", 1), self._launch_labels, self._land_labels)
+        ranks = Lane(self.plan.common.batch_size, self._launch, self._land)
+        labeler = self.plan.common.token_labels
+        labels = Lane(labeler.batch_size if labeler else 1, self._launch_labels, self._land_labels)
         while True:
             with self.progress.waiting("read"):
                 image = next(ahead)
             if image is not None:
                 waiting.append(image)
-                if image.error is None and self.plan.k:
+                if image.error is None and self.plan.common.k:
                     ranks.push(image, range(len(image.views)))
                 if image.error is None and self.labeller is not None:
                     labels.push(image, range(WHOLE, WHOLE + 1))
@@ -203,7 +205,7 @@ class Miner:
 
     def _check(self, rankings: np.ndarray, scores: np.ndarray, count: int) -> None:
         """What a selector gives is not taken on trust: weights may hold NaN, a method may be a user's own."""
-        n, method = self.plan.num_patches, self.selector.method
+        n, method = self.plan.common.num_patches, self.selector.method
         if rankings.shape != (count, n) or not (np.sort(rankings, axis=1) == np.arange(n)).all():
             raise TicketSetError(
                 f"--method {method}: expected a permutation of {n} patches for each of {count} views,"
@@ -217,8 +219,8 @@ class Miner:
 
     def _read_ahead(self, todo: list[tuple[str, int]]) -> Generator[Image | None, None, None]:
         """Images of all shards in order, read in threads a bounded number ahead; None after each shard."""
-        views = max((self.plan.splits[split]["views"] for split, _ in todo if self.plan.k), default=VIEWS_AN_IMAGE)
-        window = self.workers + -(-2 * self.plan.common["batch_size"] // views)
+        views = max((self.plan.splits[split].views for split, _ in todo if self.plan.common.k), default=VIEWS_AN_IMAGE)
+        window = self.workers + -(-2 * self.plan.common.batch_size // views)
         pool = ThreadPoolExecutor(self.workers, "read", initializer=torch.set_num_threads, initargs=(1,))
         futures: collections.deque[Future[Image] | None] = collections.deque()
         running = 0
@@ -241,17 +243,18 @@ class Miner:
 
     def _read(self, split: str, row: dict[str, Any]) -> Image:
         """Everything that one image needs before a device sees it: one read, one decode."""
-        common, split_plan = self.plan.common, self.plan.splits[split]
+        common = self.plan.common
         image = Image(row)
         try:
             data, views = self.source.read(row)
             if row["size"] < 0 or self.source.base:
                 row["size"] = len(data)
-            image.stored, pixels = store_image(data, common["exif"], common["store_side"])
+            image.stored, pixels = store_image(data, common.exif, common.store_side)
             if views is None:
-                boxes = {name: split_plan[name] for name in ("scale", "ratio", "hflip")}
-                size = (image.stored.width, image.stored.height)
-                views = image_views(self._seed, row["key"], split_plan["views"], *size, **boxes)
+                said, width, height = self.plan.splits[split], image.stored.width, image.stored.height
+                views = image_views(
+                    self._seed, row["key"], said.views, width, height, said.scale, said.ratio, said.hflip
+                )
             image.views = views
             if self._size is not None:
                 image.pixels = render_pixels(pixels, image.views, self._size)
@@ -263,7 +266,7 @@ class Miner:
                 raise
             image.error = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
             return image
-        n = self.plan.num_patches
+        n = self.plan.common.num_patches
         image.rankings = np.empty((len(image.views), n), fmt.ranking_dtype(n))
         return image
 

@@ -18,7 +18,7 @@ from miner import models
 from miner.claim import Claim
 from miner.drop import PAPER_STAGES, default_blocks, keep_counts, keep_counts_for, parse_blocks
 from miner.engine import Miner, Progress
-from miner.plan import Plan, check_unchanged, make_plan, manifest_head, shard_rows, write_plan
+from miner.plan import base_link, check_unchanged, make_plan, shard_rows, write_plan
 from miner.screen import Screen, show_plan, show_summary
 from miner.selectors import BLIND, Selector, create_selector, find_method, needs_model
 from miner.sources import Source, open_source
@@ -26,6 +26,7 @@ from miner.token_labels import VIEWS_AN_IMAGE, Labeller, build_labeller
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
 from shards.ranks import rank_and_world
+from shards.schema import Plan, SelectorIdentity, ShardStats
 from shards.writer import finalize, read_plan, read_shard_json
 
 DEFAULT_KEEP_RATE = 0.9
@@ -119,7 +120,7 @@ def run(options: Options) -> None:
             workers = options.workers or min(os.cpu_count() or 1, 16)
             on_batch: Callable[[Progress], None] = screen.update if screen else lambda progress: None
             miner = Miner(plan, source, selector, folder, workers, on_batch, labeller=labeller)
-            allowed = options.max_failures * shard_images(plan, source, own) - sum(s["failed"] for s in done.values())
+            allowed = options.max_failures * shard_images(plan, source, own) - sum(s.failed for s in done.values())
             try:
                 with models.compiling():
                     miner.run(todo, allowed)
@@ -147,7 +148,7 @@ def settle(
     source: Source,
     device: torch.device,
     own: list[tuple[str, int]],
-) -> tuple[Plan, dict[tuple[str, int], dict[str, Any]]]:
+) -> tuple[Plan, dict[tuple[str, int], ShardStats]]:
     """Agree on the folder's plan, and let others of the same plan in.
 
     Returns:
@@ -187,7 +188,7 @@ def inherit(options: Options, source: Source) -> Options:
         raise TicketSetError(f"--out {options.out}: is the set that holds the images of --data {options.data}")
     for name in sorted(INHERITED & options.given):
         raise TicketSetError(f"--{name.replace('_', '-')}: inherited from the ticket set {options.data}; leave it out")
-    inherited = {name: source.base.manifest[name] for name in ("seed", "exif", *SIZES)}
+    inherited = {name: getattr(source.base.manifest, name) for name in ("seed", "exif", *SIZES)}
     for name in sorted(SIZES & options.given):
         if getattr(options, name) != inherited[name]:
             raise TicketSetError(
@@ -197,7 +198,7 @@ def inherit(options: Options, source: Source) -> Options:
     return replace(options, **inherited)
 
 
-def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
+def build_selector(options: Options) -> tuple[Selector, SelectorIdentity]:
     """The selector, and what identifies it in the plan."""
     grid = (options.img_size // options.patch_size,) * 2
     n, method = grid[0] * grid[1], options.method
@@ -225,21 +226,21 @@ def build_selector(options: Options) -> tuple[Selector, dict[str, Any]]:
         config = resolve_model_data_config(model)
     else:
         config = {"mean": (), "std": ()} if blind else {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return selector, {
-        "method": method,
-        "model": models.timm_name(options.selector) if model else None,
-        "state": state,
-        "keep_rate": None if options.tokens or method == "none" else rate,
-        "counts": list(counts),
-        "blocks": list(selector.blocks),
-        "input_size": grid[0] * models.square_patch(model) if model else None if blind else options.img_size,
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-        "dtype": "bfloat16" if options.amp and not blind else "float32",
-        "compiled": options.torchcompile,
+    return selector, SelectorIdentity(
+        method=method,
+        model=models.timm_name(options.selector) if model else None,
+        state=state,
+        keep_rate=None if options.tokens or method == "none" else rate,
+        counts=tuple(counts),
+        blocks=tuple(selector.blocks),
+        input_size=grid[0] * models.square_patch(model) if model else None if blind else options.img_size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        dtype="bfloat16" if options.amp and not blind else "float32",
+        compiled=options.torchcompile,
         # Another version of a user's own method is another plan.
-        "code": source_hash(find_method(method)) if ":" in method else None,
-    }
+        code=source_hash(find_method(method)) if ":" in method else None,
+    )
 
 
 def token_labeller(options: Options, source: Source) -> Labeller | None:
@@ -316,7 +317,7 @@ def plan_of(
     options: Options,
     source: Source,
     k: int,
-    identity: dict[str, Any],
+    identity: SelectorIdentity,
     labeller: Labeller | None,
     device: torch.device,
 ) -> Plan:
@@ -349,7 +350,7 @@ def plan_of(
 def planned_batch_size(folder: str) -> int | None:
     """That of the plan which is there: a run may be resumed on another kind of device."""
     plan = read_plan(Path(folder))
-    return plan["common"]["batch_size"] if plan else None
+    return plan.common.batch_size if plan else None
 
 
 def remove_set(folder: Path) -> None:
@@ -371,9 +372,7 @@ def remove_temporary(folder: Path) -> None:
         stale.unlink(missing_ok=True)
 
 
-def committed(
-    folder: Path, plan: Plan, own: list[tuple[str, int]], retry: bool
-) -> dict[tuple[str, int], dict[str, Any]]:
+def committed(folder: Path, plan: Plan, own: list[tuple[str, int]], retry: bool) -> dict[tuple[str, int], ShardStats]:
     """The JSON of those shards that are done; with `retry`, shards with failures lose theirs.
 
     Raises:
@@ -385,9 +384,9 @@ def committed(
         if stats is None:
             continue
         path = folder / f"{fmt.shard_name(split, number)}.json"
-        if stats["plan_id"] != plan.splits[split]["plan_id"]:
+        if stats.plan_id != plan.splits[split].plan_id:
             raise TicketSetError(f"{path}: a shard of another plan; remove it to mine it again")
-        if retry and stats["failed"]:
+        if retry and stats.failed:
             (folder / fmt.MANIFEST).unlink(missing_ok=True)  # first: the set is incomplete from here on
             path.unlink()
             continue
@@ -410,8 +409,8 @@ def finish(folder: Path, plan: Plan, source: Source) -> bool:
     if len(done) < len(plan.shards()):
         return False
     for split in plan.splits:
-        check_unchanged(folder, split, plan.splits[split]["plan_id"])
-    finalize(folder, manifest_head(plan, source, folder), list(done.values()))
+        check_unchanged(folder, split, plan.splits[split].plan_id)
+    finalize(folder, plan, source.classes, base_link(plan, source, folder), list(done.values()))
     return True
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from miner.lane import Image
-from miner.plan import Plan, check_unchanged
+from miner.plan import check_unchanged
 from shards import format as fmt
+from shards.schema import Plan
 from shards.writer import ShardWriter
 
 
@@ -65,8 +66,8 @@ class WriterThread:
         try:
             while (item := self._queue.get())[0] == "begin":
                 split, number = item[1]
-                plan_id = self._plan.splits[split]["plan_id"]
-                n, version = self._plan.num_patches, self._plan.version
+                plan_id = self._plan.splits[split].plan_id
+                n, version = self._plan.common.num_patches, self._plan.format
                 with ShardWriter(self._folder, split, number, n, plan_id, version) as shard:
                     while (item := self._queue.get())[0] == "add":
                         self._add(shard, item[1])
@@ -85,7 +86,7 @@ class WriterThread:
             "source": image.row["source"],
             "label": image.row["label"],
             "source_bytes": image.row["size"],
-            "k": self._plan.k,
+            "k": self._plan.common.k,
         }
         if image.error is not None:
             shard.add_failure(row, image.error)
@@ -97,13 +98,13 @@ class WriterThread:
         }
         row |= {"mean_score": image.mean_score, "entropy": image.entropy}
         members: dict[str, bytes] = {}
-        if self._plan.k:
-            row["ticket"] = fmt.pack_ticket(image.rankings[0, : self._plan.k], self._plan.num_patches)
+        if self._plan.common.k:
+            row["ticket"] = fmt.pack_ticket(image.rankings[0, : self._plan.common.k], self._plan.common.num_patches)
             members |= {fmt.RANKING: fmt.encode_npy(image.rankings), fmt.VIEWS: fmt.encode_npy(image.views)}
         if image.token_labels is not None:
             members[fmt.TOKEN_LABELS] = image.token_labels
         if row["label"] is not None:
             members[fmt.LABEL] = str(row["label"]).encode("ascii")
-        if self._plan.common["images"] == "copy":
+        if self._plan.common.images == "copy":
             members[stored.member] = stored.data
         shard.add(row, members)

@@ -10,6 +10,12 @@ import pytest
 from miner.plan import make_plan
 from miner.sources import open_source
 from shards.errors import TicketSetError
+from shards.schema import SelectorIdentity
+
+BY_CENTER = SelectorIdentity(
+    method="center", model=None, state=None, keep_rate=None, counts=(8,), blocks=(), input_size=None, mean=(), std=(),
+    dtype="float32", compiled=False, code=None,
+)  # fmt: skip
 
 
 def write_tree(root, *paths):
@@ -65,7 +71,7 @@ def read_all(source, split="train"):
 def plan(source, shard_size=4):
     geometry = {"img_size": 64, "patch_size": 16, "views": 1, "scale": (0.08, 1), "ratio": (0.75, 1.33), "hflip": 0.5}
     storing = {"exif": "ignore", "store_side": None, "images": "copy", "shard_size": shard_size, "limit": None}
-    return make_plan(source, {"method": "center"}, k=8, val_share=0, seed=0, batch_size=8, **geometry, **storing)
+    return make_plan(source, BY_CENTER, k=8, val_share=0, seed=0, batch_size=8, **geometry, **storing)
 
 
 def refusal(*arguments, **options):
