@@ -119,7 +119,7 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
         return rows
     if len(rows) < options.repeats:
         raise TicketSetError(f"--repeats {options.repeats}: split {split} has only {len(rows)} images")
-    views = max(1, opened.manifest["splits"][split]["views"] - 1)
+    views = max(1, opened.manifest.splits[split].views - 1)
     if options.repeats > views:
         raise TicketSetError(
             f"--repeats {options.repeats}: {opened.url} has {views} training views an image;"

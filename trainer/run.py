@@ -154,7 +154,7 @@ def with_own_set(options: Options) -> Options:
     if not isinstance(shards, str) or not isinstance(base, str | None) or "://" in shards + (base or ""):
         raise TicketSetError(f"{path}: expected the path of a set, got {shards!r}, base {base!r}; give --shards")
     try:
-        found = TicketSet.open(shards, base).manifest["set_id"]
+        found = TicketSet.open(shards, base).manifest.set_id
     except TicketSetError as error:
         raise TicketSetError(f"{error} (which is what {path} names; --shards says where it is now)") from None
     if found != then.get("set_id"):
@@ -182,7 +182,7 @@ class Run:
             raise TicketSetError(f"--unmask-epochs {options.unmask_epochs}: expected at most --epochs {options.epochs}")
         torch.manual_seed(options.seed)
         self.plain = build_student(options, opened).to(world.device)
-        self.patches = (self.plain.whole_side // opened.manifest["patch_size"]) ** 2  # of a whole view
+        self.patches = (self.plain.whole_side // opened.manifest.patch_size) ** 2  # of a whole view
         # What `full` too is tested on under the ticket and random protocols.
         self.test_tokens = options.tokens or opened.k
         whole = options.resize_to_tokens or options.tickets == "full"
@@ -377,10 +377,10 @@ class Run:
         arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.options).items()}
         opened = self.opened
         return arguments | {
-            "set_id": opened.manifest["set_id"],
-            "base_set_id": (opened.base or opened).manifest["set_id"],
+            "set_id": opened.manifest.set_id,
+            "base_set_id": (opened.base or opened).manifest.set_id,
             "labels_set_id": self._labels_set_id(),
-            "set_method": opened.manifest["selector"]["method"],
+            "set_method": opened.manifest.selector.method,
             "world_size": self.world.size,
             "global_batch": self.feed_options.global_batch,
             "resolved_tokens": self.tokens,
@@ -390,4 +390,4 @@ class Run:
         path = self.options.token_labels
         if path in (None, "none"):
             return path
-        return TicketSet.open(path, self.options.base, images=False).manifest["set_id"]
+        return TicketSet.open(path, self.options.base, images=False).manifest.set_id

@@ -33,7 +33,7 @@ def build_student(options: Options, opened: TicketSet) -> TicketModel:
     """
     outline = meta_model(lambda: _create(options, opened))
     feed, kind = feed_of(outline, options.feed)
-    side, patch = _side(options, opened, kind), opened.manifest["patch_size"]
+    side, patch = _side(options, opened, kind), opened.manifest.patch_size
     grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
     model = _create(options, opened, pretrained=options.pretrained, **kind.size_arguments(outline, side))
     if options.initial_checkpoint:
@@ -111,18 +111,18 @@ def _side(options: Options, opened: TicketSet, kind: type[TicketModel]) -> int:
     Raises:
         TicketSetError: a K that is no square, where views or tickets of K patches make an image.
     """
-    tokens, patch = options.tokens or opened.k, opened.manifest["patch_size"]
+    tokens, patch = options.tokens or opened.k, opened.manifest.patch_size
     if tokens > opened.num_patches:
         raise TicketSetError(f"--tokens {tokens}: expected at most {opened.num_patches}, the patches of a view")
     if not options.resize_to_tokens:
-        return kind.side_of(tokens, opened.manifest["img_size"], patch)
+        return kind.side_of(tokens, opened.manifest.img_size, patch)
     if options.tickets not in ("winning", "full"):
         raise TicketSetError(f"--resize-to-tokens shows whole views: leave --tickets {options.tickets} out")
     return square_side(tokens, opened.num_patches, "--resize-to-tokens") * patch
 
 
 def _check_student(options: Options, opened: TicketSet, student: TicketModel, grid: tuple[int, int]) -> None:
-    patch = opened.manifest["patch_size"]
+    patch = opened.manifest.patch_size
     if options.token_labels not in (None, "none") and not student.wants_token_labels:
         raise TicketSetError(f"--token-labels: {options.model} has no use for them; LV-ViT has")
     if options.mix_token and "box" not in student.extras:
@@ -186,7 +186,7 @@ def _count(student: TicketModel, tokens: int) -> float:
 
 def dense_gmacs(options: Options, opened: TicketSet, student: TicketModel) -> float:
     """GMACs of the student on whole views of the set's own size, also where it is trained on smaller ones."""
-    side, patch = opened.manifest["img_size"], opened.manifest["patch_size"]
+    side, patch = opened.manifest.img_size, opened.manifest.patch_size
     if student.whole_side != side:
         if "window_size" in options.model_kwargs:  # Swin's is of the smaller image; timm's own is of the whole
             kept = {name: value for name, value in options.model_kwargs.items() if name != "window_size"}
