@@ -58,8 +58,9 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
     source = open_source(inputs)
     model: Any = timm.create_model(timm_name(name), num_classes=0, img_size=SIZE).eval()
     blocks = default_blocks(len(model.blocks))
+    selection = Selection(name, method=method, keep_rate=0.9)
     ranker = create_selector(method, model, GRID, keep_counts(N, 0.9, len(blocks)), blocks)
-    identity = describe(ranker, geometry, machine, None) | {"model": name, "keep_rate": 0.9, "code": None}
+    identity = describe(ranker, selection, geometry, machine, None)
     producers = (Rankings(ranker, identity, BATCH, geometry.seed),)
     plan = make_plan(source, inputs, Output("mined"), geometry, {"selector": identity}, BATCH)
     rows = source.splits["train"].take(shard_rows(plan, source, "train", 0)).to_pylist()
@@ -70,7 +71,7 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
         folder = Path(setting.work, "mined")
         folder.mkdir()
         write_plan(folder, plan, source, "cpu")
-        mine_shards(Job(plan, source, folder, Selection(), Labeling(), geometry, machine), plan.shards(), producers)
+        mine_shards(Job(plan, source, folder, selection, Labeling(), geometry, machine), plan.shards(), producers)
         shutil.rmtree(folder)
         return total
 

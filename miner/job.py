@@ -15,18 +15,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from miner.batcher import Batcher
-from miner.plan import Plan
 from miner.producers import Producer, build_producers
 from miner.producers.producer import Image
 from miner.reading import Shard, read_ahead
 from miner.settings import Geometry, Labeling, Machine, Selection
 from miner.sources import Source
 from miner.writer import Writer
-from shards import format as fmt
 from shards.errors import TicketSetError
+from shards.schema import Plan, ShardStats
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ class Job:
         """
         classes = tuple(self.source.classes)
         settings = self.selection, self.labeling, self.geometry, self.machine
-        producers = _built(*settings, classes, fmt.digest(self.plan.common))
+        producers = _built(*settings, classes, self.plan.plan_id)
         for producer in producers:
-            if producer.identity != self.plan.common[producer.name]:
+            if producer.identity != getattr(self.plan.common, producer.name):
                 raise TicketSetError(
                     f"`{producer.name}`: expected the model, weights and versions of the plan in {self.folder}, got others"
                 )
@@ -133,7 +131,7 @@ class Progress:
             )
 
 
-def mine_shard(job: Job, split: str, number: int) -> dict[str, Any]:
+def mine_shard(job: Job, split: str, number: int) -> ShardStats:
     """Mine one shard: tar, parquet and JSON in the job's folder; gives what the JSON says.
 
     Raises:
@@ -148,7 +146,7 @@ def mine_shards(
     shards: Iterable[Shard],
     producers: Sequence[Producer] | None = None,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ShardStats]:
     """`mine_shard` of several: the same bytes, without the gaps between calls.
 
     A call a shard would wait for the first images of each, and for its commit (three fsyncs). Here the threads read on

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,18 @@ import pyarrow as pa
 from miner.settings import NO_RANKINGS, OTHER_VIEWS, TRAIN_VIEWS, Geometry, Inputs, Output
 from miner.sources import Source
 from shards import format as fmt
-from shards import token_labels
 from shards.errors import TicketSetError
 from shards.index import read_parquet
 from shards.permutation import permutation
-from shards.schema import MAX_SHARDS
+from shards.schema import (
+    MAX_SHARDS,
+    BaseLink,
+    Plan,
+    PlanCommon,
+    PlanSplit,
+    SelectorIdentity,
+    SplitViews,
+)
 from shards.storage import read_bytes, write_atomic
 from shards.views import CROP_PCT
 from shards.writer import read_plan
@@ -34,44 +41,10 @@ from shards.writer import read_plan
 ALGORITHM = 2  # since 2, gray of 12 bits and TIFFs whose white is 0 are scaled by what their file says
 # A set without rankings has no such producer. Its plan and manifest say so in these words, K = 0 among them, since sets
 # of before do: another spelling would be another plan.
-NO_SELECTOR: dict[str, Any] = {
-    "method": NO_RANKINGS, "model": None, "state": None, "keep_rate": None, "counts": [0], "blocks": [], "input_size": None,
-    "mean": [], "std": [], "dtype": "float32", "compiled": False, "code": None,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be mined. `common` and `splits` are as in plan.json."""
-
-    common: dict[str, Any]
-    splits: dict[str, dict[str, Any]]
-
-    @property
-    def plan_id(self) -> str:
-        return fmt.plan_id(self.splits)
-
-    @property
-    def k(self) -> int:
-        return self.common["k"]
-
-    @property
-    def num_patches(self) -> int:
-        return self.common["grid"][0] * self.common["grid"][1]
-
-    @property
-    def token_labels(self) -> dict[str, Any] | None:
-        """What identifies the model of the token labels; None where none are mined."""
-        return self.common.get("token_labels")
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """The format's (major, minor) that its sets need."""
-        return fmt.FORMAT if self.token_labels else fmt.PLAIN_FORMAT
-
-    def shards(self) -> list[tuple[str, int]]:
-        """(split, number) of every shard."""
-        return [(name, i) for name, split in self.splits.items() for i in range(split["shards"])]
+NO_SELECTOR = SelectorIdentity(
+    method=NO_RANKINGS, model=None, state=None, keep_rate=None, counts=(0,), blocks=(), input_size=None, mean=(), std=(),
+    dtype="float32", compiled=False, code=None,
+)  # fmt: skip
 
 
 def make_plan(
@@ -79,7 +52,7 @@ def make_plan(
     inputs: Inputs,
     output: Output,
     geometry: Geometry,
-    identities: dict[str, dict[str, Any]],
+    identities: dict[str, Any],
     batch_size: int,
 ) -> Plan:
     """Resolve a source and settings into a plan.
@@ -87,64 +60,58 @@ def make_plan(
     Args:
         source: with the splits to mine. Views and shards of a base are inherited.
         identities: producer's name -> what identifies it, see `miner.producers`.
-        batch_size: views in a batch of the selector.
+        batch_size: views in a batch.
     """
-    selector = identities.get("selector", NO_SELECTOR)
-    common = {
-        "algorithm": ALGORITHM,
-        "img_size": geometry.img_size,
-        "patch_size": geometry.patch_size,
-        "grid": list(geometry.grid),
-        "k": selector["counts"][-1],
-        "crop_pct": CROP_PCT,
-        "interpolation": "bicubic, antialias",
-        "images": output.images,
-        "exif": geometry.exif,
-        "store_side": geometry.store_side,
-        "val_share": inputs.val_share,
-        "seed": geometry.seed,
-        "batch_size": batch_size,
-        "base": source.base.manifest["set_id"] if source.base else None,
-        "classes": fmt.digest(source.classes),
-        **identities,
-        "selector": selector,
-    }
-    splits = {name: _plan_split(source, name, common, inputs, output, geometry) for name in source.splits}
-    return Plan(common, splits)
+    said = {"selector": NO_SELECTOR, **identities}
+    common = PlanCommon(
+        **said,
+        algorithm=ALGORITHM,
+        img_size=geometry.img_size,
+        patch_size=geometry.patch_size,
+        grid=geometry.grid,
+        k=said["selector"].counts[-1],
+        crop_pct=CROP_PCT,
+        interpolation="bicubic, antialias",
+        images=output.images,
+        exif=geometry.exif,
+        store_side=geometry.store_side,
+        val_share=inputs.val_share,
+        seed=geometry.seed,
+        batch_size=batch_size,
+        base=source.base.manifest.set_id if source.base else None,
+        classes=fmt.digest(source.classes),
+    )
+    return Plan.of(
+        common, {name: _plan_split(source, name, common, inputs, output, geometry) for name in source.splits}
+    )
 
 
 def _plan_split(
-    source: Source, name: str, common: dict[str, Any], inputs: Inputs, output: Output, geometry: Geometry
-) -> dict[str, Any]:
+    source: Source, name: str, common: PlanCommon, inputs: Inputs, output: Output, geometry: Geometry
+) -> PlanSplit:
     """What the plan says of one split."""
     table, limit, size = source.splits[name], inputs.limit, output.shard_size
     if source.base:
-        inherited = source.base.manifest["splits"][name]
-        views = {field: inherited[field] for field in ("views", "scale", "ratio", "hflip")}
+        views = source.base.manifest.splits[name].part(SplitViews)
     else:
         usual = TRAIN_VIEWS if name == "train" else OTHER_VIEWS
         viewed = inputs.splits or ("train",)  # of the other splits only view 0 is ever used
         count = geometry.views if geometry.views and name in viewed else usual
-        views = {
-            "views": count,
-            "scale": list(geometry.scale),
-            "ratio": list(geometry.ratio),
-            "hflip": geometry.hflip,
-        }
+        views = {"views": count, "scale": geometry.scale, "ratio": geometry.ratio, "hflip": geometry.hflip}
     planned = len(table) if limit is None else min(limit, len(table))
-    split = {
+    split = PlanSplit(
         **views,
-        "inputs": inputs_hash(table),
-        "keys": fmt.digest(sorted(table["key"].to_pylist())),
-        "images": planned,
-        "limit": limit,
-        "shard_size": size,
-        "shards": len(source.base.shard_names(name)) if source.base else -(-planned // size),
-    }
-    if split["shards"] > MAX_SHARDS:
-        raise TicketSetError(f"`shard_size` {size}: {split['shards']} shards of split {name}; make them larger")
-    split["plan_id"] = fmt.split_plan_id(common, name, split)
-    return split
+        inputs=inputs_hash(table),
+        keys=fmt.digest(sorted(table["key"].to_pylist())),
+        images=planned,
+        limit=limit,
+        shard_size=size,
+        shards=len(source.base.shard_names(name)) if source.base else -(-planned // size),
+        plan_id="",
+    )
+    if split.shards > MAX_SHARDS:
+        raise TicketSetError(f"`shard_size` {size}: {split.shards} shards of split {name}; make them larger")
+    return replace(split, plan_id=split.identity(name, common))
 
 
 def inputs_hash(table: pa.Table) -> str:
@@ -163,14 +130,14 @@ def shard_rows(plan: Plan, source: Source, split: str, number: int) -> np.ndarra
     Far-away inputs keep their order across shards and are permuted within. A source with a base keeps
     the base's shards.
     """
-    table, size = source.splits[split], plan.splits[split]["shard_size"]
+    table, size = source.splits[split], plan.splits[split].shard_size
     if source.base:
         name = fmt.shard_name(split, number)
         containers = table["container"].to_numpy()
         names = [n for s in source.base.splits for n in source.base.shard_names(s)]
         return np.flatnonzero(containers == names.index(name))
-    images = plan.splits[split]["images"]
-    seed = plan.common["seed"]
+    images = plan.splits[split].images
+    seed = plan.common.seed
     if source.in_order:
         rows = np.arange(number * size, min((number + 1) * size, images))
         return rows[_permutation(len(rows), "order", seed, split, number)]
@@ -194,7 +161,7 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         TicketSetError: the folder's plan differs, its differing fields are named; or the manifest could not hold the
             base's path.
     """
-    _base_link(plan, source, folder)  # now, not when all is mined
+    base_link(plan, source, folder)  # now, not when all is mined
     path = folder / fmt.PLAN
     try:
         old = read_plan(folder)
@@ -204,24 +171,19 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     if old is None or (alone and not mined):
         _store(path, plan, device)
         return plan
-    shared = {name: old["splits"][name] for name in plan.splits if name in old["splits"]}
+    shared = {name: old.splits[name] for name in plan.splits if name in old.splits}
     ours = {name: plan.splits[name] for name in shared}
     for name, split in ours.items():
-        retried = shared[name].pop("retried_inputs", None)
-        changed = split["inputs"] not in (shared[name]["inputs"], retried)
-        if (
-            changed
-            and retry
-            and split["keys"] == shared[name]["keys"]
-            and _only_failed_changed(folder, shared[name], source, name)
-        ):
-            retried, changed = split["inputs"], False
+        was = shared[name]
+        retried = was.retried_inputs
+        changed = split.inputs not in (was.inputs, retried)
+        if changed and retry and split.keys == was.keys and _only_failed_changed(folder, was, source, name):
+            retried, changed = split.inputs, False
         if not changed:
-            ours[name] = {**split, "inputs": shared[name]["inputs"], "plan_id": shared[name]["plan_id"]}
-        if retried:
-            shared[name]["retried_inputs"] = retried
-            ours[name] = {**ours[name], "retried_inputs": retried}
-    differing = _differences({"common": old["common"], "splits": shared}, {"common": plan.common, "splits": ours})
+            split = replace(split, inputs=was.inputs, plan_id=was.plan_id)
+        shared[name], ours[name] = replace(was, retried_inputs=retried), replace(split, retried_inputs=retried)
+    there, here = ({name: split.to_json() for name, split in of.items()} for of in (shared, ours))
+    differing = _differences(old.common.to_json(), plan.common.to_json()) + _differences(there, here, "splits")
     if differing:
         if not alone:
             raise TicketSetError(
@@ -233,8 +195,8 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
             f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
             f" give another `out`, or `overwrite`{', or `retry_failed` where failed files were mended' if mended else ''}"
         )
-    whole = Plan(plan.common, {**old["splits"], **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
-    if whole.splits != old["splits"] or retry:
+    whole = Plan.of(plan.common, {**old.splits, **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
+    if whole.splits != old.splits or retry:
         if not alone:
             raise TicketSetError(
                 f"{folder}: another datalth-mine is at work in it, and this command would change its plan;"
@@ -252,7 +214,7 @@ def check_unchanged(folder: Path, split: str, plan_id: str) -> None:
         TicketSetError: it is another, none, or gone.
     """
     plan = read_plan(folder)
-    found = plan["splits"].get(split, {}).get("plan_id") if plan else None
+    found = plan.splits[split].plan_id if plan and split in plan.splits else None
     if found != plan_id:
         raise TicketSetError(
             f"{folder / fmt.PLAN}: another datalth-mine has changed it since this one began; expected plan"
@@ -269,21 +231,14 @@ def _store(path: Path, plan: Plan, device: str) -> None:
         "platform": platform.machine(),
         "device": device,
     }
-    content = {
-        "format": list(plan.version),
-        "plan_id": plan.plan_id,
-        "common": plan.common,
-        "splits": plan.splits,
-        "recorded": recorded,
-    }
-    write_atomic(path, fmt.canonical_json(content))
+    write_atomic(path, fmt.canonical_json(replace(plan, recorded=recorded).to_json()))
 
 
-def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, name: str) -> bool:
+def _only_failed_changed(folder: Path, split: PlanSplit, source: Source, name: str) -> bool:
     """Whether every input that differs from what was mined had failed then."""
     columns = ["key", "source_bytes", "label", "status"]
     known = {}
-    for number in range(split["shards"]):
+    for number in range(split.shards):
         index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
         if index.exists():
             rows = read_parquet(read_bytes(str(index)), str(index), columns).to_pylist()
@@ -293,7 +248,7 @@ def _only_failed_changed(folder: Path, split: dict[str, Any], source: Source, na
         row = known.get(key)
         if row and row["status"] == "ok" and (row["label"] != label or size not in (-1, row["source_bytes"])):
             return False
-    return len(table) >= split["images"]
+    return len(table) >= split.images
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -304,7 +259,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             if key != "plan_id":
                 out += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return out
-    return [] if old == new else [f"{path.removeprefix('common.')}: {_brief(old)} there, {_brief(new)} here"]
+    return [] if old == new else [f"{path}: {_brief(old)} there, {_brief(new)} here"]
 
 
 def _brief(value: Any) -> str:
@@ -312,42 +267,13 @@ def _brief(value: Any) -> str:
     return text[:12] if len(text) == 64 and text.isalnum() else text
 
 
-def manifest_head(plan: Plan, source: Source, folder: Path) -> dict[str, Any]:
-    """What the manifest says besides what the shards count."""
-    n = plan.num_patches
-    members: dict[str, Any] = {fmt.LABEL: {"dtype": "ascii int", "shape": []}}
-    if plan.k:
-        columns = list(fmt.VIEW_COLUMNS)
-        members[fmt.RANKING] = {"dtype": str(fmt.ranking_dtype(n)), "shape": ["views", n]}
-        members[fmt.VIEWS] = {"dtype": "int32", "shape": ["views", len(columns)], "columns": columns}
-    if plan.token_labels:
-        shape = token_labels.shape(len(source.classes), plan.token_labels["grid"][0])
-        members[fmt.TOKEN_LABELS] = {"dtype": "uint16", "shape": shape}
-    if plan.common["images"] == "copy":
-        members["|".join(fmt.IMAGE_MEMBERS)] = {"dtype": "image file", "shape": ["height", "width", 3]}
-    fields = ("selector", "img_size", "patch_size", "grid", "k", "exif", "store_side", "seed")
-    return {
-        "format": list(plan.version),
-        "plan_id": plan.plan_id,
-        **{field: plan.common[field] for field in fields},
-        **({"token_labels": plan.token_labels} if plan.token_labels else {}),
-        "classes": source.classes,
-        "members": members,
-        "base": _base_link(plan, source, folder),
-        "splits": {
-            name: {field: split[field] for field in ("views", "scale", "ratio", "hflip")}
-            for name, split in plan.splits.items()
-        },
-    }
-
-
-def _base_link(plan: Plan, source: Source, folder: Path) -> dict[str, str] | None:
+def base_link(plan: Plan, source: Source, folder: Path) -> BaseLink | None:
     """What the manifest of a linked set says of its base.
 
     Raises:
         TicketSetError: the base's path is no UTF-8, which JSON cannot hold.
     """
-    if plan.common["images"] != "link" or source.base is None:
+    if plan.common.images != "link" or source.base is None:
         return None
     path = _relative(source.base.url, folder)
     try:
@@ -355,7 +281,7 @@ def _base_link(plan: Plan, source: Source, folder: Path) -> dict[str, str] | Non
     except UnicodeEncodeError:
         shown = path.encode("utf-8", "backslashreplace").decode()
         raise TicketSetError(f"`data`: expected a base whose path is UTF-8, got {shown}; rename its folder") from None
-    return {"set_id": source.base.manifest["set_id"], "path": path}
+    return BaseLink(set_id=source.base.manifest.set_id, path=path)
 
 
 def _relative(url: str, folder: Path) -> str:

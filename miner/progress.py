@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 from miner.job import Progress
-from miner.plan import Plan
 from miner.sources import Source
 from shards.console import duration, printable, size, table
 from shards.flags import as_flags
 from shards.reader import TicketSet
+from shards.schema import Plan, SelectorIdentity
 from shards.storage import is_remote
 
 LOG_SECONDS = 15  # between plain log lines
@@ -25,56 +25,51 @@ MEGAPIXELS_TO_RECOMMEND = 2.0
 
 def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list[str]) -> None:
     """Print what is about to happen."""
-    selector, n = plan.common["selector"], plan.num_patches
-    how = selector["method"]
-    if selector["model"]:
-        blocks = ", ".join(map(str, selector["blocks"]))
-        how += f" of {selector['model']} at block{'s' if ',' in blocks else ''} {blocks}, {selector['input_size']} px"
+    common, selector, n = plan.common, plan.common.selector, plan.common.num_patches
+    how = selector.method
+    if selector.model:
+        blocks = ", ".join(map(str, selector.blocks))
+        how += f" of {selector.model} at block{'s' if ',' in blocks else ''} {blocks}, {selector.input_size} px"
     rows: list[list[object]] = [["source", source.spec]]
     for name in mined:
         split = plan.splits[name]
-        rows.append(["", f"{name}: {split['images']} images, {split['views']} views each, {split['shards']} shards"])
+        rows.append(["", f"{name}: {split.images} images, {split.views} views each, {split.shards} shards"])
     rows += [["", f"note: {note}"] for note in source.notes]
     if source.base:
-        rows.append(
-            ["base", f"{source.base.url}: views, seed and sizes are inherited; images: {plan.common['images']}"]
-        )
+        rows.append(["base", f"{source.base.url}: views, seed and sizes are inherited; images: {common.images}"])
     rows += [
         ["classes", len(source.classes) or "none: unlabelled"],
         ["selector", how],
-        ["tickets", f"K = {plan.k} of {n} patches ({plan.k / n:.1%}){_rate(selector)}" if plan.k else "none"],
+        ["tickets", f"K = {common.k} of {n} patches ({common.k / n:.1%}){_rate(selector)}" if common.k else "none"],
     ]
-    if plan.token_labels:
-        model, side, pixels = (plan.token_labels[name] for name in ("model", "grid", "input_size"))
-        rows.append(["token labels", f"{side[0]} x {side[1]} places, by {model} at {pixels} px"])
+    if labels := common.token_labels:
+        places = f"{labels.grid[0]} x {labels.grid[1]} places"
+        rows.append(["token labels", f"{places}, by {labels.model} at {labels.input_size} px"])
     rows += [
-        ["device", f"{device}, {(plan.token_labels or selector)['dtype']}"],
+        ["device", f"{device}, {(common.token_labels or selector).dtype}"],
         ["output", f"{folder}, about {size(expected_bytes(plan, source, mined))}"],
     ]
     click.echo(as_flags(table([[str(v) for v in row] for row in rows])))
 
 
-def _rate(selector: dict[str, Any]) -> str:
-    return (
-        ""
-        if selector["keep_rate"] is None
-        else f", keep rate {selector['keep_rate']:g} at each of {len(selector['counts'])} stages"
-    )
+def _rate(selector: SelectorIdentity) -> str:
+    rate, stages = selector.keep_rate, len(selector.counts)
+    return "" if rate is None else f", keep rate {rate:g} at each of {stages} stages"
 
 
 def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
     """Images as they are, and per sample the ranking, the views, the token labels and their tar blocks."""
-    total = 0
+    total, common = 0, plan.common
     for name in mined:
         split, listed = plan.splits[name], source.splits[name]
-        members = 3 * 1024 + split["views"] * (plan.num_patches + 20) if plan.k else 1024
-        if plan.token_labels:
-            members += 1024 + 4 * math.prod((plan.token_labels["top"], *plan.token_labels["grid"]))
+        members = 3 * 1024 + split.views * (common.num_patches + 20) if common.k else 1024
+        if common.token_labels:
+            members += 1024 + 4 * math.prod((common.token_labels.top, *common.token_labels.grid))
         images = 0
-        if plan.common["images"] == "copy":
+        if common.images == "copy":
             known = [s for s in listed["size"].to_pylist() if s > 0]
             images = round(statistics.fmean(known)) + 768 if known else 0
-        total += split["images"] * (members + images)
+        total += split.images * (members + images)
     return total
 
 
@@ -144,17 +139,14 @@ def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "m
             f" {progress.images / seconds:.1f} images/s, {progress.views / seconds:.1f} views/s (waiting: {waits})"
         )
     head = ["split", "samples", "failed", "views", "shards", "size"]
-    rows = [
-        [name, s["samples"], s["failed"], s["views"], s["shards"], size(s["bytes"])]
-        for name, s in manifest["splits"].items()
-    ]
+    rows = [[name, s.samples, s.failed, s.views, s.shards, size(s.bytes)] for name, s in manifest.splits.items()]
     click.echo(table(rows, head))
     for line in _advice(opened):
         click.echo(as_flags(printable(line)))
     where = shlex.quote(str(folder))
-    base = manifest["base"]
-    if base and is_remote(base["path"]):  # no reader follows a manifest to another store by itself
-        where += f" --base {shlex.quote(base['path'])}"
+    base = manifest.base
+    if base and is_remote(base.path):  # no reader follows a manifest to another store by itself
+        where += f" --base {shlex.quote(base.path)}"
     look = f"datalth-shards sheet {where} -o sheet.png, then " if opened.has_tickets else ""
     click.echo(printable(f"next: {look}datalth-shards verify {where} --deep"))
 
@@ -173,13 +165,13 @@ def _advice(opened: TicketSet) -> list[str]:
             f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); `retry_failed` mines them again"
         )
     turned = sum(o not in (None, 1) for o in rows["orientation"])
-    if turned and opened.exif == "ignore" and opened.manifest["base"] is None:
+    if turned and opened.exif == "ignore" and opened.manifest.base is None:
         lines.append(
             f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with `exif` apply"
         )
     pixels = [w * h for w, h in zip(rows["width"], rows["height"], strict=True) if w]
     megapixels = statistics.median(pixels) / 1e6 if pixels else 0
-    if megapixels > MEGAPIXELS_TO_RECOMMEND and opened.manifest["base"] is None:
+    if megapixels > MEGAPIXELS_TO_RECOMMEND and opened.manifest.base is None:
         lines.append(
             f"the median image has {megapixels:.1f} megapixels, decoded in every epoch; `store_side` 512 makes training cheaper"
         )

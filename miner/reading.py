@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from miner.plan import Plan, shard_rows
+from miner.plan import shard_rows
 from miner.producers.producer import Image, Producer
 from miner.sources import Source
 from shards.errors import ImageError, is_machine_error
 from shards.images import render_pixels, store_image
+from shards.schema import Plan
 from shards.views import image_views
 
 Shard = tuple[str, int]  # (split, number)
@@ -50,23 +51,23 @@ def read_ahead(
 
 def _two_batches(plan: Plan, split: str, producers: Sequence[Producer]) -> int:
     """Images that hold two batches of every producer: one on the device, one being gathered."""
-    views = plan.splits[split]["views"]
+    views = plan.splits[split].views
     return max(-(-2 * p.batch_size // (1 if p.whole else views)) for p in producers)
 
 
 def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split: str, row: dict[str, Any]) -> Image:
     """Everything that one image needs before a device sees it: one read, one decode."""
-    common, split_plan = plan.common, plan.splits[split]
+    common, said = plan.common, plan.splits[split]
     image = Image(row)
     try:
         data, views = source.read(row)
         if row["size"] < 0 or source.base:
             row["size"] = len(data)
-        image.stored, pixels = store_image(data, common["exif"], common["store_side"])
+        image.stored, pixels = store_image(data, common.exif, common.store_side)
         height, width = image.stored.height, image.stored.width
         if views is None:
-            drawn = {name: split_plan[name] for name in ("scale", "ratio", "hflip")}
-            views = image_views(common["seed"], row["key"], split_plan["views"], width, height, **drawn)
+            drawn = said.scale, said.ratio, said.hflip
+            views = image_views(common.seed, row["key"], said.views, width, height, *drawn)
         image.views = views
         everything = np.array([[0, 0, height, width, 0]])
         for producer in producers:

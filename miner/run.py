@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from miner import models
 from miner.claim import Claim
 from miner.folder import check_ranks, check_target, remove_set, remove_temporary
 from miner.job import Job, Progress, mine_shards
-from miner.plan import Plan, check_unchanged, make_plan, manifest_head, shard_rows, write_plan
+from miner.plan import base_link, check_unchanged, make_plan, shard_rows, write_plan
 from miner.producers import Producer, build_producers, check_settings, device_of
 from miner.progress import ProgressBar, show_plan, show_summary
 from miner.reading import Shard
@@ -24,6 +23,7 @@ from shards import format as fmt
 from shards.errors import TicketSetError, first_line
 from shards.flags import marked
 from shards.ranks import rank_and_world
+from shards.schema import Plan, ShardStats
 from shards.writer import finalize, read_plan, read_shard_json
 
 
@@ -109,7 +109,7 @@ def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], output: O
         show_plan(plan, source, folder, str(device), list(mined.splits))
         if done:
             print(f"resuming: {len(done)} of {len(own)} shards are done")
-    allowed = output.max_failures * count_images(plan, source, own) - sum(s["failed"] for s in done.values())
+    allowed = output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
     seconds, progress = 0.0, Progress(allowed)
     if todo:
         started = time.monotonic()
@@ -143,7 +143,7 @@ def inherit(inputs: Inputs, output: Output, geometry: Geometry, source: Source, 
     for name in sorted(marked("inherited", *GROUPS) & given):
         raise TicketSetError(f"`{name}`: inherited from the ticket set {data}; leave it out")
     sizes = marked("size", *GROUPS)
-    inherited = {name: source.base.manifest[name] for name in ("seed", "exif", *sizes)}
+    inherited = {name: getattr(source.base.manifest, name) for name in ("seed", "exif", *sizes)}
     for name in sorted(sizes & given):
         if getattr(geometry, name) != inherited[name]:
             raise TicketSetError(
@@ -157,19 +157,19 @@ def default_batch_size(output: Output, device: torch.device) -> int:
     """That of the plan which is there, for a run may be resumed on another kind of device; else what suits this one."""
     plan = None if output.overwrite else read_plan(Path(output.out))
     if plan:
-        return plan["common"]["batch_size"]
+        return plan.common.batch_size
     return 16 if device.type == "cpu" else 128  # small batches stay in a CPU's caches: measured 1.25 times 128's rate
 
 
 def forget_failed(folder: Path, plan: Plan, shards: list[Shard]) -> None:
     """Take back the shards that hold failed images, so that they are mined again."""
     for (split, number), stats in committed(folder, plan, shards).items():
-        if stats["failed"]:
+        if stats.failed:
             (folder / fmt.MANIFEST).unlink(missing_ok=True)  # first: the set is incomplete from here on
             (folder / f"{fmt.shard_name(split, number)}.json").unlink()
 
 
-def committed(folder: Path, plan: Plan, shards: list[Shard]) -> dict[Shard, dict[str, Any]]:
+def committed(folder: Path, plan: Plan, shards: list[Shard]) -> dict[Shard, ShardStats]:
     """What the JSON of those shards says that are done.
 
     Raises:
@@ -181,7 +181,7 @@ def committed(folder: Path, plan: Plan, shards: list[Shard]) -> dict[Shard, dict
         if stats is None:
             continue
         path = folder / f"{fmt.shard_name(split, number)}.json"
-        if stats["plan_id"] != plan.splits[split]["plan_id"]:
+        if stats.plan_id != plan.splits[split].plan_id:
             raise TicketSetError(f"{path}: a shard of another plan; remove it to mine it again")
         done[split, number] = stats
     return done
@@ -202,6 +202,6 @@ def finish(folder: Path, plan: Plan, source: Source) -> bool:
     if len(done) < len(plan.shards()):
         return False
     for split in plan.splits:
-        check_unchanged(folder, split, plan.splits[split]["plan_id"])
-    finalize(folder, manifest_head(plan, source, folder), list(done.values()))
+        check_unchanged(folder, split, plan.splits[split].plan_id)
+    finalize(folder, plan, source.classes, base_link(plan, source, folder), list(done.values()))
     return True

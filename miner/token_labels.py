@@ -7,7 +7,6 @@ a model whose pooling is the mean, which `build_labeler` tests.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from miner import models
 from shards.errors import TicketSetError, first_line
+from shards.schema import LabelerIdentity
 from shards.token_labels import MAX_CLASSES, TOP
 
 SIDE = 18  # places, as LV-ViT's maps; a model whose stride does not allow it has others
@@ -57,18 +57,19 @@ class Labeler:
         shares = logits.softmax(-1).gather(-1, order)
         return shares.movedim(-1, 1), order.movedim(-1, 1)
 
-    def identity(self) -> dict[str, Any]:
-        """What identifies it in the plan."""
-        return {
-            "model": self.name,
-            "state": models.state_hash(self.model),
-            "input_size": self.input_size,
-            "grid": [self.side, self.side],
-            "top": TOP,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "dtype": "bfloat16" if self.amp else "float32",
-        }
+    def identity(self, batch_size: int) -> LabelerIdentity:
+        """What identifies it in the plan; `batch_size`: images a batch."""
+        return LabelerIdentity(
+            model=self.name,
+            state=models.state_hash(self.model),
+            input_size=self.input_size,
+            grid=(self.side, self.side),
+            top=TOP,
+            mean=self.mean,
+            std=self.std,
+            dtype="bfloat16" if self.amp else "float32",
+            batch_size=batch_size,
+        )
 
 
 def build_labeler(

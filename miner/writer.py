@@ -7,9 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from miner.plan import Plan, check_unchanged
+from miner.plan import check_unchanged
 from miner.producers.producer import Image, Producer
 from shards import format as fmt
+from shards.schema import Plan, ShardStats
 from shards.writer import ShardWriter
 
 WAITING_IMAGES = 64
@@ -26,7 +27,7 @@ class Writer:
         self._plan, self._folder, self._producers = plan, folder, producers
         self._queue: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
         self._thread = ThreadPoolExecutor(1, "write")
-        self._shards: list[Future[dict[str, Any]]] = []
+        self._shards: list[Future[ShardStats]] = []
         self._error: BaseException | None = None
 
     def begin(self, split: str, number: int) -> None:
@@ -44,7 +45,7 @@ class Writer:
         self._timing |= timing
         self._put(_END)
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[ShardStats]:
         """Wait until everything is on disk; gives what each shard's JSON says."""
         return [shard.result() for shard in self._shards]
 
@@ -67,12 +68,14 @@ class Writer:
         if self._error is not None:
             raise self._error
 
-    def _write(self, split: str, number: int, timing: dict[str, float]) -> dict[str, Any]:
+    def _write(self, split: str, number: int, timing: dict[str, float]) -> ShardStats:
         """In the thread: one shard, of the images up to the next mark."""
         try:
             self._raise()  # the images in the queue may be those of a shard that failed
-            plan_id = self._plan.splits[split]["plan_id"]
-            with ShardWriter(self._folder, split, number, self._plan.num_patches, plan_id, self._plan.version) as shard:
+            plan_id = self._plan.splits[split].plan_id
+            with ShardWriter(
+                self._folder, split, number, self._plan.common.num_patches, plan_id, self._plan.format
+            ) as shard:
                 while (item := self._queue.get()) is not _END:
                     if item is _ABORT:
                         raise RuntimeError("aborted")
@@ -89,7 +92,7 @@ class Writer:
             "source": image.row["source"],
             "label": image.row["label"],
             "source_bytes": image.row["size"],
-            "k": self._plan.k,
+            "k": self._plan.common.k,
         }
         if image.error is not None:
             shard.add_failure(row, image.error)
@@ -106,6 +109,6 @@ class Writer:
             row |= columns
         if row["label"] is not None:
             members[fmt.LABEL] = str(row["label"]).encode("ascii")
-        if self._plan.common["images"] == "copy":
+        if self._plan.common.images == "copy":
             members[stored.member] = stored.data
         shard.add(row, members)

@@ -1,6 +1,7 @@
 """What a value read from somebody's file must be: small checks that are put together into those of whole files.
 
-A check is a function (value, name) that raises a line: the name, what was expected, what was found.
+A check is a function (value, name) that gives back what the code works with (the value itself, a tuple for a list, a
+record for an object), or raises a line: the name, what was expected, what was found.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from shards.errors import TicketSetError
 
-Check = Callable[[Any, str], None]  # (value, its name); raises TicketSetError
+Check = Callable[[Any, str], Any]  # (value, its name) -> the value as the code has it; raises TicketSetError
 # No line of a file, nor a terminal, may meet these.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -19,9 +20,10 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 def rule(holds: Callable[[Any], bool], says: str) -> Check:
     """Any condition, and its words."""
 
-    def check(value: Any, name: str) -> None:
+    def check(value: Any, name: str) -> Any:
         if not holds(value):
             raise TicketSetError(f"{name}: expected {says}, got {reprlib.repr(value)}")
+        return value
 
     return check
 
@@ -63,15 +65,13 @@ def or_null(check: Check) -> Check:
 
 
 def list_of(check: Check, shortest: int, longest: int) -> Check:
-    """A list whose every item passes."""
+    """A list whose every item passes; it becomes a tuple."""
     whole = rule(
         lambda v: isinstance(v, list) and shortest <= len(v) <= longest, f"a list of {shortest} to {longest} values"
     )
 
-    def check_all(value: Any, name: str) -> None:
-        whole(value, name)
-        for number, item in enumerate(value):
-            check(item, f"{name}[{number}]")
+    def check_all(value: Any, name: str) -> tuple[Any, ...]:
+        return tuple(check(item, f"{name}[{number}]") for number, item in enumerate(whole(value, name)))
 
     return check_all
 
@@ -79,14 +79,15 @@ def list_of(check: Check, shortest: int, longest: int) -> Check:
 def fields(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
     """An object that has some fields; others are left alone."""
 
-    def check_all(value: Any, name: str) -> None:
-        _OBJECT(value, name)
+    def check_all(value: Any, name: str) -> Any:
+        OBJECT(value, name)
         missing = [field for field in required if field not in value]
         if missing:
             raise TicketSetError(f"{name}: lacks the field {missing[0]!r}")
         for field, check in {**required, **(optional or {})}.items():
             if field in value:
                 check(value[field], f"{name}: {field}")
+        return value
 
     return check_all
 
@@ -95,16 +96,14 @@ def mapping_of(names: Check, check: Check, most: int) -> Check:
     """An object of 1 to `most` fields; their names pass one check, their values another."""
     whole = rule(lambda v: isinstance(v, dict) and 0 < len(v) <= most, f"1 to {most} names and values")
 
-    def check_all(value: Any, name: str) -> None:
-        whole(value, name)
-        for field, item in value.items():
-            names(field, f"{name}: name")
-            check(item, f"{name}: {field}")
+    def check_all(value: Any, name: str) -> dict[str, Any]:
+        items = whole(value, name).items()
+        return {names(field, f"{name}: name"): check(item, f"{name}: {field}") for field, item in items}
 
     return check_all
 
 
-_OBJECT = rule(lambda v: isinstance(v, dict), "names and values")
+OBJECT = rule(lambda v: isinstance(v, dict), "names and values")
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:

@@ -54,17 +54,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def split_plan_id(common: dict[str, Any], name: str, split: dict[str, Any]) -> str:
-    """Identity of what decides one split's bytes."""
-    decisive = {field: value for field, value in split.items() if field not in ("plan_id", "retried_inputs")}
-    return digest({"common": common, "name": name, "split": decisive})
-
-
-def plan_id(splits: dict[str, dict[str, Any]]) -> str:
-    """Identity of a set's plan: of its splits' together."""
-    return digest({name: split["plan_id"] for name, split in splits.items()})
-
-
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """The manifest's hash of itself: of everything in it but this hash."""
     return digest({field: value for field, value in manifest.items() if field != "digest"})

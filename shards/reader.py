@@ -23,6 +23,7 @@ from shards import schema, storage, token_labels
 from shards.errors import ImageError, TicketSetError
 from shards.images import decode, render_pixels
 from shards.index import read_index
+from shards.schema import Manifest
 from shards.tar import split_members
 
 
@@ -105,11 +106,11 @@ class TicketSet:
 
     Attributes:
         url: where it is.
-        manifest: manifest.json as a dict.
+        manifest: what manifest.json says.
         base: the set that holds the images, where this one is linked.
     """
 
-    def __init__(self, url: str, manifest: dict[str, Any], base: "TicketSet | None") -> None:
+    def __init__(self, url: str, manifest: Manifest, base: "TicketSet | None") -> None:
         self.url, self.manifest, self.base = url, manifest, base
 
     @classmethod
@@ -125,69 +126,69 @@ class TicketSet:
         """
         url = storage.local(str(url)).rstrip("/") or "/"
         manifest = _read_manifest(url)
-        link = manifest["base"]
+        link = manifest.base
         if link is None or not images:
             return cls(url, manifest, None)
-        where = base or resolve_base(url, link["path"])
+        where = base or resolve_base(url, link.path)
         try:
             base_manifest = _read_manifest(where)
         except TicketSetError as error:
             raise TicketSetError(
                 f"{url}: its images are in a base set that cannot be opened ({error}); name its place with --base"
             ) from None
-        if base_manifest["base"] is not None:
+        if base_manifest.base is not None:
             raise TicketSetError(
                 f"{url}: its base {where} is a linked set itself; expected the set that holds the images"
             )
-        if base_manifest["set_id"] != link["set_id"]:
+        if base_manifest.set_id != link.set_id:
             raise TicketSetError(
-                f"{url}: base set {where} has changed: expected set_id {link['set_id'][:12]},"
-                f" got {base_manifest['set_id'][:12]}; mine this link again"
+                f"{url}: base set {where} has changed: expected set_id {link.set_id[:12]},"
+                f" got {base_manifest.set_id[:12]}; mine this link again"
             )
         return cls(url, manifest, cls(storage.local(where).rstrip("/"), base_manifest, None))
 
     @property
     def k(self) -> int:
         """K, patches in a ticket."""
-        return self.manifest["k"]
+        return self.manifest.k
 
     @property
     def grid(self) -> tuple[int, int]:
         """(gh, gw)"""
-        return tuple(self.manifest["grid"])
+        return self.manifest.grid
 
     @property
     def num_patches(self) -> int:
         """N = gh * gw"""
-        return self.grid[0] * self.grid[1]
+        return self.manifest.num_patches
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their labels."""
-        return self.manifest["classes"]
+        return list(self.manifest.classes)
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits."""
-        return list(self.manifest["splits"])
+        return list(self.manifest.splits)
 
     @property
     def exif(self) -> str:
         """ "ignore" or "apply": the frame that boxes refer to."""
-        return self.manifest["exif"]
+        return self.manifest.exif
 
     @property
     def base_id(self) -> str:
         """set_id of the set that holds the images: this one, or the one it links to."""
-        return (self.manifest["base"] or self.manifest)["set_id"]
+        return (self.manifest.base or self.manifest).set_id
 
     @property
     def has_token_labels(self) -> bool:
-        return fmt.TOKEN_LABELS in self.manifest["members"]
+        return fmt.TOKEN_LABELS in self.manifest.members
 
     @property
     def has_tickets(self) -> bool:
-        return fmt.RANKING in self.manifest["members"]
+        return fmt.RANKING in self.manifest.members
 
     def require_tickets(self) -> None:
         """
@@ -206,12 +207,12 @@ class TicketSet:
             TicketSetError: the set was mined anew, or is being.
         """
         try:
-            found = _read_manifest(self.url)["set_id"]
+            found = _read_manifest(self.url).set_id
         except TicketSetError as error:
             raise TicketSetError(f"{self.url}: changed while it was read: {error}") from None
-        if found != self.manifest["set_id"]:
+        if found != self.manifest.set_id:
             raise TicketSetError(
-                f"{self.url}: mined anew while it was read: expected set_id {self.manifest['set_id'][:12]},"
+                f"{self.url}: mined anew while it was read: expected set_id {self.manifest.set_id[:12]},"
                 f" got {found[:12]}; start again on the new set"
             )
 
@@ -221,9 +222,9 @@ class TicketSet:
         Raises:
             TicketSetError: no such split.
         """
-        if split not in self.manifest["splits"]:
+        if split not in self.manifest.splits:
             raise TicketSetError(f"{self.url}: expected a split of {self.splits}, got {split!r}")
-        return [fmt.shard_name(split, i) for i in range(self.manifest["splits"][split]["shards"])]
+        return [fmt.shard_name(split, i) for i in range(self.manifest.splits[split].shards)]
 
     def shard_table(self, name: str) -> pa.Table:
         """The index of one shard, one row per input sample.
@@ -233,7 +234,7 @@ class TicketSet:
         """
         url = storage.join(self.url, fmt.INDEX, f"{name}.parquet")
         try:
-            return read_index(storage.read_bytes(url), url, self.num_patches, len(self.classes))
+            return read_index(storage.read_bytes(url), url, self.num_patches, len(self.manifest.classes))
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; expected the index of shard {name}") from None
 
@@ -345,13 +346,13 @@ class TicketSet:
         """
         where = f"{where}: {row.key}"
         image = next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
-        if image is None and self.manifest["base"] and self.base is None:
+        if image is None and self.manifest.base and self.base is None:
             image = b""  # opened without images
         boxes = (members if self.has_tickets else pictured).get(fmt.VIEWS)
         if image is None or boxes is None or (self.has_tickets and fmt.RANKING not in members):
             raise TicketSetError(f"{where}: expected an image, a ranking and views, got {sorted(pictured)}")
         _check_label(members.get(fmt.LABEL), row.label, where)
-        count = self.manifest["splits"][name.rpartition("-")[0]]["views"]
+        count = self.manifest.splits[name.rpartition("-")[0]].views
         views = fmt.decode_npy(boxes, where)
         _check_views(views, count, row, where)
         if self.has_tickets:
@@ -371,12 +372,13 @@ class TicketSet:
         Raises:
             TicketSetError: the member is missing, or is not what the manifest says.
         """
-        if not self.has_token_labels:
+        if self.manifest.token_labels is None or not self.has_token_labels:
             return None
         if fmt.TOKEN_LABELS not in members:
             raise TicketSetError(f"{where}: expected token labels, got {sorted(members)}")
-        expected = self.manifest["members"][fmt.TOKEN_LABELS]
-        return token_labels.decode(members[fmt.TOKEN_LABELS], expected, len(self.classes), where)
+        num_classes = len(self.manifest.classes)
+        shape = token_labels.shape(num_classes, self.manifest.token_labels.grid[0])
+        return token_labels.decode(members[fmt.TOKEN_LABELS], shape, num_classes, where)
 
 
 def _ok(opened: TicketSet, name: str) -> pa.Table:
@@ -457,7 +459,7 @@ def _open_tar(url: str) -> storage.Ranges:
         raise TicketSetError(f"{url}: missing; the index lists its samples") from None
 
 
-def _read_manifest(url: str) -> dict[str, Any]:
+def _read_manifest(url: str) -> Manifest:
     where = storage.join(url, fmt.MANIFEST)
     try:
         return schema.parse_manifest(storage.read_bytes(where, schema.MAX_JSON_BYTES), where)

@@ -66,7 +66,7 @@ class Rows:
         self.labelled = labels.null_count == 0
         self.labels = pc.fill_null(labels, -1).to_numpy()
         in_base = opened.manifest if opened.base is None else opened.base.manifest
-        self.skipped = in_base["splits"][split]["samples"] - len(table)
+        self.skipped = in_base.splits[split].samples - len(table)
         for each in (opened, opened.base, token_labels):
             if each is not None:
                 each.check_unchanged()  # the tables are of one set
@@ -135,7 +135,7 @@ class Rows:
 
     def _open_tar(self, url: str, opened: TicketSet) -> storage.Ranges:
         try:
-            path = self._fetched(url, opened.manifest["set_id"]) if storage.is_remote(url) else url
+            path = self._fetched(url, opened.manifest.set_id) if storage.is_remote(url) else url
             ranges = storage.open_ranges(path)
             opened.check_unchanged()
             return ranges
@@ -184,10 +184,10 @@ def tar_of(url: str) -> tuple[int, str]:
     """
     where = f"{url.removesuffix('.tar')}.json"
     try:
-        tar = schema.parse_shard(storage.read_bytes(where, schema.MAX_JSON_BYTES), where)["tar"]
+        tar = schema.parse_shard(storage.read_bytes(where, schema.MAX_JSON_BYTES), where).tar
     except FileNotFoundError:
         raise TicketSetError(f"{where}: missing; expected the JSON of a shard") from None
-    return tar["bytes"], tar["sha256"]
+    return tar.bytes, tar.sha256
 
 
 def own_folder(folder: Path) -> Path:

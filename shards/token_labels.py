@@ -11,7 +11,6 @@ map. Nothing is flipped: a view that is flipped reads its columns from the right
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -23,9 +22,9 @@ UNIT = 65535
 MAX_CLASSES = 65536
 
 
-def shape(num_classes: int, side: int) -> list[int]:
-    """[2, T, G, G]"""
-    return [2, min(TOP, num_classes), side, side]
+def shape(num_classes: int, side: int) -> tuple[int, int, int, int]:
+    """(2, T, G, G)"""
+    return 2, min(TOP, num_classes), side, side
 
 
 def encode(probabilities: np.ndarray, classes: np.ndarray) -> bytes:
@@ -34,21 +33,22 @@ def encode(probabilities: np.ndarray, classes: np.ndarray) -> bytes:
     return fmt.encode_npy(np.stack([units, classes]).astype("<u2"))
 
 
-def decode(data: bytes, expected: dict[str, Any], num_classes: int, where: str) -> np.ndarray:
+def decode(data: bytes, expected: tuple[int, ...], num_classes: int, where: str) -> np.ndarray:
     """uint16 [2, T, G, G], read-only.
 
     Args:
         data: of the member.
-        expected: what the manifest says of it: dtype and shape.
+        expected: its shape.
         num_classes: of the set.
         where: for the error.
     Raises:
         TicketSetError: it is no such array, or names a class that the set lacks.
     """
     array = fmt.decode_npy(data, where)
-    kind, size = expected.get("dtype"), expected.get("shape")
-    if (str(array.dtype), list(array.shape)) != (kind, size):
-        raise TicketSetError(f"{where}: expected token labels {kind} {size}, got {array.dtype} {list(array.shape)}")
+    if array.dtype != np.uint16 or array.shape != expected:
+        raise TicketSetError(
+            f"{where}: expected token labels uint16 {list(expected)}, got {array.dtype} {list(array.shape)}"
+        )
     if array[1].max() >= num_classes:
         raise TicketSetError(f"{where}: token labels: expected classes below {num_classes}, got {array[1].max()}")
     return array

@@ -8,17 +8,18 @@ that was cut at a member's edge reads without an error.
 import hashlib
 import reprlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 from shards import checks, schema, storage, token_labels
 from shards import format as fmt
 from shards.errors import ImageError, TicketSetError, first_line
 from shards.reader import Sample, TicketSet
 from shards.views import canonical_view
-from shards.writer import interop_files, set_id
+from shards.writer import count, interop_files, set_id
 
 HASH_BLOCK = 8 << 20
 MAX_PROBLEMS = 1000
+T = TypeVar("T")
 
 
 def verify(
@@ -48,9 +49,9 @@ def verify(
 
 
 def _problems(opened: TicketSet, deep: bool, on_shard: Callable[[str], None], base_too: bool) -> Iterator[str]:
-    if fmt.manifest_digest(opened.manifest) != opened.manifest.get("digest"):
+    if opened.manifest.identity() != opened.manifest.digest:
         yield f"{fmt.MANIFEST}: not as it was written: its digest is of other contents"
-    damaged = list(_check_file(opened, fmt.PLAN, opened.manifest["plan"], hashed=True))
+    damaged = list(_check_file(opened, fmt.PLAN, opened.manifest.plan, hashed=True))
     yield from damaged
     plan = None
     if not damaged:
@@ -71,7 +72,7 @@ def _problems(opened: TicketSet, deep: bool, on_shard: Callable[[str], None], ba
                 if deep and not found:
                     yield from _check_tar(opened, name, stats)
             on_shard(name)
-    if len(shards) == sum(split["shards"] for split in opened.manifest["splits"].values()):
+    if len(shards) == sum(split.shards for split in opened.manifest.splits.values()):
         yield from _check_totals(opened, shards)
     yield from _strangers(opened)
     if opened.base is not None and base_too:
@@ -82,13 +83,11 @@ def _check_base(base: TicketSet, name: str) -> Iterator[str]:
     """The tar that a linked shard takes its images from, as the base's own JSON has it; its bytes are the base's matter."""
     stats, problems = _read(base, f"{name}.json", schema.parse_shard)
     if stats is not None:
-        problems += _check_file(base, f"{name}.tar", stats["tar"], hashed=False)
+        problems += _check_file(base, f"{name}.tar", stats.tar, hashed=False)
     yield from (f"base {base.url}: {problem}" for problem in problems)
 
 
-def _read(
-    opened: TicketSet, name: str, parse: Callable[[bytes, str], dict[str, Any]]
-) -> tuple[dict[str, Any] | None, list[str]]:
+def _read(opened: TicketSet, name: str, parse: Callable[[bytes, str], T]) -> tuple[T | None, list[str]]:
     """A JSON file's contents, or what is wrong with it."""
     try:
         return parse(storage.read_bytes(storage.join(opened.url, name), schema.MAX_JSON_BYTES), name), []
@@ -108,58 +107,61 @@ def _in_words(opened: TicketSet, error: TicketSetError | OSError) -> str:
     return text.removeprefix(f"{opened.url}/")
 
 
-def _check_plan(opened: TicketSet, plan: dict[str, Any]) -> Iterator[str]:
-    for name, split in plan["splits"].items():
-        if fmt.split_plan_id(plan["common"], name, split) != split["plan_id"]:
-            yield f"{fmt.PLAN}: split {name} is not what its plan_id {split['plan_id'][:12]} was made of"
-    if not fmt.plan_id(plan["splits"]) == plan["plan_id"] == opened.manifest["plan_id"]:
-        yield f"{fmt.PLAN}: expected plan_id {opened.manifest['plan_id'][:12]} (manifest), got {plan['plan_id'][:12]}"
-    if fmt.digest(opened.classes) != plan["common"]["classes"]:
+def _check_plan(opened: TicketSet, plan: schema.Plan) -> Iterator[str]:
+    manifest = opened.manifest
+    for name, split in plan.splits.items():
+        if split.identity(name, plan.common) != split.plan_id:
+            yield f"{fmt.PLAN}: split {name} is not what its plan_id {split.plan_id[:12]} was made of"
+    if not schema.plan_identity(plan.splits) == plan.plan_id == manifest.plan_id:
+        yield f"{fmt.PLAN}: expected plan_id {manifest.plan_id[:12]} (manifest), got {plan.plan_id[:12]}"
+    if fmt.digest(manifest.classes) != plan.common.classes:
         yield f"{fmt.MANIFEST}: its class names are not those of {fmt.PLAN}"
-    if plan["splits"].keys() != opened.manifest["splits"].keys():
-        yield f"{fmt.MANIFEST}: its splits are {opened.splits}, but {fmt.PLAN} says {list(plan['splits'])}"
+    if plan.splits.keys() != manifest.splits.keys():
+        yield f"{fmt.MANIFEST}: its splits are {opened.splits}, but {fmt.PLAN} says {list(plan.splits)}"
         return
-    for name, split in opened.manifest["splits"].items():
-        for field in ("views", "scale", "ratio", "hflip", "shards"):
-            if split[field] != plan["splits"][name][field]:
-                yield f"{fmt.MANIFEST}: split {name}: {field} is {split[field]}, but {fmt.PLAN} says otherwise"
-    for name in ("k", "grid", "exif", "store_side", "seed", "img_size", "patch_size", "selector", "token_labels"):
-        said, planned = opened.manifest.get(name), plan["common"].get(name)
-        if said != planned:
-            yield f"{fmt.MANIFEST}: {name} is {reprlib.repr(said)}, but {fmt.PLAN} says {reprlib.repr(planned)}"
-    if opened.has_token_labels != ("token_labels" in plan["common"]):
+    for name, stats in manifest.splits.items():
+        said, wanted = stats.to_json(), plan.splits[name].to_json()
+        for field in ("shards", *stats.part(schema.SplitViews)):
+            if said[field] != wanted[field]:
+                yield f"{fmt.MANIFEST}: split {name}: {field} is {said[field]}, but {fmt.PLAN} says otherwise"
+    said, wanted = manifest.to_json(), plan.common.to_json()
+    for name in manifest.part(schema.Setting):
+        if said.get(name) != wanted.get(name):
+            found, planned = reprlib.repr(said.get(name)), reprlib.repr(wanted.get(name))
+            yield f"{fmt.MANIFEST}: {name} is {found}, but {fmt.PLAN} says {planned}"
+    if opened.has_token_labels != (plan.common.token_labels is not None):
         yield f"{fmt.MANIFEST}: its members have token labels, or lack them, against {fmt.PLAN}"
 
 
 def _check_shard(
-    opened: TicketSet, split: str, name: str, plan: dict[str, Any] | None, keys: set[str]
-) -> tuple[dict[str, Any] | None, list[str]]:
+    opened: TicketSet, split: str, name: str, plan: schema.Plan | None, keys: set[str]
+) -> tuple[schema.ShardStats | None, list[str]]:
     """A shard's JSON, and what is wrong with it, its index, and its tar from outside. Adds its keys to `keys`."""
     stats, problems = _read(opened, f"{name}.json", schema.parse_shard)
     if stats is None:
         return None, problems
-    plan_id = plan["splits"][split]["plan_id"] if plan and split in plan["splits"] else stats["plan_id"]
-    if fmt.shard_name(stats["split"], stats["shard"]) != name:
-        problems.append(f"{name}.json: says it is {fmt.shard_name(stats['split'], stats['shard'])}")
-    if stats["format"] != opened.manifest["format"]:
-        problems.append(f"{name}.json: expected format {opened.manifest['format']}, got {stats['format']}")
-    if stats["plan_id"] != plan_id:
-        problems.append(f"{name}.json: of another plan: expected {plan_id[:12]}, got {stats['plan_id'][:12]}")
-    problems += _check_file(opened, f"{name}.tar", stats["tar"], hashed=False)
-    problems += _check_file(opened, f"{fmt.INDEX}/{name}.parquet", stats["parquet"], hashed=True)
+    plan_id = plan.splits[split].plan_id if plan and split in plan.splits else stats.plan_id
+    if stats.name != name:
+        problems.append(f"{name}.json: says it is {stats.name}")
+    if stats.format != opened.manifest.format:
+        problems.append(f"{name}.json: expected format {list(opened.manifest.format)}, got {list(stats.format)}")
+    if stats.plan_id != plan_id:
+        problems.append(f"{name}.json: of another plan: expected {plan_id[:12]}, got {stats.plan_id[:12]}")
+    problems += _check_file(opened, f"{name}.tar", stats.tar, hashed=False)
+    problems += _check_file(opened, f"{fmt.INDEX}/{name}.parquet", stats.parquet, hashed=True)
     if not problems:
         problems += _check_index(opened, name, stats, plan_id, keys)
     return stats, problems
 
 
-def _check_file(opened: TicketSet, name: str, expected: dict[str, Any], hashed: bool) -> Iterator[str]:
+def _check_file(opened: TicketSet, name: str, expected: schema.FileDigest, hashed: bool) -> Iterator[str]:
     url = storage.join(opened.url, name)
     try:
         size = storage.size_of(url)
-        if size != expected["bytes"]:
-            yield f"{name}: expected {expected['bytes']} bytes, got {size}"
-        elif hashed and (found := _sha256(url, size)) != expected["sha256"]:
-            yield f"{name}: expected sha256 {expected['sha256'][:12]}, got {found[:12]}"
+        if size != expected.bytes:
+            yield f"{name}: expected {expected.bytes} bytes, got {size}"
+        elif hashed and (found := _sha256(url, size)) != expected.sha256:
+            yield f"{name}: expected sha256 {expected.sha256[:12]}, got {found[:12]}"
     except FileNotFoundError:
         yield f"{name}: missing"
     except TicketSetError as error:
@@ -175,7 +177,7 @@ def _sha256(url: str, size: int) -> str:
     return sha.hexdigest()
 
 
-def _check_index(opened: TicketSet, name: str, stats: dict[str, Any], plan_id: str, keys: set[str]) -> Iterator[str]:
+def _check_index(opened: TicketSet, name: str, stats: schema.ShardStats, plan_id: str, keys: set[str]) -> Iterator[str]:
     """The index against the JSON: whose it is, counts, and extents that fill the tar without a gap."""
     where = f"{fmt.INDEX}/{name}.parquet"
     try:
@@ -189,16 +191,16 @@ def _check_index(opened: TicketSet, name: str, stats: dict[str, Any], plan_id: s
         yield f"{where}: of another shard or plan: {said['shard'][:100]}, {said['plan_id'][:12]}"
     rows = index.select(["key", "status", "offset", "bytes", "k"]).to_pylist()
     ok = [row for row in rows if row["status"] == "ok"]
-    if (len(ok), len(rows) - len(ok)) != (stats["samples"], stats["failed"]):
-        yield f"{where}: expected {stats['samples']} samples and {stats['failed']} failures, got {len(ok)}, {len(rows) - len(ok)}"
+    if (len(ok), len(rows) - len(ok)) != (stats.samples, stats.failed):
+        yield f"{where}: expected {stats.samples} samples and {stats.failed} failures, got {len(ok)}, {len(rows) - len(ok)}"
     position = 0
     for row in ok:
         if row["offset"] != position:
             yield f"{where}: {row['key']}: expected at offset {position} of the tar, got {row['offset']}"
             break
         position += row["bytes"]
-    if position + 1024 > stats["tar"]["bytes"]:
-        yield f"{where}: its samples end at {position}, beyond the tar's {stats['tar']['bytes']} bytes"
+    if position + 1024 > stats.tar.bytes:
+        yield f"{where}: its samples end at {position}, beyond the tar's {stats.tar.bytes} bytes"
     names = [row["key"] for row in rows]
     twice = [key for key in names if key in keys]
     keys.update(names)
@@ -208,9 +210,9 @@ def _check_index(opened: TicketSet, name: str, stats: dict[str, Any], plan_id: s
         yield f"{where}: expected k = {opened.k} in every row"
 
 
-def _check_tar(opened: TicketSet, name: str, stats: dict[str, Any]) -> Iterator[str]:
+def _check_tar(opened: TicketSet, name: str, stats: schema.ShardStats) -> Iterator[str]:
     """The tar's sha256 and every sample in it."""
-    yield from _check_file(opened, f"{name}.tar", stats["tar"], hashed=True)
+    yield from _check_file(opened, f"{name}.tar", stats.tar, hashed=True)
     try:
         read = opened.open_shard(name)
         rows = opened.joined(name).to_pylist()
@@ -245,16 +247,17 @@ def _check_sample(opened: TicketSet, sample: Sample, ticket: bytes | None) -> It
         yield from token_labels.problems(sample.token_labels)
 
 
-def _check_totals(opened: TicketSet, shards: list[dict[str, Any]]) -> Iterator[str]:
+def _check_totals(opened: TicketSet, shards: list[schema.ShardStats]) -> Iterator[str]:
     manifest = opened.manifest
-    for name, split in manifest["splits"].items():
+    for name, split in manifest.splits.items():
+        counted = count([stats for stats in shards if stats.split == name])
         for field in ("samples", "failed", "image_bytes"):
-            total = sum(s[field] for s in shards if s["split"] == name)
-            if total != split[field]:
-                yield f"{fmt.MANIFEST}: split {name} has {split[field]} {field}, its shards {total}"
-    if set_id(shards) != manifest["set_id"]:
-        yield f"{fmt.MANIFEST}: expected set_id {set_id(shards)[:12]} (its shards), got {manifest['set_id'][:12]}"
-    if manifest["base"] is None:
+            said, total = getattr(split, field), getattr(counted, field)
+            if total != said:
+                yield f"{fmt.MANIFEST}: split {name} has {said} {field}, its shards {total}"
+    if set_id(shards) != manifest.set_id:
+        yield f"{fmt.MANIFEST}: expected set_id {set_id(shards)[:12]} (its shards), got {manifest.set_id[:12]}"
+    if manifest.base is None:
         for name, content in interop_files(shards).items():
             found, problems = _read(opened, name, checks.parse_json)
             yield from problems

@@ -7,6 +7,8 @@ shard whose JSON is there is done, whatever was killed. `finalize` writes the ma
 import contextlib
 import hashlib
 import io
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -18,7 +20,21 @@ from shards import format as fmt
 from shards import storage
 from shards.errors import TicketSetError
 from shards.index import index_schema
-from shards.schema import MAX_JSON_BYTES, parse_plan, parse_shard
+from shards.schema import (
+    MAX_JSON_BYTES,
+    BaseLink,
+    Counts,
+    FileDigest,
+    Manifest,
+    Plan,
+    Setting,
+    ShardStats,
+    SplitStats,
+    SplitViews,
+    members_of,
+    parse_plan,
+    parse_shard,
+)
 from shards.storage import atomic_file, write_atomic
 from shards.tar import SampleTarWriter
 
@@ -81,7 +97,7 @@ class ShardWriter:
         """Note a sample that failed: a row, and nothing in the tar."""
         self._rows.append({**row, "status": "failed", "error": error})
 
-    def commit(self, timing: dict[str, float]) -> dict[str, Any]:
+    def commit(self, timing: dict[str, float]) -> ShardStats:
         """Finish tar, parquet and JSON, in this order; returns what the JSON says."""
         self._tar.close()
         self._stack.close()  # renames the tar
@@ -90,22 +106,19 @@ class ShardWriter:
         pq.write_table(pa.Table.from_pylist(self._rows, schema), parquet, compression="zstd")
         write_atomic(self.folder / fmt.INDEX / f"{self.name}.parquet", parquet.getvalue())
         failed = [row for row in self._rows if row["status"] == "failed"]
-        stats = {
-            "format": list(self._version),
-            "plan_id": self._plan_id,
-            "split": self.split,
-            "shard": self.number,
-            "samples": len(self._rows) - len(failed),
-            "failed": len(failed),
-            "image_bytes": self._image_bytes,
-            "tar": {"bytes": self._file.bytes, "sha256": self._file.sha256.hexdigest()},
-            "parquet": {
-                "bytes": len(parquet.getvalue()),
-                "sha256": hashlib.sha256(parquet.getvalue()).hexdigest(),
-            },
-            "timing": timing,
-        }
-        write_atomic(self.folder / f"{self.name}.json", fmt.canonical_json(stats))
+        stats = ShardStats(
+            format=self._version,
+            plan_id=self._plan_id,
+            split=self.split,
+            shard=self.number,
+            samples=len(self._rows) - len(failed),
+            failed=len(failed),
+            image_bytes=self._image_bytes,
+            tar=FileDigest(bytes=self._file.bytes, sha256=self._file.sha256.hexdigest()),
+            parquet=_digest_of(parquet.getvalue()),
+            timing=timing,
+        )
+        write_atomic(self.folder / f"{self.name}.json", fmt.canonical_json(stats.to_json()))
         self._committed = True
         return stats
 
@@ -119,68 +132,90 @@ class ShardWriter:
         self._stack.__exit__(kind, error, traceback)
 
 
-def set_id(shards: list[dict[str, Any]]) -> str:
+def _digest_of(data: bytes) -> FileDigest:
+    return FileDigest(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def in_order(shards: Iterable[ShardStats]) -> list[ShardStats]:
+    """Shards by (split, number)."""
+    return sorted(shards, key=lambda stats: (stats.split, stats.shard))
+
+
+def set_id(shards: Iterable[ShardStats]) -> str:
     """Identity of a set's contents: a hash of its shards' sha256s, in (split, number) order."""
-    ordered = sorted(shards, key=lambda s: (s["split"], s["shard"]))
-    return fmt.digest([[s["split"], s["shard"], s["tar"]["sha256"], s["parquet"]["sha256"]] for s in ordered])
+    return fmt.digest([[s.split, s.shard, s.tar.sha256, s.parquet.sha256] for s in in_order(shards)])
 
 
-def finalize(folder: Path, head: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def count(shards: Sequence[ShardStats]) -> Counts:
+    """What is in some shards together."""
+    return Counts(
+        shards=len(shards),
+        samples=sum(s.samples for s in shards),
+        failed=sum(s.failed for s in shards),
+        bytes=sum(s.tar.bytes for s in shards),
+        image_bytes=sum(s.image_bytes for s in shards),
+    )
+
+
+def finalize(
+    folder: Path, plan: Plan, classes: Sequence[str], base: BaseLink | None, shards: Sequence[ShardStats]
+) -> Manifest:
     """Write manifest.json, after the files by which timm and open_clip know a plain image set.
 
     Args:
-        folder: of the ticket set.
-        head: what the plan decides (`miner.plan.manifest_head`).
+        folder: of the ticket set; its plan.json is there.
+        plan: of the whole set.
+        classes: names, in the order of labels.
+        base: the set that holds the images of a linked set.
         shards: every shard's JSON.
-    Returns:
-        The manifest.
     """
-    splits: dict[str, dict[str, Any]] = {}
-    for shard in sorted(shards, key=lambda s: (s["split"], s["shard"])):
-        split = splits.setdefault(
-            shard["split"], {"shards": 0, "samples": 0, "failed": 0, "bytes": 0, "image_bytes": 0}
-        )
-        split["shards"] += 1
-        split["bytes"] += shard["tar"]["bytes"]
-        for field in ("samples", "failed", "image_bytes"):
-            split[field] += shard[field]
-    totals = {field: sum(s[field] for s in splits.values()) for field in next(iter(splits.values()))}
-    for name, split in splits.items():
-        split.update(head["splits"][name])
-    plan = storage.read_bytes(str(folder / fmt.PLAN))
-    head = {**head, "plan": {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}}
-    manifest = {**head, "kind": fmt.KIND, "set_id": set_id(shards), "splits": splits, "totals": totals}
-    manifest["digest"] = fmt.manifest_digest(manifest)
-    if head["base"] is None:
+    splits = {}
+    for name in sorted({stats.split for stats in shards}):
+        counts = count([stats for stats in shards if stats.split == name])
+        splits[name] = SplitStats(**plan.splits[name].part(SplitViews), **counts.part(Counts))
+    manifest = Manifest(
+        **plan.common.part(Setting),
+        format=plan.format,
+        kind=fmt.KIND,
+        plan_id=plan.plan_id,
+        set_id=set_id(shards),
+        plan=_digest_of(storage.read_bytes(str(folder / fmt.PLAN))),
+        classes=tuple(classes),
+        members=members_of(plan.common, len(classes), plan.common.images == "copy"),
+        base=base,
+        splits=splits,
+        totals=count(shards),
+    )
+    manifest = replace(manifest, digest=manifest.identity())
+    if base is None:
         _write_interop(folder, shards)
-    write_atomic(folder / fmt.MANIFEST, fmt.canonical_json(manifest))
+    write_atomic(folder / fmt.MANIFEST, fmt.canonical_json(manifest.to_json()))
     return manifest
 
 
-def _write_interop(folder: Path, shards: list[dict[str, Any]]) -> None:
+def _write_interop(folder: Path, shards: Sequence[ShardStats]) -> None:
     for name, content in interop_files(shards).items():
         write_atomic(folder / name, fmt.canonical_json(content))
 
 
-def interop_files(shards: list[dict[str, Any]]) -> dict[str, Any]:
+def interop_files(shards: Sequence[ShardStats]) -> dict[str, Any]:
     """`_info.json` for timm's wds/ reader and `sizes.json` for open_clip's, from the shards' JSON."""
-    ordered = sorted(shards, key=lambda s: (s["split"], s["shard"]))
-    tars = {fmt.shard_name(s["split"], s["shard"]) + ".tar": s for s in ordered}
     splits: dict[str, dict[str, Any]] = {}
-    for tar, shard in tars.items():
-        split = splits.setdefault(
-            shard["split"], {"name": shard["split"], "num_samples": 0, "filenames": [], "shard_lengths": []}
-        )
-        split["num_samples"] += shard["samples"]
-        split["filenames"].append(tar)
-        split["shard_lengths"].append(shard["samples"])
+    for name in sorted({stats.split for stats in shards}):
+        own = [stats for stats in in_order(shards) if stats.split == name]
+        splits[name] = {
+            "name": name,
+            "num_samples": count(own).samples,
+            "filenames": [f"{stats.name}.tar" for stats in own],
+            "shard_lengths": [stats.samples for stats in own],
+        }
     return {
         fmt.TIMM_INFO: {"name": "datalth", "splits": splits},
-        fmt.OPEN_CLIP_SIZES: {tar: shard["samples"] for tar, shard in tars.items()},
+        fmt.OPEN_CLIP_SIZES: {f"{stats.name}.tar": stats.samples for stats in shards},
     }
 
 
-def read_plan(folder: Path) -> dict[str, Any] | None:
+def read_plan(folder: Path) -> Plan | None:
     """A folder's plan.json, or None where there is none.
 
     Raises:
@@ -193,7 +228,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_shard_json(folder: Path, split: str, number: int) -> dict[str, Any] | None:
+def read_shard_json(folder: Path, split: str, number: int) -> ShardStats | None:
     """A committed shard's JSON, or None where the shard is not done.
 
     Raises:

@@ -11,6 +11,12 @@ from miner import sources
 from miner.plan import make_plan
 from miner.settings import Geometry, Inputs, Output
 from shards.errors import TicketSetError
+from shards.schema import SelectorIdentity
+
+BY_CENTER = SelectorIdentity(
+    method="center", model=None, state=None, keep_rate=None, counts=(8,), blocks=(), input_size=None, mean=(), std=(),
+    dtype="float32", compiled=False, code=None,
+)  # fmt: skip
 
 
 def write_tree(root, *paths):
@@ -65,9 +71,7 @@ def read_all(source, split="train"):
 
 def plan(source, shard_size=4):
     output, geometry = Output("out", shard_size=shard_size), Geometry(img_size=64, views=1)
-    return make_plan(
-        source, Inputs(source.spec), output, geometry, {"selector": {"method": "center", "counts": [8]}}, 8
-    )
+    return make_plan(source, Inputs(source.spec), output, geometry, {"selector": BY_CENTER}, 8)
 
 
 def open_source(data, splits=(), seed=0, **others):

@@ -134,7 +134,7 @@ def test_the_members_bytes() -> None:
     data = token_labels.encode(shares, classes)
     assert b"'<u2', 'fortran_order': False, 'shape': (2, 2, 1, 2)" in data
     assert data[128:] == bytes.fromhex("ffbf ffff 0040 0000 0100 2c01 0000 ffff")
-    found = token_labels.decode(data, {"dtype": "uint16", "shape": [2, 2, 1, 2]}, 65536, "here")
+    found = token_labels.decode(data, (2, 2, 1, 2), 65536, "here")
     assert np.allclose(token_labels.probabilities(found), shares, atol=1e-5)
     assert len("x" * MAX_KEY_BYTES + "." + fmt.TOKEN_LABELS) <= 100
 
@@ -276,7 +276,7 @@ def save_other(root: Path) -> Path:
 
 def test_a_link_may_hold_token_labels_alone(pair: Path, center_set: Path) -> None:
     opened = TicketSet.open(str(pair / "labels"))
-    assert set(opened.manifest["members"]) == {fmt.LABEL, fmt.TOKEN_LABELS} and opened.k == 0
+    assert set(opened.manifest.members) == {fmt.LABEL, fmt.TOKEN_LABELS} and opened.k == 0
     base = list(TicketSet.open(str(pair / "base")).stream("train"))
     for own, theirs in zip(opened.stream("train"), base, strict=True):
         assert (own.key, own.image, own.label) == (theirs.key, theirs.image, theirs.label)
@@ -306,7 +306,7 @@ def test_rows_join_tickets_and_labels_of_one_base(pair: Path) -> None:
 def test_labels_of_a_base_are_its_links_too(reference: Path, tmp_path: Path) -> None:
     mine("--data", reference, "--images", "link", "--method", "random", "--out", tmp_path / "link")
     opened = TicketSet.open(str(tmp_path / "link"))
-    assert opened.manifest["format"] == [1, 0]
+    assert opened.manifest.format == (1, 0)
     base = {s.key: s.token_labels for s in TicketSet.open(str(reference)).stream("val")}
     assert all(np.array_equal(s.token_labels, base[s.key]) for s in opened.stream("val"))
     rows = Rows(opened, "val")

@@ -42,7 +42,7 @@ def _count(student: TicketModel, tokens: int) -> float:
 
 def dense_gmacs(settings: Model, opened: TicketSet, student: TicketModel) -> float:
     """GMACs of the student on whole views of the set's own size, also where it is trained on smaller ones."""
-    side, patch = opened.manifest["img_size"], opened.manifest["patch_size"]
+    side, patch = opened.manifest.img_size, opened.manifest.patch_size
     if student.whole_side != side:
         if "window_size" in settings.model_kwargs:  # Swin's is of the smaller image; timm's own is of the whole
             kept = {name: value for name, value in settings.model_kwargs.items() if name != "window_size"}

@@ -186,7 +186,7 @@ def with_own_set(recipe: Recipe, output: Output) -> Recipe:
     if not isinstance(shards, str) or not isinstance(base, str | None) or "://" in shards + (base or ""):
         raise TicketSetError(f"{path}: expected the path of a set, got {shards!r}, base {base!r}; give `shards`")
     try:
-        found = TicketSet.open(shards, base).manifest["set_id"]
+        found = TicketSet.open(shards, base).manifest.set_id
     except TicketSetError as error:
         raise TicketSetError(f"{error} (which is what {path} names; `shards` says where it is now)") from None
     if found != then.get("set_id"):

@@ -31,7 +31,7 @@ def build_student(
     """
     meta = meta_model(lambda: create_model(model, opened))
     feed, kind = feed_of(meta, model.feed)
-    side, patch = _side(opened, tickets, kind), opened.manifest["patch_size"]
+    side, patch = _side(opened, tickets, kind), opened.manifest.patch_size
     grid = (side // patch,) * 2 if tickets.resize_to_tokens else opened.grid
     timm_model = create_model(model, opened, pretrained=model.pretrained, **kind.size_arguments(meta, side))
     _start_weights(timm_model, model, opened, trained)
@@ -101,9 +101,9 @@ def _side(opened: TicketSet, tickets: Tickets, kind: type[TicketModel]) -> int:
     Raises:
         TicketSetError: a K that is no square, where views or tickets of K patches make an image.
     """
-    tokens, patch = ticket_size(opened, tickets), opened.manifest["patch_size"]
+    tokens, patch = ticket_size(opened, tickets), opened.manifest.patch_size
     if not tickets.resize_to_tokens:
-        return kind.side_of(tokens, opened.manifest["img_size"], patch)
+        return kind.side_of(tokens, opened.manifest.img_size, patch)
     if tickets.tickets not in ("winning", "full"):
         raise TicketSetError(f"`resize_to_tokens` shows whole views: leave `tickets` {tickets.tickets} out")
     return square_side(tokens, opened.num_patches, "`resize_to_tokens`") * patch

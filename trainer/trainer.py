@@ -137,12 +137,12 @@ class Trainer:
         flat = {k: list(v) if isinstance(v, tuple) else v for k, v in self.recipe.flat().items()}
         labels = self.recipe.data.token_labels
         if labels not in (None, "none"):
-            labels = TicketSet.open(labels, self.recipe.data.base, images=False).manifest["set_id"]
+            labels = TicketSet.open(labels, self.recipe.data.base, images=False).manifest.set_id
         return flat | {
-            "set_id": opened.manifest["set_id"],
-            "base_set_id": (opened.base or opened).manifest["set_id"],
+            "set_id": opened.manifest.set_id,
+            "base_set_id": opened.base_id,
             "labels_set_id": labels,
-            "set_method": opened.manifest["selector"]["method"],
+            "set_method": opened.manifest.selector.method,
             "world_size": self.rank.size,
             "global_batch": self.dataset.global_batch,
             "resolved_tokens": self.dataset.tokens,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shards.images import StoredImage
+from shards.record import Record
 
 WHOLE = -1  # stands for the whole image where a view's number does
 
@@ -50,14 +51,16 @@ class Producer(Protocol):
         whole: it looks at the whole image, squashed to a square; else at every view.
         size: S, pixels a side of what it looks at; None: it looks at none.
         batch_size: items in a batch.
-        identity: what the plan says of it: all that decides what it answers.
     """
 
     name: str
     whole: bool
     size: int | None
     batch_size: int
-    identity: dict[str, Any]
+
+    @property
+    def identity(self) -> Record:
+        """What the plan says of it: all that decides what it answers."""
 
     def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
         """Put a batch on the device and start to compute; tensors [B, ...] on it, which need not be there yet."""

@@ -18,6 +18,7 @@ from miner.selectors import BLIND, Selector, create_selector, find_method, needs
 from miner.settings import DEFAULT_SELECTOR, Geometry, Machine, Selection
 from shards import format as fmt
 from shards.errors import TicketSetError
+from shards.schema import SelectorIdentity
 from shards.views import view_seed
 
 
@@ -40,10 +41,10 @@ class Rankings:
 
     name, whole = "selector", False
 
-    def __init__(self, selector: Selector, identity: dict[str, Any], batch_size: int, seed: int) -> None:
-        self.identity, self.batch_size, self.size = identity, batch_size, identity["input_size"]
+    def __init__(self, selector: Selector, identity: SelectorIdentity, batch_size: int, seed: int) -> None:
+        self.identity, self.batch_size, self.size = identity, batch_size, identity.input_size
         self._selector, self._seed = selector, seed
-        self._normalize = Normalize(identity["mean"], identity["std"], selector.device)
+        self._normalize = Normalize(identity.mean, identity.std, selector.device)
 
     def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
         """Rankings int32 [B, N] and scores float32 [B, N]."""
@@ -117,37 +118,43 @@ def build_rankings(
     stages = len(blocks) if method == "evit" and blocks else PAPER_STAGES
     counts = _counts(selection, grid[0] * grid[1], stages)
     selector = create_selector(method, model, grid, counts, blocks, device, machine.amp, machine.torchcompile)
-    identity = describe(selector, geometry, machine, state)
-    identity |= {
-        "model": models.timm_name(name) if model else None,
-        "keep_rate": None if selection.tokens else _keep_rate(selection),
-        # Another version of a user's own method is another plan.
-        "code": source_hash(find_method(method)) if ":" in method else None,
-    }
+    identity = describe(selector, selection, geometry, machine, state)
     return Rankings(selector, identity, batch_size, geometry.seed)
 
 
-def describe(selector: Selector, geometry: Geometry, machine: Machine, state: str | None) -> dict[str, Any]:
-    """What the plan says of a selector and of what it looks at."""
-    model, blind = selector.model, selector.method in BLIND
+def describe(
+    selector: Selector, selection: Selection, geometry: Geometry, machine: Machine, state: str | None
+) -> SelectorIdentity:
+    """What the plan says of a selector and of what it looks at.
+
+    Args:
+        state: hash of its model's weights.
+    """
+    model, method, blind = selector.model, selector.method, selector.method in BLIND
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     if model:
         config = resolve_model_data_config(model)
-        size = geometry.grid[0] * models.square_patch(model)
+        mean, std, size = config["mean"], config["std"], geometry.grid[0] * models.square_patch(model)
     elif blind:
-        config, size = {"mean": (), "std": ()}, None
+        mean, std, size = (), (), None
     else:  # a user's method without a model sees the view as the student does, in [0, 1]
-        config, size = {"mean": (0.0,) * 3, "std": (1.0,) * 3}, geometry.img_size
-    return {
-        "method": selector.method,
-        "state": state,
-        "counts": list(selector.counts),
-        "blocks": list(selector.blocks),
-        "input_size": size,
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-        "dtype": "bfloat16" if machine.amp and not blind else "float32",
-        "compiled": machine.torchcompile,
-    }
+        mean, std, size = (0.0,) * 3, (1.0,) * 3, geometry.img_size
+    return SelectorIdentity(
+        method=method,
+        model=models.timm_name(selection.selector or DEFAULT_SELECTOR) if model else None,
+        state=state,
+        keep_rate=None if selection.tokens else _keep_rate(selection),
+        counts=selector.counts,
+        blocks=selector.blocks,
+        input_size=size,
+        mean=tuple(mean),
+        std=tuple(std),
+        dtype="bfloat16" if machine.amp and not blind else "float32",
+        compiled=machine.torchcompile,
+        # Another version of a user's own method is another plan.
+        code=source_hash(find_method(method)) if ":" in method else None,
+    )
 
 
 def uses_model(selection: Selection) -> bool:

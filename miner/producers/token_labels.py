@@ -27,7 +27,7 @@ class TokenLabels:
     def __init__(self, labeler: Labeler, view_batch: int) -> None:
         self.size: int | None = labeler.input_size
         self.batch_size = max(1, view_batch // VIEWS_AN_IMAGE)
-        self.identity = labeler.identity() | {"batch_size": self.batch_size}
+        self.identity = labeler.identity(self.batch_size)
         self._labeler = labeler
         self._normalize = Normalize(labeler.mean, labeler.std, labeler.device)
 

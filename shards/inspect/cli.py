@@ -13,6 +13,7 @@ from shards import token_labels
 from shards.console import duration, printable, reports_errors, size, table
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from shards.schema import SplitStats
 
 MAX_SHOWN_VIEWS = 8
 MAX_CLASS_MAPS = 17
@@ -63,21 +64,19 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
     opened = TicketSet.open(folder, base)
     manifest = opened.manifest
     if as_json:
-        _print_json(manifest)
+        _print_json(manifest.to_json())
         return
-    selector = manifest["selector"]
-    rate = selector["keep_rate"]
+    selector = manifest.selector
+    rate = selector.keep_rate
     rows = [
         ["ticket set", opened.url],
-        ["format", ".".join(map(str, manifest["format"]))],
-        ["set_id", manifest["set_id"][:16]],
-        ["plan_id", manifest["plan_id"][:16]],
-        ["selector", selector["method"] + (f" of {selector['model']}" if selector["model"] else "")],
+        ["format", ".".join(map(str, manifest.format))],
+        ["set_id", manifest.set_id[:16]],
+        ["plan_id", manifest.plan_id[:16]],
+        ["selector", selector.method + (f" of {selector.model}" if selector.model else "")],
         [
             "",
-            f"blocks {', '.join(map(str, selector['blocks']))}, {selector['dtype']}"
-            if selector["blocks"]
-            else "model-free",
+            f"blocks {', '.join(map(str, selector.blocks))}, {selector.dtype}" if selector.blocks else "model-free",
         ],
         [
             "tickets",
@@ -86,35 +85,36 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
             else "none: token labels alone",
         ],
         *_token_labels_row(opened),
-        ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest['img_size']} px, patch {manifest['patch_size']}"],
+        ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest.img_size} px, patch {manifest.patch_size}"],
         ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabelled"],
         ["images", _images_text(opened)],
     ]
     click.echo(table(rows))
     click.echo()
     head = ["split", "samples", "failed", "views", "shards", "size", "images", "tickets a sample"]
-    click.echo(table([_split_row(name, s, opened) for name, s in manifest["splits"].items()], head))
+    click.echo(table([_split_row(name, s, opened) for name, s in manifest.splits.items()], head))
 
 
 def _token_labels_row(opened: TicketSet) -> list[list[str]]:
     owner = opened if opened.has_token_labels else opened.base
-    if owner is None or not owner.has_token_labels:
+    said = owner.manifest.token_labels if owner and owner.has_token_labels else None
+    if owner is None or said is None:
         return []
-    said, shape = owner.manifest["token_labels"], owner.manifest["members"][fmt.TOKEN_LABELS]["shape"]
-    text = f"top {shape[1]} at {shape[2]} x {shape[3]} places, {said['model']} at {said['input_size']} px"
+    _, top, rows, columns = token_labels.shape(len(owner.classes), said.grid[0])
+    text = f"top {top} at {rows} x {columns} places, {said.model} at {said.input_size} px"
     return [["token labels", text + ("" if owner is opened else f", in {owner.url}")]]
 
 
 def _images_text(opened: TicketSet) -> str:
     text = "inside" if opened.base is None else f"linked from {opened.base.url}"
-    store_side = opened.manifest["store_side"]
+    store_side = opened.manifest.store_side
     return f"{text}, EXIF orientation: {opened.exif}" + (f", stored at {store_side} px" if store_side else "")
 
 
-def _split_row(name: str, split: dict[str, Any], opened: TicketSet) -> list[object]:
-    extra = (split["bytes"] - split["image_bytes"]) / max(1, split["samples"])
-    counts = [split["samples"], split["failed"], split["views"], split["shards"]]
-    return [name, *counts, size(split["bytes"]), size(split["image_bytes"]), size(extra)]
+def _split_row(name: str, split: SplitStats, opened: TicketSet) -> list[object]:
+    extra = (split.bytes - split.image_bytes) / max(1, split.samples)
+    counts = [split.samples, split.failed, split.views, split.shards]
+    return [name, *counts, size(split.bytes), size(split.image_bytes), size(extra)]
 
 
 @main.command()
@@ -284,8 +284,8 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
             ((_, (tile, lit, _)),) = _tiles(opened, next(opened.stream_shard(name, {key})), [0])
             tiles += [tile, lit]
         rows.append((_class_name(opened, label), tiles))
-    selector = opened.manifest["selector"]
-    title = f"{split}: {selector['method']} {selector['model'] or ''}  K = {opened.k} of {opened.num_patches} patches"
+    selector = opened.manifest.selector
+    title = f"{split}: {selector.method} {selector.model or ''}  K = {opened.k} of {opened.num_patches} patches"
     _save(draw.page(rows, ["view 0", "ticket"] * per_class, title), output)
     click.echo(f"{printable(output)}: {sum(len(t) // 2 for _, t in rows)} images of {len(rows)} classes")
 
@@ -382,8 +382,8 @@ def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: b
     opened = TicketSet.open(folder, base)
     if base_too and opened.base is None:
         raise TicketSetError(f"--base-too: {folder} is not linked; its images are its own")
-    shards = opened.manifest["totals"]["shards"]
-    of_base = opened.base.manifest["totals"]["shards"] if opened.base and base_too else 0
+    shards = opened.manifest.totals.shards
+    of_base = opened.base.manifest.totals.shards if opened.base and base_too else 0
     with click.progressbar(
         length=shards + of_base, label="verifying", file=sys.stderr, hidden=not sys.stderr.isatty()
     ) as bar:
@@ -394,7 +394,7 @@ def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: b
     else:
         for problem in problems:
             click.echo(printable(problem))
-        samples = opened.manifest["totals"]["samples"]
+        samples = opened.manifest.totals.samples
         kind = "deep" if deep else "fast"
         verdict = f"{len(problems)} problems" if problems else "sound"
         click.echo(

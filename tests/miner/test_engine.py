@@ -501,7 +501,7 @@ def linked(photos: Path, evit_flags: Arguments, tmp_path_factory: pytest.TempPat
 
 def test_a_link_has_its_base_s_views_and_the_tickets_of_a_direct_run(linked: Path, reference: Path) -> None:
     link = TicketSet.open(str(linked / "link"))
-    assert link.manifest["base"]["path"] == "../base"
+    assert link.manifest.base.path == "../base"
     for split in ("train", "val"):
         base, direct, ours = (samples(folder, split) for folder in (linked / "base", reference, linked / "link"))
         assert list(ours) == list(base)
@@ -518,7 +518,7 @@ def test_a_copy_of_a_ticket_set_is_whole_and_the_same_tars(
     for source in ("base", "link"):
         mine("--data", linked / source, *evit_flags, "--images", "copy", "--out", tmp_path / source)
         copy = TicketSet.open(str(tmp_path / source))
-        assert copy.base is None and copy.manifest["base"] is None
+        assert copy.base is None and copy.manifest.base is None
         assert tars(tmp_path / source) == tars(reference)
 
 
@@ -526,8 +526,8 @@ def test_a_link_to_a_link_leads_to_the_set_with_the_images(linked: Path, tmp_pat
     shutil.copytree(linked, tmp_path / "sets")
     mine("--data", tmp_path / "sets/link", "--method", "random", "--images", "link", "--out", tmp_path / "second")
     second = TicketSet.open(str(tmp_path / "second"))
-    assert second.manifest["base"]["path"] == "../sets/base"
-    assert second.manifest["base"]["set_id"] == TicketSet.open(str(linked / "base")).manifest["set_id"]
+    assert second.manifest.base.path == "../sets/base"
+    assert second.manifest.base.set_id == TicketSet.open(str(linked / "base")).manifest.set_id
     shutil.rmtree(tmp_path / "sets/link")
     assert samples(tmp_path / "second").keys() == samples(linked / "base").keys()
 
@@ -554,7 +554,7 @@ def test_a_base_that_moved_is_named_again_with_base(linked: Path, tmp_path: Path
     output = mine(*again, code=1).output
     assert "its images are in a base set that cannot be opened" in output and "--base" in output
     mine(*again, "--base", tmp_path / "moved")
-    assert TicketSet.open(str(tmp_path / "again")).manifest["base"]["path"] == "../moved"
+    assert TicketSet.open(str(tmp_path / "again")).manifest.base.path == "../moved"
     assert samples(tmp_path / "again").keys() == samples(linked / "base").keys()
 
 
@@ -573,7 +573,7 @@ def test_views_are_of_train_unless_another_split_is_named(
 ) -> None:
     mine("--data", photos, "--method", "center", *flags.split(), "--out", tmp_path)
     manifest = TicketSet.open(str(tmp_path)).manifest
-    assert {name: split["views"] for name, split in manifest["splits"].items()} == expected
+    assert {name: split.views for name, split in manifest.splits.items()} == expected
     assert {name: len(next(iter(samples(tmp_path, name).values())).views) for name in expected} == expected
 
 
@@ -591,7 +591,7 @@ def test_a_ticket_set_as_source_brings_its_sizes(fine: Path, tmp_path: Path, ima
     result = CliRunner().invoke(main, [*words, "--device", "cpu"])
     assert result.exit_code == 0, result.output
     manifest = TicketSet.open(str(tmp_path / "out")).manifest
-    assert (manifest["img_size"], manifest["patch_size"], manifest["grid"]) == (56, 7, [8, 8])
+    assert (manifest.img_size, manifest.patch_size, manifest.grid) == (56, 7, (8, 8))
     assert len(next(iter(samples(tmp_path / "out").values())).rankings[0]) == 64
     for flag, there, other in (("--img-size", 56, 64), ("--patch-size", 7, 14)):
         output = mine(*words[:2], *words[4:], "--img-size", 56, flag, other, "--out", tmp_path / "x", code=1).output

@@ -5,12 +5,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from conftest import mine, write_image
 from inputs import keys, labels, open_source, plan, read_all, refusal, rows, write_csv, write_tar, write_tree
-from miner.plan import Plan, manifest_head, write_plan
+from miner.plan import base_link, write_plan
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
@@ -251,12 +252,12 @@ def test_a_base_that_json_cannot_name_is_refused_before_mining(center_set, tmp_p
     shutil.copytree(center_set, base)
     source = open_source(str(base))
     copied = plan(source)
-    linked = Plan({**copied.common, "images": "link"}, copied.splits)
+    linked = replace(copied, common=replace(copied.common, images="link"))
     with pytest.raises(TicketSetError, match="expected a base whose path is UTF-8, got in.+udce9/base"):
         write_plan(tmp_path, linked, source, "cpu")
     assert not (tmp_path / "plan.json").exists()
     beside = base.parent / "link"  # whose path to the base has no such byte
-    assert manifest_head(linked, source, beside)["base"]["path"] == "../base"
+    assert base_link(linked, source, beside).path == "../base"
 
 
 def test_a_list_of_the_locale_is_that_of_utf8(tmp_path):

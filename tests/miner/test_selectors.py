@@ -489,13 +489,9 @@ def test_a_method_without_a_model_sees_pixels_from_0_to_1(own: ModuleType, tmp_p
     assert (images.min().item(), images.max().item()) == (0.0, 1.0)
     (sample,) = TicketSet.open(str(out)).stream("train")
     assert sample.rankings[0, 0] == 2 * 4 + 1
-    selector = TicketSet.open(str(out)).manifest["selector"]
-    assert (selector["model"], selector["input_size"], selector["mean"], selector["std"]) == (
-        None,
-        64,
-        [0.0] * 3,
-        [1.0] * 3,
-    )
+    selector = TicketSet.open(str(out)).manifest.selector
+    assert (selector.model, selector.input_size) == (None, 64)
+    assert (selector.mean, selector.std) == ((0.0,) * 3, (1.0,) * 3)
 
 
 def test_a_method_is_given_a_model_where_it_or_the_user_asks_for_one(
@@ -505,8 +501,8 @@ def test_a_method_is_given_a_model_where_it_or_the_user_asks_for_one(
     mine(*data, "--out", tmp_path / "a", "--method", "own_methods:brightest", *model)
     mine(*data, "--out", tmp_path / "b", "--method", "own_methods:by_model", *model)
     assert {type(found).__name__ for _, found in own.seen} == {"VisionTransformer"}
-    selector = TicketSet.open(str(tmp_path / "b")).manifest["selector"]
-    assert selector["model"] == SELECTOR and selector["state"]
+    selector = TicketSet.open(str(tmp_path / "b")).manifest.selector
+    assert selector.model == SELECTOR and selector.state
     del own.seen[:]
     output = mine(*data, "--out", tmp_path / "c", "--method", "own_methods:by_model", "--selector", "no_such", code=1)
     assert "--selector no_such: expected a timm model" in output.output and not own.seen

@@ -515,7 +515,7 @@ def test_what_a_timm_reader_raises_while_read_is_the_images_or_the_machines(monk
 def test_a_ticket_set_is_a_source(center_set, photos):
     source = open_source(str(center_set))
     opened = TicketSet.open(str(center_set))
-    assert source.base.manifest["set_id"] == opened.manifest["set_id"]
+    assert source.base.manifest.set_id == opened.manifest.set_id
     assert source.classes == ["ant", "bee", "cat"]
     for split in ("train", "val"):
         stored = {s.key: s for s in opened.stream(split)}

@@ -327,7 +327,7 @@ def later_minor_version(source: Path, out: Path) -> None:
         index = out / "index" / f"{name}.parquet"
         table = pq.read_table(index)
         pq.write_table(table.append_column("blur", pa.array([0.5] * len(table))), index)
-    manifest = {**opened.manifest, "format": [1, 7], "owner": {"name": "later"}}
+    manifest = {**opened.manifest.to_json(), "format": [1, 7], "owner": {"name": "later"}}
     manifest["splits"] = {name: {**split, "hue": 1} for name, split in manifest["splits"].items()}
     (out / "manifest.json").write_bytes(fmt.canonical_json(manifest))
 

@@ -70,7 +70,7 @@ def test_the_final_files_agree_with_each_other_and_with_the_set(tickets, whole):
     assert (cost["tokens"], cost["patches"]) == (8, 16) and cost["seconds"] > 0
     assert cost["train_gmacs"] == cost["test_gmacs"]["tickets"] < cost["test_gmacs"]["all"] == cost["dense_gmacs"]
     saved = yaml.safe_load((whole / "args.yaml").read_text())
-    assert saved["set_id"] == saved["base_set_id"] == TicketSet.open(str(tickets)).manifest["set_id"]
+    assert saved["set_id"] == saved["base_set_id"] == TicketSet.open(str(tickets)).manifest.set_id
 
 
 def test_unmasked_and_resized_runs_count_their_own_cost(tickets, tmp_path):

@@ -60,7 +60,7 @@ class Views:
         Args:
             resized: whole views at the student's own size stand in for tickets.
         """
-        img_size, patch_size = opened.manifest["img_size"], opened.manifest["patch_size"]
+        img_size, patch_size = opened.manifest.img_size, opened.manifest.patch_size
         if student is None:
             return cls(img_size, img_size, patch_size)
         return cls(
@@ -178,7 +178,7 @@ class TicketDataset(Dataset[Batch]):
             )
         if len(self.rows) < repeats:
             raise TicketSetError(f"`repeats` {repeats}: split {split} has only {len(self.rows)} images")
-        views = max(1, opened.manifest["splits"][split]["views"] - 1)
+        views = max(1, opened.manifest.splits[split].views - 1)
         if repeats > views:
             raise TicketSetError(
                 f"`repeats` {repeats}: {opened.url} has {views} training views an image; take `repeats` {views}, or mine"
