@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shards.errors import TicketSetError
 from trainer.data.augment import erase
-from trainer.data.dataset import Batch
+from trainer.data.loader import Batch
 from trainer.families.base import TicketModel
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.arms import arm_ranking
-from trainer.data.dataset import Batch
+from trainer.data.loader import Batch
 from trainer.engine import StepOptions, normalise
 from trainer.families.base import TicketModel
 from trainer.families.dropping import without_drops

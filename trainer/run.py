@@ -19,8 +19,8 @@ from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from trainer.build import World, build_state, on_first_rank, open_rows, open_set, start_world
 from trainer.config import read_yaml
-from trainer.data.dataset import Batch, EvalFeed, TrainFeed, loader
-from trainer.data.loader import WorkerDied
+from trainer.data.dataset import EvalFeed, TrainFeed, loader
+from trainer.data.loader import Batch, WorkerDied
 from trainer.engine import State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
 from trainer.families.base import TicketModel

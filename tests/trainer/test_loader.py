@@ -100,7 +100,7 @@ def test_errors_of_the_feed_come_over(fault, kind, said):
 
 def run_alone(code, *before, timeout=60):
     """Python code with Numbers and loader at hand, in a process of its own."""
-    start = f"import sys; sys.path[:0] = {sys.path!r}\nfrom test_workers import *\n"
+    start = f"import sys; sys.path[:0] = {sys.path!r}\nfrom test_loader import *\n"
     command = [*before, sys.executable, "-c", start + code]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
 

@@ -52,25 +52,11 @@ def main(folders: tuple[str, ...], output: str | None, margin: float, allowed: t
     resampled instead, which says nothing about other seeds.
     """
     from shards.errors import TicketSetError
-    from trainer.verdict.claim import judge
-    from trainer.verdict.groups import check_comparable, group_runs
-    from trainer.verdict.report import Report
-    from trainer.verdict.runs import LeftOut, read_run
+    from trainer.verdict.report import verdict
 
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise TicketSetError(f"-o {output}: expected a folder, got a file")
-    fields = sorted({field.replace("-", "_") for field in allowed})
-    runs, left_out = [], []
-    for folder in folders:
-        try:
-            runs.append(read_run(Path(folder)))
-        except LeftOut as why:
-            left_out.append(str(why))
-    if not runs:
-        more = f"; nor is any of {len(left_out) - 1} others" if len(left_out) > 1 else ""
-        raise TicketSetError(left_out[0] + more)
-    check_comparable(runs, fields)
-    report = Report(runs, judge(group_runs(runs, fields)), margin, left_out)
+    report = verdict(folders, margin, sorted({field.replace("-", "_") for field in allowed}))
     written: list[Path] = []
     if output is not None:  # before the first line: `| head` ends the command
         from trainer.verdict.files import write_files
