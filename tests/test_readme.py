@@ -23,6 +23,8 @@ from conftest import SELECTOR
 from trainer.config import RECIPES
 from training import QUICK
 
+pytestmark = pytest.mark.slow  # runs all of README's commands
+
 ROOT = Path(__file__).parent.parent
 COMMANDS: dict[str, Any] = {
     "datalth-mine": miner.cli.main,

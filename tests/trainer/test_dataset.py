@@ -87,6 +87,7 @@ def test_batches_are_equal_for_any_number_of_workers(rows):
     assert not any(equal(a, b) for i, a in enumerate(direct) for b in direct[:i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_batches_are_equal_however_workers_start(rows, method):
     feed = TrainFeed(rows, RICH)
