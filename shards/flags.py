@@ -30,7 +30,7 @@ Command = Callable[..., Any]
 
 def setting(
     default: Any = dataclasses.MISSING,
-    kind: click.ParamType | None = None,
+    kind: "click.ParamType[Any] | None" = None,
     help: str = "",
     *,
     metavar: str | None = None,

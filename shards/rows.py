@@ -76,11 +76,11 @@ class Rows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         """Open files stay behind when a worker process is spawned."""
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._open = functools.lru_cache(OPEN_FILES)(self._open_tar)
 

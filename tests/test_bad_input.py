@@ -33,6 +33,8 @@ from shards.format import MANIFEST
 from shards.reader import TicketSet
 from shards.writer import ShardWriter
 
+pytestmark = pytest.mark.slow  # mines a set for every fault
+
 CENTER = ("--method", "center", "--views", 2, "--shard-size", 5)
 BAD = {
     "train/ant/text.jpg": "not an image: cannot identify image file",
@@ -621,7 +623,7 @@ def test_a_plan_that_changes_before_the_manifest_is_not_believed(photos, tmp_pat
     assert not (out / MANIFEST).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
 def test_two_processes_at_once(seeds, photos, tmp_path):
     out = tmp_path / "out"

@@ -1,7 +1,7 @@
 """README as a new user takes it: its commands in one folder at toy size, its Python in the same folder, however installed."""
 
-import configparser
 import glob
+import importlib
 import importlib.metadata
 import json
 import os
@@ -22,6 +22,8 @@ import trainer.verdict.cli
 from conftest import SELECTOR
 from trainer.config import RECIPES
 from training import QUICK
+
+pytestmark = pytest.mark.slow  # runs all of README's commands
 
 ROOT = Path(__file__).parent.parent
 COMMANDS: dict[str, Any] = {
@@ -84,9 +86,11 @@ def test_plain_folders_of_their_names_do_not_hide_the_packages(tmp_path):
         url = None
     if url != ROOT.as_uri():
         pytest.skip("another folder is installed here")
-    for name in ("shards", "miner", "trainer"):
+    for name in ("datalth", "shards", "miner", "trainer"):
         (tmp_path / name).mkdir()
-    code = "import miner, shards, trainer; from shards import TicketSet; print(miner.__file__, trainer.__file__)"
+    code = (
+        "import datalth, miner, trainer; datalth.TicketSet; print(datalth.__file__, miner.__file__, trainer.__file__)"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -94,14 +98,13 @@ def test_plain_folders_of_their_names_do_not_hide_the_packages(tmp_path):
     assert done.returncode == 0 and "None" not in done.stdout, done.stderr
 
 
-def test_packages_hold_the_recipes_and_an_editable_install_has_a_root():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    shipped = {
-        path
-        for pattern in setup["options.package_data"]["trainer"].split()
-        for path in (ROOT / "trainer").glob(pattern)
-    }
+def test_packages_hold_the_recipes_and_their_types_and_an_editable_install_has_a_root():
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest needs tomli too
+    setup = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = setup["package-data"]
+    shipped = {path for pattern in patterns["trainer"] for path in (ROOT / "trainer").glob(pattern)}
     assert shipped == set(RECIPES.values()) and len(shipped) >= 9
+    packages = {name.removesuffix("*") for name in setup["packages"]["find"]["include"]}
+    assert packages == {path.parent.name for path in ROOT.glob("*/py.typed")} and patterns["*"] == ["py.typed"]
     # A root, and nothing else, makes setuptools write a .pth instead of a finder.
-    assert setup["options"]["package_dir"].split() == ["=", "."]
+    assert setup["package-dir"] == {"": "."}

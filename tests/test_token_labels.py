@@ -26,6 +26,8 @@ from shards.keys import MAX_KEY_BYTES
 from shards.reader import TicketSet
 from shards.rows import Rows
 
+pytestmark = pytest.mark.slow  # mines and trains sets of token labels
+
 MODELS = {"test_resnet": {}, "test_nfnet": {}, "test_convnext": {}, "test_vit": {"global_pool": "avg"}}
 CLASSES = 3  # of `photos`
 NAMES = [str(number) for number in range(CLASSES)]

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="JSON on standard o
 _split = click.option("--split", metavar="S", help="Which split.  [default: the first]")
 
 
-def _picture(required: bool) -> Any:
+def _picture(required: bool) -> Callable[[Callable[..., Any]], Any]:
     text = "Write the picture here." if required else "Also write a picture here."
     return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
 

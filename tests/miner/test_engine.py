@@ -39,6 +39,8 @@ from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.writer import ShardWriter
 
+pytestmark = pytest.mark.slow  # mines a set for every way to be interrupted
+
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 Arguments = list[str]
 Pairs = list[tuple[str, int]]
@@ -125,7 +127,7 @@ def test_ranks_one_after_the_other_give_the_same_bytes(
     assert contents(tmp_path) == contents(reference)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_at_once_give_the_same_bytes(arguments: Arguments, reference: Path, tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

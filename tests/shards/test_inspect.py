@@ -55,6 +55,7 @@ def commands(folder: Path, other: Path, masks: Path, out: Path) -> list[list[str
     ]
 
 
+@pytest.mark.slow
 def test_no_inspect_command_and_no_help_imports_torch_or_webdataset(center_set, linked, masks, tmp_path):
     """All in one fresh process, on a linked set; the negative control is the miner's own run module."""
     runs = commands(linked, center_set, masks, tmp_path)

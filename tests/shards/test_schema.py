@@ -249,6 +249,7 @@ def bomb(**columns: pa.Array) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_an_index_that_would_fill_the_memory_is_refused_before_it_is_read() -> None:
     texts = bomb(error=pa.array(["x" * 4096] * (1 << 17)))  # 512 MiB of text
     assert len(texts) < 100_000

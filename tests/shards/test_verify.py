@@ -12,6 +12,8 @@ from conftest import inspect, mine
 from shards import format as fmt
 from shards.tar import BLOCK
 
+pytestmark = pytest.mark.slow  # checks a set once for every flipped bit
+
 
 def lines(folder: Path, *flags: str, code: int = 1) -> str:
     return inspect("verify", folder, *flags, code=code).output

@@ -100,6 +100,7 @@ def test_batches_are_equal_for_any_number_of_workers(opened):
     assert not any(equal(a, b) for i, a in enumerate(direct) for b in direct[:i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_batches_are_equal_however_workers_start(opened, method):
     feed = dataset(opened, RICH)

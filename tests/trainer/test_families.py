@@ -26,6 +26,8 @@ from trainer.families.zero import TicketZero
 from trainer.trainer import Trainer
 from training import arguments, same, stopped_at, train, two_ranks, weights_of
 
+pytestmark = pytest.mark.slow  # trains every family
+
 KWARGS = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
     "test_resnet": {},

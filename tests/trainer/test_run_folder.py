@@ -35,6 +35,8 @@ from trainer.output.claim import Claim
 from trainer.output.folder import Summary
 from training import SMALL, arguments, same, stopped_at, train, two_ranks, weights_of
 
+pytestmark = pytest.mark.slow  # runs of several processes
+
 
 def test_resume_latest_begins_a_run_that_has_not_begun(tickets, whole, tmp_path):
     """One command for a queue that starts jobs again: the first time there is no folder, then one without a checkpoint."""

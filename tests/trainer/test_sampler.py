@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.data.sampler import WINDOW, batch_positions, cycle_images, epoch_samples, view_of_visit
 
@@ -81,3 +83,57 @@ def test_classes_mix_although_shards_are_read_in_windows():
     assert len(set(first[:64].tolist())) > 10  # a batch mixes them
     one_shard = cycle_images(0, 0, (30,))
     assert sorted(one_shard[:, 1].tolist()) == list(range(30)) and one_shard[:, 1].tolist() != list(range(30))
+
+
+# Whatever the sizes, the seed and the epoch. `derandomize`: the same examples on every machine.
+exact = settings(max_examples=60, deadline=None, derandomize=True)
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=40).map(tuple).filter(lambda sizes: sum(sizes) > 0)
+seeds, cycles = st.integers(0, 2**63 - 1), st.integers(0, 1000)
+
+
+@exact
+@given(sizes, seeds, cycles, st.integers(1, 5))
+def test_a_cycle_shows_every_image_once_a_repeat_and_no_view_number_twice(shards, seed, cycle, repeats):
+    epochs = [epoch_samples(seed, cycle * repeats + part, shards, repeats) for part in range(repeats)]
+    shown = np.concatenate(epochs)
+    everything = {(shard, row) for shard, size in enumerate(shards) for row in range(size)}
+    visits = range(cycle * repeats, (cycle + 1) * repeats)
+    assert sorted(map(tuple, shown.tolist())) == sorted((*image, visit) for image in everything for visit in visits)
+    assert shown.dtype == np.int64 and all(len(epoch) % repeats == 0 for epoch in epochs)
+
+
+@exact
+@given(sizes, seeds, cycles, st.integers(1, 5))
+def test_neighbours_are_of_different_images_wherever_there_are_two(shards, seed, epoch, repeats):
+    samples = epoch_samples(seed, epoch, shards, repeats)
+    if len(images_of(samples)) > 1:
+        assert (samples[:-1, :2] != samples[1:, :2]).any(axis=1).all()
+
+
+@exact
+@given(sizes, seeds, cycles, st.integers(1, 5))
+def test_an_epoch_is_a_function_of_its_arguments_alone(shards, seed, epoch, repeats):
+    first = epoch_samples(seed, epoch, shards, repeats).copy()
+    np.random.default_rng(0).integers(0, 9, 3)
+    np.random.seed(epoch)
+    for cached in (epoch_samples, cycle_images):
+        cached.cache_clear()
+    epoch_samples(seed, epoch + 1, shards, repeats)
+    assert (epoch_samples(seed, epoch, shards, repeats) == first).all()
+
+
+@exact
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(0, 100))
+def test_micro_batches_of_all_ranks_are_the_global_batch_cut_up(samples, ranks, accum, batch, step):
+    whole = batch_positions(step, 0, ranks * accum * batch, ranks * accum * batch, samples)
+    parts = [batch_positions(step, micro, batch, ranks * accum * batch, samples) for micro in range(ranks * accum)]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+    following = batch_positions(step + 1, 0, batch, ranks * accum * batch, samples)
+    assert following[0] == (whole[-1] + 1) % samples and 0 <= whole.min() and whole.max() < samples
+
+
+@exact
+@given(seeds, st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 1000), st.integers(2, 64))
+def test_views_of_a_turn_are_a_permutation(seed, shard, row, turn, views):
+    shown = [view_of_visit(seed, shard, row, turn * (views - 1) + place, views) for place in range(views - 1)]
+    assert sorted(shown) == list(range(1, views))

@@ -27,6 +27,8 @@ from trainer.evaluate import best_classes, figures
 from trainer.verdict.cli import main as verdict
 from training import same, train, weights_of
 
+pytestmark = pytest.mark.slow  # trains and judges students of every family
+
 # Flags of tiny models, and the patches that their tickets are of.
 SWIN = ["--model", "swin_tiny_patch4_window7_224", "--drop-path", 0, "--model-kwargs", "embed_dim=12",
         "--model-kwargs", "depths=(1, 1, 1, 1)", "--model-kwargs", "num_heads=(1, 1, 2, 2)"]  # fmt: skip

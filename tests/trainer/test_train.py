@@ -56,6 +56,7 @@ def test_workers_and_recovery_checkpoints_change_nothing(tickets, whole, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
     """Two gloo ranks: under torchrun never stopped; then by hand, both SIGKILLed in mid-epoch, and resumed."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -324,6 +325,7 @@ def test_a_learning_rate_that_min_lr_raises_is_said(tickets, tmp_path):
     assert "--min-lr 1e-05: above the learning rate 1e-06" in output
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_one_line(tickets, tmp_path, monkeypatch):
     from torch._inductor import config
 

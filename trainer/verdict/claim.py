@@ -155,7 +155,7 @@ class Judge:
         return notes
 
 
-def judge(groups: Sequence[Group]) -> list[Judge]:
+def judges_of(groups: Sequence[Group]) -> list[Judge]:
     """One for each model and number of patches."""
     by_model: dict[tuple[str, int], list[Group]] = {}
     for group in groups:

@@ -4,12 +4,15 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 from shards.console import duration, printable, table
+from shards.errors import TicketSetError
 from trainer.options import PROTOCOLS
-from trainer.verdict.claim import OWN, Claim, Judge, key_notes
-from trainer.verdict.groups import Group
-from trainer.verdict.runs import Run
+from trainer.verdict.claim import OWN, Claim, Judge, judges_of, key_notes
+from trainer.verdict.groups import Group, check_comparable, group_runs
+from trainer.verdict.runs import LeftOut, Run, read_run
 from trainer.verdict.sentences import RESAMPLED, interval, sentence
 from trainer.verdict.statistics import DRAWS, Estimate
 
@@ -194,6 +197,33 @@ class Report:
 
     def set_name(self, set_id: str | None) -> str:
         return self.set_names[set_id] if set_id else "any"
+
+
+def verdict(folders: Sequence[str | PathLike[str]], margin: float = 1.0, allow_diff: Sequence[str] = ()) -> Report:
+    """Whether the data-level lottery ticket hypothesis holds in finished runs: does a ~ c > b?
+
+    Args:
+        folders: of runs; those that are not finished are left out, and named in the report.
+        margin: points that winning tickets may stay below all patches and still count as equal.
+        allow_diff: arguments of the runs, as args.yaml names them, that may differ; they tell groups apart.
+
+    Returns:
+        `.screen()` and `.markdown()` are for people; `.judges` hold each model's claims and differences.
+
+    Raises:
+        TicketSetError: no folder is a finished run, one is damaged, or they do not compare.
+    """
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(Path(folder)))
+        except LeftOut as why:
+            left_out.append(str(why))
+    if not runs:
+        more = f"; nor is any of {len(left_out) - 1} others" if len(left_out) > 1 else ""
+        raise TicketSetError(left_out[0] + more if left_out else "expected folders of runs, got none")
+    check_comparable(runs, allow_diff)
+    return Report(runs, judges_of(group_runs(runs, allow_diff)), margin, left_out)
 
 
 def _lines(texts: Sequence[str]) -> str:
