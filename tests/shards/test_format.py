@@ -21,7 +21,8 @@ from webdataset import TarWriter
 from conftest import mine
 from shards import format as fmt
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet, resolve_base
+from shards.reader import TicketSet, resolve_base
+from shards.sample import Sample
 from shards.tar import SampleTarWriter, split_members
 from shards.writer import ShardWriter, index_schema
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from conftest import mine
+from shards import copies as copies_module
 from shards import rows as rows_module
 from shards import storage
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet
+from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.sample import Sample
 
 
 def plain(sample: Sample) -> tuple:
@@ -229,7 +231,7 @@ def test_a_remote_tar_is_copied_once_for_all_rows_and_links(pair, in_memory, tmp
 
 
 def test_copies_beyond_the_limit_are_evicted_and_fetched_again(pair, in_memory, tmp_path, fetched, monkeypatch):
-    monkeypatch.setattr(rows_module, "CACHED_TARS", 2)
+    monkeypatch.setattr(copies_module, "CACHED_TARS", 2)
     opened = TicketSet.open(f"{in_memory}/base")
     rows = Rows(opened, "train", str(tmp_path))
     for shard in range(3):
@@ -274,7 +276,7 @@ def test_rows_travel_to_another_process_without_their_open_files(pair, in_memory
 def test_few_files_stay_open(pair, monkeypatch):
     opened = []
     open_ranges = storage.open_ranges
-    monkeypatch.setattr(rows_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(rows_module, "OPEN_TARS", 2)
     monkeypatch.setattr(storage, "open_ranges", lambda url: opened.append(url[-10:]) or open_ranges(url))
     rows = Rows(TicketSet.open(str(pair / "base")), "train")
     for shard in (0, 0, 1, 0, 2, 0, 1):
