@@ -61,7 +61,7 @@ class TicketSet:
             base_manifest = _read_manifest(where)
         except TicketSetError as error:
             raise TicketSetError(
-                f"{url}: its images are in a base set that cannot be opened ({error}); name its place with --base"
+                f"{url}: its images are in a base set that cannot be opened ({error}); name its place with `base`"
             ) from None
         if base_manifest.base is not None:
             raise TicketSetError(
@@ -234,7 +234,7 @@ class TicketSet:
         if not hits:
             raise TicketSetError(f"{self.url}: no sample has the key {key!r}; `datalth-shards ls` lists them")
         if len(hits) > 1:
-            raise TicketSetError(f"{self.url}: {key!r} is in {[h[0] for h in hits]}; say which with --split")
+            raise TicketSetError(f"{self.url}: {key!r} is in {[h[0] for h in hits]}; say which with `split`")
         return hits[0]
 
     def ok_keys(self, name: str) -> list[str]:
@@ -343,12 +343,12 @@ def resolve_base(url: str, path: str) -> str:
     """Where the base of a linked set is: a relative path starts at the set's own folder.
 
     A downloaded manifest decides what is opened here. So the base of a local set is a local path, that of a remote set
-    is on the same store; another place is the user's to name, with --base.
+    is on the same store; another place is the user's to name, as `base`.
 
     Raises:
         TicketSetError: it is elsewhere.
     """
-    advice = "name its place with --base if you trust it"
+    advice = "name its place with `base` if you trust it"
     if not storage.is_remote(url):
         if "://" in path or "::" in path:
             raise TicketSetError(

@@ -50,7 +50,7 @@ class Rows:
         self._extents = np.stack([table[c].to_numpy() for c in EXTENTS if c in table.column_names], 1)
         self.image_sizes = np.stack([table[c].to_numpy() for c in ("height", "width")], 1)
         labels = table["label"]
-        self.labelled = labels.null_count == 0
+        self.labeled = labels.null_count == 0
         self.labels = pc.fill_null(labels, -1).to_numpy()
         self.skipped = (opened.base or opened).manifest.splits[split].samples - len(table)
         for each in (opened, opened.base, token_labels):

@@ -86,7 +86,7 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
         ],
         *_token_labels_row(opened),
         ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest.img_size} px, patch {manifest.patch_size}"],
-        ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabelled"],
+        ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabeled"],
         ["images", _images_text(opened)],
     ]
     click.echo(table(rows))
@@ -448,7 +448,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
 @_json
 @reports_errors
 def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], as_json: bool) -> None:
-    """Object-patch recall against true masks, with centre and random beside it.
+    """Object-patch recall against true masks, with center and random beside it.
 
     A patch is an object patch where at least half of its pixels are inside the mask.
 

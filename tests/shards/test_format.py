@@ -413,7 +413,7 @@ def test_bases_of_urls_are_found_from_the_link() -> None:
     ],
 )
 def test_a_manifest_cannot_send_a_reader_elsewhere(url: str, path: str) -> None:
-    with pytest.raises(TicketSetError, match="name its place with --base"):
+    with pytest.raises(TicketSetError, match="name its place with `base`"):
         resolve_base(url, path)
 
 
