@@ -97,7 +97,8 @@ def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndar
         ImageError: the image cannot be decoded.
         ValueError: the box is not inside the image.
     """
-    return render_views(image, np.asarray(view)[None], size, exif)[0]
+    pixels: np.ndarray = render_views(image, np.asarray(view)[None], size, exif)[0]
+    return pixels
 
 
 def render_views(image: bytes, views: np.ndarray, size: int, exif: str) -> np.ndarray:
@@ -172,7 +173,8 @@ def _fast_jpeg(data: bytes) -> np.ndarray | None:
         height, width, color, _ = decoder.decode_jpeg_header(data)
         if color != "YCbCr" or height * width > MAX_PIXELS:
             return None
-        return decoder.decode_jpeg(data)
+        pixels: np.ndarray = decoder.decode_jpeg(data)
+        return pixels
     except ValueError:
         return None
 

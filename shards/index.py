@@ -125,7 +125,7 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MA
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    return pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind)
+    return bool(pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _check_size(where: str, rows: int, most: int, size: int) -> None:

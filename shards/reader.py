@@ -94,6 +94,10 @@ class TicketSet:
         """Names of the classes, in the order of their labels."""
         return list(self.manifest.classes)
 
+    def class_name(self, label: int | None) -> str:
+        """Name of a class; "-" for an image without a label."""
+        return "-" if label is None else self.manifest.classes[label]
+
     @property
     def splits(self) -> list[str]:
         """Names of the splits."""
@@ -111,10 +115,12 @@ class TicketSet:
 
     @property
     def has_token_labels(self) -> bool:
+        """Whether its own tars hold token labels; those of its base do not count."""
         return fmt.TOKEN_LABELS in self.manifest.members
 
     @property
     def has_tickets(self) -> bool:
+        """Whether there are rankings; a linked set may hold token labels alone."""
         return fmt.RANKING in self.manifest.members
 
     def require_tickets(self) -> None:
@@ -239,7 +245,8 @@ class TicketSet:
 
     def ok_keys(self, name: str) -> list[str]:
         """Keys of one shard's samples that succeeded, in stored order."""
-        return _ok(self, name)["key"].to_pylist()
+        keys: list[str] = _ok(self, name)["key"].to_pylist()
+        return keys
 
 
 class SampleReader:
