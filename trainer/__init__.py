@@ -1,17 +1,19 @@
 """A ticket set -> a trained ViT: only the kept patches, with their own position embeddings, reach the model."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer.data.dataset import TicketDataset
     from trainer.families.vit import TicketViT
+    from trainer.trainer import Trainer
 
-__all__ = ["TicketViT"]
+__all__ = ["TicketDataset", "TicketViT", "Trainer"]
+_HOMES = {"TicketDataset": "trainer.data.dataset", "TicketViT": "trainer.families.vit", "Trainer": "trainer.trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when the model is asked for: the verdict answers without it."""
+    """Import torch only when one of these is asked for: the verdict answers without it."""
     if name in __all__:
-        from trainer.families import vit as ticket_vit
-
-        return getattr(ticket_vit, name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")
