@@ -18,7 +18,6 @@ from benchmarks.rounds import Leg, Part, Row, speedup, turns
 from benchmarks.setting import Setting
 from benchmarks.strangers import Stranger
 from shards.reader import TicketSet
-from shards.rows import Rows
 from trainer.data.dataset import TicketDataset, loader
 from trainer.options import Augment, Tickets
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miner.selectors import create_selector, register_method
     from shards.images import render_view
-    from shards.reader import Sample, TicketSet
+    from shards.reader import TicketSet
+    from shards.sample import Sample
     from trainer.data.dataset import TicketDataset
     from trainer.families.vit import TicketViT
     from trainer.trainer import Trainer

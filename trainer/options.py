@@ -261,7 +261,7 @@ class Recipe:
             TicketSetError: a value that its field does not take, or values that do not go together.
         """
         groups = {group.name: group.default_factory for group in fields(cls)}
-        return cls(**{name: group_of(group, values) for name, group in groups.items()})  # type: ignore[arg-type]
+        return cls(**{name: group_of(group, values) for name, group in groups.items()})
 
     def flat(self) -> dict[str, Any]:
         """Names and values, as a file holds them."""

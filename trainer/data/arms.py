@@ -5,6 +5,7 @@ import numpy as np
 from shards.permutation import permutation
 from shards.views import center_ranking
 
+
 def arm_ranking(
     arm: str, mined: np.ndarray, grid: tuple[int, int], *, fixed_name: str = "", fresh_name: str = ""
 ) -> np.ndarray:

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from shards.errors import TicketSetError
 from shards.images import render_pixels
-from shards.reader import Sample, TicketSet
+from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.sample import Sample
 from trainer.data.arms import arm_ranking
 from trainer.data.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
 from trainer.data.loader import Batch, batches, pinned
@@ -78,7 +79,7 @@ class Views:
         return side, (side // self.patch_size,) * 2
 
 
-def labelled_rows(opened: TicketSet, split: str, token_labels: TicketSet | None = None) -> Rows:
+def labeled_rows(opened: TicketSet, split: str, token_labels: TicketSet | None = None) -> Rows:
     """The samples of a split, of which each has a label.
 
     Raises:
@@ -87,7 +88,7 @@ def labelled_rows(opened: TicketSet, split: str, token_labels: TicketSet | None 
     rows = Rows(opened, split, token_labels=token_labels)
     if not len(rows):
         raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
-    if not rows.labelled:
+    if not rows.labeled:
         bare = (rows.labels < 0).nonzero()[0]
         raise TicketSetError(
             f"{opened.url}: split {split} has {len(bare)} of {len(rows)} images without label (first:"
@@ -157,13 +158,13 @@ class TicketDataset(Dataset[Batch]):
         token_labels: TicketSet | bool | None = None,
     ) -> None:
         labels = token_labels if isinstance(token_labels, TicketSet) else None
-        self.rows = labelled_rows(opened, split, labels)
+        self.rows = labeled_rows(opened, split, labels)
         self.tickets, self.augment, self.views = tickets, augment, views or Views.of(opened)
         self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
         self.unmask_from = unmask_from
         self._arm = "full" if tickets.resize_to_tokens else tickets.tickets
         self.tokens = math.prod(self.views.at(True)[1]) if self._arm == "full" else ticket_size(opened, tickets)
-        self.labelled = self.views.token_labels and token_labels is not False and self.rows.has_token_labels
+        self.labeled = self.views.token_labels and token_labels is not False and self.rows.has_token_labels
         self.color = ColorAugment(augment.aa, augment.color_jitter, self.views.mean)
         self._mixing = PixelMixing(augment, self.views.patch_size) if augment.mixes else None
         self._check(opened, split)
@@ -184,7 +185,7 @@ class TicketDataset(Dataset[Batch]):
                 f"`repeats` {repeats}: {opened.url} has {views} training views an image; take `repeats` {views}, or mine"
                 f" with datalth-mine --views {repeats + 1} or more"
             )
-        if augment.mixes and self.labelled:
+        if augment.mixes and self.labeled:
             raise TicketSetError(
                 "token labels are of images that are not mixed by pixels: expected `mixup` 0 `cutmix` 0, with or without"
                 " `mix_token`; or `token_labels` none"
@@ -296,7 +297,7 @@ class TicketDataset(Dataset[Batch]):
                     seed_generators("color", *name)
                     view = self.color(view)
                 pixels[slot] = view
-                if self.labelled:
+                if self.labeled:
                     maps[slot] = self._map(sample, number, self.rows.image_size(shard, row))
                 rankings[slot] = arm_ranking(
                     "full" if whole else self._arm,
@@ -342,7 +343,7 @@ class ValidationDataset(Dataset[Batch]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.rows = labelled_rows(opened, split)
+        self.rows = labeled_rows(opened, split)
         self.views, self.batch_size = views or Views.of(opened), batch_size
         self._positions = np.arange(rank, len(self.rows), ranks)
         self.turns = -(-len(self.rows) // (ranks * batch_size))

@@ -43,7 +43,7 @@ def show(trainer: "Trainer") -> None:
     arm = "whole views, resized" if tickets.resize_to_tokens else tickets.tickets
     unmasked = f", the last {tickets.unmask_epochs} epochs all" if tickets.unmask_epochs else ""
     log.info(f"{model.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters; {student.feed}")
-    if trainer.dataset.labelled:
+    if trainer.dataset.labeled:
         of = recipe.data.token_labels or trainer.opened.url
         log.info(f"token labels: of {of}; the images' own labels are not used")
     log.info(
