@@ -34,7 +34,7 @@ __all__ = [
 ]
 # The same imports again, for when the program runs: those above are for editors and type checkers alone.
 _HOMES = {
-    "Sample": "shards.reader",
+    "Sample": "shards.sample",
     "TicketDataset": "trainer.data.dataset",
     "TicketSet": "shards.reader",
     "TicketViT": "trainer.families.vit",
