@@ -19,7 +19,10 @@ results: .venv/installed ## The study of docs/RESULTS.md; some hours; goes on wh
 	$(BIN)/python examples/study.py results --out $(RESULTS)
 	$(BIN)/python examples/study.py families --out $(RESULTS)
 
-test: .venv/installed ## Run the test suite but for what is marked slow
+quick: .venv/installed ## Run the quick tests, under a minute
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test: .venv/installed ## Run the test suite but for what is marked long
 	$(BIN)/python -m pytest -n 2
 
 torture: .venv/installed ## Hostile sets, odd files, dying processes, full disks; SECONDS=240
@@ -33,5 +36,5 @@ lint: .venv/installed ## ruff and mypy
 bench: .venv/installed ## Time everything against what else one would run; PEERS=PYTHON for litdata and streaming
 	$(BIN)/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
 
-.PHONY: help demo results test torture lint bench
+.PHONY: help demo results quick test torture lint bench
 .DEFAULT_GOAL := help

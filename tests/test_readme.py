@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -26,6 +28,7 @@ from training import QUICK
 pytestmark = pytest.mark.slow  # runs all of README's commands
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: dict[str, Any] = {
     "datalth-mine": miner.cli.main,
     "datalth-shards": shards.inspect.cli.main,
@@ -34,10 +37,10 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def blocks() -> list[list[str]]:
-    """README's indented blocks, line by line, without comments behind commands."""
+def blocks(page: Path = ROOT / "README.md") -> list[list[str]]:
+    """A page's indented blocks, line by line."""
     found: list[list[str]] = [[]]
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+    for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("    "):
             found[-1].append(line[4:])
         elif line.strip():
@@ -76,6 +79,36 @@ def test_readmes_commands_and_then_its_python_run_in_one_folder(photos, weights,
         outputs.append(done.stdout)
     name, share = outputs[-1].split()
     assert name in ("ant", "bee", "cat") and 1 / 3 <= float(share) <= 1
+
+
+def commands(page: Path) -> list[str]:
+    """Its lines that call a command of ours, also under torchrun and where they go on in the next line."""
+    lines = "\n".join(line for block in blocks(page) for line in block).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.split()[:1] and line.split()[0] in (*COMMANDS, "torchrun")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_is_taken_by_its_command(page, tmp_path, monkeypatch):
+    """Parsed and not run: each flag is there and takes its value."""
+    monkeypatch.chdir(tmp_path)
+    for line in commands(page):
+        words = shlex.split(line, comments=True)
+        words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
+        command = COMMANDS[words.pop(0)]
+        if isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        flags = [word for word in words if word not in ("...", "[...]")]
+        try:
+            command.make_context(command.name, flags)
+        except click.UsageError as error:
+            pytest.fail(f"{line}: {error.format_message()}")
+
+
+def test_every_block_of_the_readme_is_of_a_kind_that_is_tried():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for block in blocks():
+        first, *rest = block[0].split()
+        assert first in (*COMMANDS, "torchrun", "import", "from") or (first == "make" and rest[0] in targets), block
 
 
 def test_plain_folders_of_their_names_do_not_hide_the_packages(tmp_path):

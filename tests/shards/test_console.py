@@ -180,6 +180,7 @@ def test_a_picture_is_there_though_nobody_reads_the_lines(center_set, tmp_path, 
         image.load()
 
 
+@pytest.mark.slow
 def test_a_verdict_is_written_though_nobody_reads_it(tmp_path):
     runs = write_arms(tmp_path / "runs")
     subprocess.run(

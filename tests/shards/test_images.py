@@ -350,6 +350,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize(("depth", "colour", "bytes_a_pixel"), [(16, 0, 2), (8, 6, 4), (8, 0, 1)])
 def test_decoding_costs_the_image_and_its_colours_and_no_second_copy(depth, colour, bytes_a_pixel, tmp_path):

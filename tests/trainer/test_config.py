@@ -21,6 +21,7 @@ def invoked(*flags: object, code: int = 0) -> str:
     return result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -16,6 +16,8 @@ from shards.errors import ImageError, TicketSetError
 from trainer.data.dataset import loader
 from training import arguments
 
+pytestmark = pytest.mark.slow  # starts and kills processes
+
 CPU = torch.device("cpu")
 
 
@@ -131,7 +133,6 @@ def test_workers_end_where_the_run_is_killed():
     assert len(pids) == 2 and not any(map(alive, pids))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("soft", "hard", "code"), [(24, 4096, 0), (24, 24, 1)])
 def test_few_open_files_are_raised_to_what_is_allowed_or_a_line(tickets, tmp_path, soft, hard, code):
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:

@@ -131,6 +131,7 @@ def test_models_that_cannot_take_tickets_are_refused_in_words(name, arguments, r
         TicketViT(timm.create_model(name, **arguments))
 
 
+@pytest.mark.slow
 def test_the_library_name_is_the_class_and_the_package_alone_needs_no_torch():
     import subprocess
     import sys

@@ -26,6 +26,8 @@ from trainer.options import Machine, Optimization
 from trainer.ranks import Rank
 from training import SMALL, arguments, same, stopped_at, train, weights_of
 
+pytestmark = pytest.mark.slow  # trains for each test
+
 
 @pytest.mark.parametrize(("update", "number"), [(2, signal.SIGTERM), (8, signal.SIGINT)])
 def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_weights_and_losses(
@@ -55,7 +57,6 @@ def test_workers_and_recovery_checkpoints_change_nothing(tickets, whole, tmp_pat
     assert same(weights_of(tmp_path / "run"), weights_of(whole))
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_killed_ranks_resume_to_the_same_weights(tickets, tmp_path):
     """Two gloo ranks: under torchrun never stopped; then by hand, both SIGKILLed in mid-epoch, and resumed."""
@@ -325,7 +326,6 @@ def test_a_learning_rate_that_min_lr_raises_is_said(tickets, tmp_path):
     assert "--min-lr 1e-05: above the learning rate 1e-06" in output
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_one_line(tickets, tmp_path, monkeypatch):
     from torch._inductor import config
 
