@@ -125,7 +125,7 @@ def test_the_strongest_posterize_is_drawn_and_does_not_raise():
 
 @pytest.mark.parametrize("text", ["nothing", "rand-m9-x3", "rand-m9x", "randm9", "v1", "augmix-z3", "v0-m9", "random"])
 def test_unknown_policies_are_refused_in_words(text):
-    with pytest.raises(TicketSetError, match=f"^--aa {text}: expected one of timm's policies"):
+    with pytest.raises(TicketSetError, match=f"^`aa` {text}: expected one of timm's policies"):
         ColorAugment(text, 0.4, MEAN)
 
 
