@@ -5,6 +5,7 @@ webdataset only inside the tar writer, so that every inspection command starts i
 """
 
 from shards.images import render_view, render_views
-from shards.reader import Sample, TicketSet
+from shards.reader import TicketSet
+from shards.sample import Sample
 
 __all__ = ["Sample", "TicketSet", "render_view", "render_views"]

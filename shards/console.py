@@ -15,7 +15,7 @@ import click
 from shards.errors import ImageError, TicketSetError, first_line
 from shards.flags import as_flags
 
-# What moves the cursor, colours the screen, ends a line or turns the direction of writing; halves of characters.
+# What moves the cursor, colors the screen, ends a line or turns the direction of writing; halves of characters.
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _WHAT_TO_DO = {
     errno.ENOSPC: "free some space",

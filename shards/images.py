@@ -73,7 +73,7 @@ def store_image(data: bytes, exif: str = "ignore", store_side: int | None = None
 
 
 def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
-    """uint8 [H, W, 3] RGB; alpha is dropped as timm and torchvision do, grey of more than 8 bits keeps its high ones.
+    """uint8 [H, W, 3] RGB; alpha is dropped as timm and torchvision do, gray of more than 8 bits keeps its high ones.
 
     Raises:
         ImageError: as `store_image`.
@@ -89,7 +89,7 @@ def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndar
         image: encoded, as stored.
         view: (top, left, height, width, flip).
         size: S; the box is resized to S x S (bicubic, antialiased), then flipped.
-        exif: the frame that the box refers to: "apply" where the set was mined with --exif apply, else "ignore"
+        exif: the frame that the box refers to: "apply" where the set was mined with `exif` apply, else "ignore"
             (`TicketSet.exif`). `Sample.render` knows it by itself.
     Returns:
         uint8 [S, S, 3]
@@ -97,7 +97,8 @@ def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndar
         ImageError: the image cannot be decoded.
         ValueError: the box is not inside the image.
     """
-    return render_views(image, np.asarray(view)[None], size, exif)[0]
+    pixels: np.ndarray = render_views(image, np.asarray(view)[None], size, exif)[0]
+    return pixels
 
 
 def render_views(image: bytes, views: np.ndarray, size: int, exif: str) -> np.ndarray:
@@ -163,16 +164,17 @@ def _open(data: bytes) -> Image.Image:
 def _fast_jpeg(data: bytes) -> np.ndarray | None:
     """An ordinary JPEG through simplejpeg, where that is installed: the same pixels as Pillow's in less time.
 
-    Whatever it finds odd (other colour spaces, damage, a size that is refused) is left to Pillow, and so are its words.
+    Whatever it finds odd (other color spaces, damage, a size that is refused) is left to Pillow, and so are its words.
     """
     decoder = _simplejpeg()
     if decoder is None or data[:3] != b"\xff\xd8\xff":
         return None
     try:
-        height, width, colour, _ = decoder.decode_jpeg_header(data)
-        if colour != "YCbCr" or height * width > MAX_PIXELS:
+        height, width, color, _ = decoder.decode_jpeg_header(data)
+        if color != "YCbCr" or height * width > MAX_PIXELS:
             return None
-        return decoder.decode_jpeg(data)
+        pixels: np.ndarray = decoder.decode_jpeg(data)
+        return pixels
     except ValueError:
         return None
 
@@ -215,7 +217,7 @@ def _decoding() -> Iterator[None]:
 
 
 def _depth(image: Image.Image, data: bytes) -> tuple[int, bool]:
-    """Bits of grey that Pillow hands on as it found them (modes I), and whether white is 0 in them.
+    """Bits of gray that Pillow hands on as it found them (modes I), and whether white is 0 in them.
 
     Raises:
         ImageError: pixels without a fixed range, or that Pillow is known to decode wrongly.
@@ -271,8 +273,8 @@ def _rgb(image: Image.Image, bits: int, inverted: bool, exif: str) -> np.ndarray
 
 def _strip(image: Image.Image, bits: int, inverted: bool) -> np.ndarray:
     if image.mode.startswith("I"):  # convert("RGB") would clip it to white
-        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
-        return np.repeat((255 - grey if inverted else grey)[:, :, None], 3, axis=2)
+        gray = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        return np.repeat((255 - gray if inverted else gray)[:, :, None], 3, axis=2)
     # convert() copies an image that is RGB already.
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 

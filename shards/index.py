@@ -68,8 +68,8 @@ def read_index(data: bytes, where: str, num_patches: int, num_classes: int) -> p
     ok = pc.equal(table["status"], "ok")
     _require(table, where, "status", pc.or_(ok, pc.equal(table["status"], "failed")), "ok or failed")
     below = pc.and_(pc.greater_equal(table["label"], 0), pc.less(table["label"], num_classes))
-    unlabelled = pc.is_null(table["label"])
-    _require(table, where, "label", pc.or_kleene(below, unlabelled), f"a number below {num_classes}, or none")
+    unlabeled = pc.is_null(table["label"])
+    _require(table, where, "label", pc.or_kleene(below, unlabeled), f"a number below {num_classes}, or none")
     good = table.filter(ok)
     for name in ("width", "height"):
         _require(good, where, name, pc.greater(good[name], 0), "a number of pixels")
@@ -125,7 +125,7 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MA
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    return pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind)
+    return bool(pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _check_size(where: str, rows: int, most: int, size: int) -> None:

@@ -1,104 +1,31 @@
-"""Reading a ticket set: the manifest, the index as tables, the samples as a stream.
+"""Reading a ticket set: the manifest, the index as tables, the samples in stored order or by their place.
 
 A linked set has no images of its own. Its samples take theirs from the base set, found at the path
 its manifest holds (or `base`), joined by key within shards of the same name. Token labels may be in the
-set itself, in its base, or in a further link beside it (`shards.rows.Rows`).
+set itself, in its base, or in a further link beside it.
 
 A set may come from anywhere: JSON is checked by `shards.schema`, the index by `shards.index`, and what a sample holds
-where it is read, here.
+by `shards.sample`.
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards import format as fmt
-from shards import schema, storage, token_labels
-from shards.errors import ImageError, TicketSetError
-from shards.images import decode, render_pixels
+from shards import schema, storage
+from shards.errors import TicketSetError
 from shards.index import read_index
+from shards.sample import Row, Sample, decode, decode_token_labels
 from shards.schema import Manifest
 from shards.tar import split_members
 
-
-class Row(NamedTuple):
-    """What the index says of a sample, and its members are checked against.
-
-    Attributes:
-        key: of the sample.
-        label: class index; None where the image has none.
-        height: of the image in the frame that boxes refer to, in pixels.
-        width: as `height`.
-    """
-
-    key: str
-    label: int | None
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image and its tickets.
-
-    Attributes:
-        key: of the sample.
-        image: encoded, as stored.
-        label: class index; None where the image has none.
-        views: int32 [V, 5], columns top, left, height, width, flip.
-        rankings: [V, N] patch indices, most informative first; [V, 0] where the set holds token labels alone.
-        k: patches in a ticket.
-        size: height and width of the image in the frame that boxes refer to.
-        exif: "ignore" or "apply": which frame that is.
-        token_labels: uint16 [2, T, G, G] as `shards.token_labels` says; None where neither set nor base has them.
-    """
-
-    key: str
-    image: bytes
-    label: int | None
-    views: np.ndarray
-    rankings: np.ndarray
-    k: int
-    size: tuple[int, int]
-    exif: str
-    token_labels: np.ndarray | None = None
-
-    @property
-    def tickets(self) -> np.ndarray:
-        """[V, K]: the first K of each ranking."""
-        return self.rankings[:, : self.k]
-
-    def pixels(self) -> np.ndarray:
-        """The decoded image, uint8 [H, W, 3], in the frame that boxes refer to.
-
-        Raises:
-            ImageError: it cannot be decoded, or is not of the size that the index says.
-        """
-        pixels = decode(self.image, self.exif)
-        if pixels.shape[:2] != self.size:
-            (height, width), found = self.size, pixels.shape
-            raise ImageError(f"{self.key}: expected an image of {width}x{height} pixels, got {found[1]}x{found[0]}")
-        return pixels
-
-    def render(self, views: int | Sequence[int], size: int) -> np.ndarray:
-        """The pixels of stored views, as the selector saw them and a student is fed them.
-
-        Args:
-            views: number of a view, or several numbers, which then share one decode.
-            size: S, pixels of a side.
-        Returns:
-            uint8 [S, S, 3], or [n, S, S, 3] of n numbers.
-        Raises:
-            ImageError: as `pixels`.
-        """
-        rendered = render_pixels(self.pixels(), self.views[np.atleast_1d(views)], size)
-        return rendered[0] if np.ndim(views) == 0 else rendered
+INDEXED = ["key", "label", "height", "width", "source", "offset", "bytes"]  # columns that `joined` hands on
+EXTENTS = ("offset", "bytes", "base_offset", "base_bytes", "labels_offset", "labels_bytes")
 
 
 class TicketSet:
@@ -134,7 +61,7 @@ class TicketSet:
             base_manifest = _read_manifest(where)
         except TicketSetError as error:
             raise TicketSetError(
-                f"{url}: its images are in a base set that cannot be opened ({error}); name its place with --base"
+                f"{url}: its images are in a base set that cannot be opened ({error}); name its place with `base`"
             ) from None
         if base_manifest.base is not None:
             raise TicketSetError(
@@ -167,6 +94,10 @@ class TicketSet:
         """Names of the classes, in the order of their labels."""
         return list(self.manifest.classes)
 
+    def class_name(self, label: int | None) -> str:
+        """Name of a class; "-" for an image without a label."""
+        return "-" if label is None else self.manifest.classes[label]
+
     @property
     def splits(self) -> list[str]:
         """Names of the splits."""
@@ -184,10 +115,12 @@ class TicketSet:
 
     @property
     def has_token_labels(self) -> bool:
+        """Whether its own tars hold token labels; those of its base do not count."""
         return fmt.TOKEN_LABELS in self.manifest.members
 
     @property
     def has_tickets(self) -> bool:
+        """Whether there are rankings; a linked set may hold token labels alone."""
         return fmt.RANKING in self.manifest.members
 
     def require_tickets(self) -> None:
@@ -253,61 +186,44 @@ class TicketSet:
 
     def stream_shard(self, name: str, keys: set[str] | None = None) -> Iterator[Sample]:
         """The samples of one shard in stored order; with `keys`, only these."""
-        read = self.open_shard(name)
-        for row in self.joined(name).to_pylist():
-            if keys is None or row["key"] in keys:
-                yield read(row)
+        reader = SampleReader(self)
+        for row in rows_of(self.joined(name)):
+            if keys is None or row.key in keys:
+                yield reader.read(name, row)
 
-    def joined(self, name: str) -> pa.Table:
-        """One shard's samples that succeeded, in stored order, with the place of each one's image.
+    def joined(self, name: str, token_labels: "TicketSet | None" = None) -> pa.Table:
+        """One shard's samples that succeeded, in stored order, with the place of each part of them.
 
+        Args:
+            name: of the shard.
+            token_labels: another set over the same images that holds the token labels; samples that it lacks are left out.
         Returns:
-            key, label, height, width; offset and bytes in the set's own tar; base_offset and base_bytes in the tar that
-            holds the image, which is the base's in a linked set.
+            key, label, height, width, source; offset and bytes in the set's own tar; base_offset and base_bytes in the
+            tar that holds the image, which is the base's in a linked set; labels_offset and labels_bytes in the tar of
+            `token_labels`, where it is given.
         Raises:
             TicketSetError: the base lacks an image, or its image has another size than the index of the link says.
         """
         own = _ok(self, name)
-        if self.base is None:
-            return own.append_column("base_offset", own["offset"]).append_column("base_bytes", own["bytes"])
-        base = _ok(self.base, name)
+        # By key, never by place: a link may lack samples of its base.
+        base = own if self.base is None else _ok(self.base, name)
         places = pc.index_in(own["key"], base["key"])
-        if places.null_count:
+        if self.base is not None and places.null_count:
             missing = own.filter(pc.is_null(places))["key"][0].as_py()
             raise TicketSetError(f"{self.base.url}: expected an image of {missing}, which {self.url} links to")
         found = base.take(places)
         for column in ("height", "width", "label"):
-            if found[column] != own[column]:
+            if self.base is not None and found[column] != own[column]:
                 raise TicketSetError(
                     f"{self.url}: {name}: its index has another {column} of an image than {self.base.url}"
                 )
-        return own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
-
-    def open_shard(self, name: str) -> Callable[[dict[str, Any]], Sample]:
-        """Open the tars of one shard.
-
-        Returns:
-            A function: a row of `joined` -> its sample; raises as `sample`.
-        Raises:
-            TicketSetError: a tar is missing, or the set was mined anew.
-        """
-        own_url = storage.join(self.url, f"{name}.tar")
-        own = _open_tar(own_url)
-        image_url = storage.join(self.base.url, f"{name}.tar") if self.base else own_url
-        images = _open_tar(image_url) if self.base else own
-        self.check_unchanged()
-        if self.base:
-            self.base.check_unchanged()
-
-        def read(row: dict[str, Any]) -> Sample:
-            said = Row(*(row[field] for field in Row._fields))
-            members = split_members(own.read(row["offset"], row["bytes"]), said.key, own_url)
-            pictured = members
-            if self.base:
-                pictured = split_members(images.read(row["base_offset"], row["base_bytes"]), said.key, image_url)
-            return self.sample(name, said, members, pictured, image_url)
-
-        return read
+        own = own.append_column("base_offset", found["offset"]).append_column("base_bytes", found["bytes"])
+        if token_labels is None:
+            return own
+        theirs = token_labels.joined(name)
+        own = own.filter(pc.is_in(own["key"], theirs["key"]))
+        found = theirs.take(pc.index_in(own["key"], theirs["key"]))
+        return own.append_column("labels_offset", found["offset"]).append_column("labels_bytes", found["bytes"])
 
     def find(self, key: str, split: str | None = None) -> tuple[str, dict[str, Any]]:
         """(split, row of the index) of one key.
@@ -324,114 +240,122 @@ class TicketSet:
         if not hits:
             raise TicketSetError(f"{self.url}: no sample has the key {key!r}; `datalth-shards ls` lists them")
         if len(hits) > 1:
-            raise TicketSetError(f"{self.url}: {key!r} is in {[h[0] for h in hits]}; say which with --split")
+            raise TicketSetError(f"{self.url}: {key!r} is in {[h[0] for h in hits]}; say which with `split`")
         return hits[0]
 
     def ok_keys(self, name: str) -> list[str]:
         """Keys of one shard's samples that succeeded, in stored order."""
-        return _ok(self, name)["key"].to_pylist()
+        keys: list[str] = _ok(self, name)["key"].to_pylist()
+        return keys
 
-    def sample(self, name: str, row: Row, members: dict[str, bytes], pictured: dict[str, bytes], where: str) -> Sample:
-        """A sample from the members of its own tar and of the tar that holds its image.
+
+class SampleReader:
+    """Reads samples by their place; reading in stored order and in any other both come down to it.
+
+    A tar is opened when a sample of it is asked for, and the last few stay open.
+
+    Args:
+        opened: the set.
+        token_labels: another set over the same images, whose token labels the samples get.
+        keep: tars that stay open; by default those of one shard and its base.
+        open_tar: (url of a tar, set_id of its set) -> the tar; by default `storage.open_ranges` of the URL.
+    """
+
+    def __init__(
+        self,
+        opened: TicketSet,
+        token_labels: TicketSet | None = None,
+        keep: int = 2,
+        open_tar: Callable[[str, str], storage.Ranges] | None = None,
+    ) -> None:
+        self._made_of = opened, token_labels, keep, open_tar
+        self._set, self._link, self._open_tar = opened, token_labels, open_tar
+        holders = (token_labels, opened, opened.base)
+        self._labels = next((each for each in holders if each is not None and each.has_token_labels), None)
+        self._open = functools.lru_cache(keep)(self._open_unchanged)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open tars stay behind when it is sent to another process."""
+        return SampleReader, self._made_of
+
+    @property
+    def has_token_labels(self) -> bool:
+        """Whether samples come with token labels."""
+        return self._labels is not None
+
+    def open(self, name: str) -> None:
+        """Open the tars of a shard now.
+
+        Raises:
+            TicketSetError: one is missing, or its set was mined anew.
+        """
+        for each in (self._set, self._set.base, self._link):
+            if each is not None:
+                self._open(each, name)
+
+    def read(self, name: str, row: Row) -> Sample:
+        """One sample.
 
         Args:
             name: of its shard.
-            row: what the index says of it.
-            members: of its own tar.
-            pictured: of the tar that holds its image.
-            where: for errors.
+            row: of `rows_of(opened.joined(name, token_labels))`.
         Raises:
-            TicketSetError: a member is missing, or is not what manifest and index say: rankings that are no
-                permutations, boxes outside the image, another label.
+            TicketSetError: as `open`, or a tar is not what the index says.
         """
-        where = f"{where}: {row.key}"
-        image = next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
-        if image is None and self.manifest.base and self.base is None:
-            image = b""  # opened without images
-        boxes = (members if self.has_tickets else pictured).get(fmt.VIEWS)
-        if image is None or boxes is None or (self.has_tickets and fmt.RANKING not in members):
-            raise TicketSetError(f"{where}: expected an image, a ranking and views, got {sorted(pictured)}")
-        _check_label(members.get(fmt.LABEL), row.label, where)
-        count = self.manifest.splits[name.rpartition("-")[0]].views
-        views = fmt.decode_npy(boxes, where)
-        _check_views(views, count, row, where)
-        if self.has_tickets:
-            rankings = fmt.decode_npy(members[fmt.RANKING], where)
-            _check_rankings(rankings, count, self.num_patches, where)
-        else:
-            rankings = np.empty((count, 0), np.uint8)
-        labels = self.token_labels(row.key, members, where)
-        if labels is None and self.base is not None:
-            labels = self.base.token_labels(row.key, pictured, where)
-        size = (row.height, row.width)
-        return Sample(row.key, image, row.label, views, rankings, self.k, size, self.exif, labels)
+        opened, base = self._set, self._set.base
+        members, where = self._members(opened, name, row, 0)
+        pictured: dict[str, bytes] | None = members
+        if base is not None:
+            pictured, where = self._members(base, name, row, 2)
+        elif opened.manifest.base is not None:
+            pictured = None  # opened without images
+        labels = None
+        if self._labels is not None:
+            held, place = (members if self._labels is opened else pictured), where
+            if self._labels is self._link:
+                held, place = self._members(self._link, name, row, 4)
+            assert held is not None
+            labels = decode_token_labels(self._labels.manifest, held, place)
+        return decode(row, opened.manifest, name.rpartition("-")[0], members, pictured, labels, where)
 
-    def token_labels(self, key: str, members: dict[str, bytes], where: str) -> np.ndarray | None:
-        """uint16 [2, T, G, G] among the members of a sample of this very set; None where the set has none.
+    def _members(self, opened: TicketSet, name: str, row: Row, at: int) -> tuple[dict[str, bytes], str]:
+        """The members of a sample in one of its tars, and where they are, for errors. `at`: place of the extent."""
+        tar, url = self._open(opened, name)
+        return split_members(tar.read(row.extents[at], row.extents[at + 1]), row.key, url), f"{url}: {row.key}"
 
-        Raises:
-            TicketSetError: the member is missing, or is not what the manifest says.
-        """
-        if self.manifest.token_labels is None or not self.has_token_labels:
-            return None
-        if fmt.TOKEN_LABELS not in members:
-            raise TicketSetError(f"{where}: expected token labels, got {sorted(members)}")
-        num_classes = len(self.manifest.classes)
-        shape = token_labels.shape(num_classes, self.manifest.token_labels.grid[0])
-        return token_labels.decode(members[fmt.TOKEN_LABELS], shape, num_classes, where)
+    def _open_unchanged(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
+        url = storage.join(opened.url, f"{name}.tar")
+        try:
+            tar = self._open_tar(url, opened.manifest.set_id) if self._open_tar else storage.open_ranges(url)
+        except FileNotFoundError:
+            opened.check_unchanged()
+            raise TicketSetError(f"{url}: missing; the index lists its samples") from None
+        opened.check_unchanged()  # the index was read before, so both are of this set
+        return tar, url
+
+
+def rows_of(table: pa.Table) -> Iterator[Row]:
+    """The rows of `TicketSet.joined`."""
+    names = ["key", "label", "height", "width", *(name for name in EXTENTS if name in table.column_names)]
+    for key, label, height, width, *extents in zip(*(table[name].to_pylist() for name in names), strict=True):
+        yield Row(key, label, height, width, extents)
 
 
 def _ok(opened: TicketSet, name: str) -> pa.Table:
     table = opened.shard_table(name)
-    return table.filter(pc.equal(table["status"], "ok")).select(["key", "label", "height", "width", "offset", "bytes"])
-
-
-def _check_label(digits: bytes | None, label: int | None, where: str) -> None:
-    expected = None if label is None else str(label).encode("ascii")
-    if digits != expected:
-        raise TicketSetError(f"{where}: expected label {label} (index) in .cls, got {digits and digits[:20]!r}")
-
-
-def _check_views(views: np.ndarray, count: int, row: Row, where: str) -> None:
-    if views.dtype != np.int32 or views.shape != (count, len(fmt.VIEW_COLUMNS)):
-        raise TicketSetError(
-            f"{where}: expected int32 boxes of {count} views, got {views.dtype} of shape {list(views.shape)}"
-        )
-    for number, (top, left, height, width, flip) in enumerate(views.tolist()):  # faster than numpy on so few numbers
-        inside = 0 <= top <= row.height - height and 0 <= left <= row.width - width
-        if not (inside and height > 0 and width > 0 and 0 <= flip <= 1):
-            raise TicketSetError(f"{where}: view {number} is not inside the {row.width}x{row.height} image")
-
-
-def _check_rankings(rankings: np.ndarray, count: int, num_patches: int, where: str) -> None:
-    expected = fmt.ranking_dtype(num_patches)
-    if rankings.dtype != expected or rankings.shape != (count, num_patches):
-        raise TicketSetError(
-            f"{where}: expected {expected} rankings of {count} views and {num_patches} patches, got {rankings.dtype}"
-            f" {list(rankings.shape)}"
-        )
-    most = 1 << 8 * expected.itemsize  # whatever the type can hold
-    seen = np.zeros(count * most, bool)
-    seen[rankings + _first_places(count, most)] = True
-    if not seen.reshape(count, most)[:, :num_patches].all():
-        raise TicketSetError(f"{where}: expected rankings that are permutations of {num_patches} patches")
-
-
-@functools.lru_cache(maxsize=8)
-def _first_places(count: int, most: int) -> np.ndarray:
-    return np.arange(0, count * most, most)[:, None]
+    return table.filter(pc.equal(table["status"], "ok")).select(INDEXED)
 
 
 def resolve_base(url: str, path: str) -> str:
     """Where the base of a linked set is: a relative path starts at the set's own folder.
 
     A downloaded manifest decides what is opened here. So the base of a local set is a local path, that of a remote set
-    is on the same store; another place is the user's to name, with --base.
+    is on the same store; another place is the user's to name, as `base`.
 
     Raises:
         TicketSetError: it is elsewhere.
     """
-    advice = "name its place with --base if you trust it"
+    advice = "name its place with `base` if you trust it"
     if not storage.is_remote(url):
         if "://" in path or "::" in path:
             raise TicketSetError(
@@ -450,13 +374,6 @@ def resolve_base(url: str, path: str) -> str:
         if not parts:
             raise TicketSetError(f"{url}: its base is said to be at {path}, above {store}; {advice}")
     return f"{scheme}://{'/'.join(parts)}"
-
-
-def _open_tar(url: str) -> storage.Ranges:
-    try:
-        return storage.open_ranges(url)
-    except FileNotFoundError:
-        raise TicketSetError(f"{url}: missing; the index lists its samples") from None
 
 
 def _read_manifest(url: str) -> Manifest:

@@ -56,8 +56,9 @@ def _known(kind: type[Record]) -> list["dataclasses.Field[Any]"]:
 
 
 def _check_of(declared: "dataclasses.Field[Any]") -> Check:
-    kind: Any = declared.type
-    return kind.__metadata__[0] if hasattr(kind, "__metadata__") else kind.parse
+    kind: Any = declared.type  # Annotated[type, check], or a record, which checks itself
+    check: Check = kind.__metadata__[0] if hasattr(kind, "__metadata__") else kind.parse
+    return check
 
 
 def _plain(value: Any) -> Any:

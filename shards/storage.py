@@ -288,7 +288,10 @@ def _read_remote(url: str, file: Any, size: int) -> bytes:
 
 
 class _RemoteRanges:
-    """Keeps the last blocks, so that reading roughly in order costs one request a block."""
+    """Keeps the last blocks, so that reading roughly in order costs one request a block.
+
+    fsspec's own cache of blocks is not for threads, and keeps a block that came short as if it were whole.
+    """
 
     def __init__(self, url: str, file: Any, size: int) -> None:
         self._url, self._file, self.size = url, file, size

@@ -1,7 +1,7 @@
 """Samples in a tar: written by webdataset's TarWriter, read by offset.
 
-A sample's members lie next to each other, so one read of (offset, bytes) from the index brings all of
-them, at half the cost of going through tarfile, and every sample is within reach.
+A sample's members lie next to each other, so one read of (offset, bytes) from the index brings all of them, and every
+sample is within reach. tarfile would read header after header.
 """
 
 import re

@@ -56,7 +56,8 @@ def decode(data: bytes, expected: tuple[int, ...], num_classes: int, where: str)
 
 def probabilities(labels: np.ndarray) -> np.ndarray:
     """float32 [T, G, G] of a decoded member; what they lack to 1 belongs to the classes that are not listed."""
-    return labels[0].astype(np.float32) / UNIT
+    shares: np.ndarray = labels[0].astype(np.float32) / UNIT
+    return shares
 
 
 def problems(labels: np.ndarray) -> Iterator[str]:

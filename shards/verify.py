@@ -13,7 +13,8 @@ from typing import TypeVar
 from shards import checks, schema, storage, token_labels
 from shards import format as fmt
 from shards.errors import ImageError, TicketSetError, first_line
-from shards.reader import Sample, TicketSet
+from shards.reader import SampleReader, TicketSet, rows_of
+from shards.sample import Sample
 from shards.views import canonical_view
 from shards.writer import count, interop_files, set_id
 
@@ -214,15 +215,16 @@ def _check_tar(opened: TicketSet, name: str, stats: schema.ShardStats) -> Iterat
     """The tar's sha256 and every sample in it."""
     yield from _check_file(opened, f"{name}.tar", stats.tar, hashed=True)
     try:
-        read = opened.open_shard(name)
-        rows = opened.joined(name).to_pylist()
+        reader = SampleReader(opened)
+        rows = rows_of(opened.joined(name))
+        reader.open(name)
         tickets = {row["key"]: row["ticket"] for row in opened.shard_table(name).select(["key", "ticket"]).to_pylist()}
     except (TicketSetError, OSError) as error:
         yield _in_words(opened, error)
         return
     for row in rows:
         try:
-            sample = read(row)
+            sample = reader.read(name, row)
         except (TicketSetError, OSError) as error:  # no reason to leave out the next
             yield _in_words(opened, error)
             continue

@@ -17,7 +17,7 @@ CROP_PCT = 0.875
 
 
 def canonical_view(width: int, height: int) -> tuple[int, int, int, int, int]:
-    """View 0: the centred square of round(.875 * short side), offsets floored, no flip."""
+    """View 0: the centered square of round(.875 * short side), offsets floored, no flip."""
     side = max(1, round(CROP_PCT * min(width, height)))
     return (height - side) // 2, (width - side) // 2, side, side, 0
 
@@ -55,13 +55,13 @@ def image_views(
 
 
 def center_distance(grid: tuple[int, int]) -> np.ndarray:
-    """Squared distance of every patch's centre to the view's, in half patches, so that ties are exact: int [N]."""
+    """Squared distance of every patch's center to the view's, in half patches, so that ties are exact: int [N]."""
     rows, columns = np.indices(grid)
     return ((2 * rows - grid[0] + 1) ** 2 + (2 * columns - grid[1] + 1) ** 2).flatten()
 
 
 def center_ranking(grid: tuple[int, int]) -> np.ndarray:
-    """[N] patches, nearest to the center first, ties to the lower index: the order of --method center."""
+    """[N] patches, nearest to the center first, ties to the lower index: the order of method center."""
     return np.argsort(center_distance(grid), kind="stable")
 
 
@@ -73,7 +73,7 @@ def view_seed(seed: int, key: str, number: int) -> int:
 def _random_box(
     draw: Iterator[float], width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as torchvision's RandomResizedCrop.get_params: ten tries, then the centre."""
+    """(top, left, height, width) as torchvision's RandomResizedCrop.get_params: ten tries, then the center."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * next(draw))

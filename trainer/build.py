@@ -107,7 +107,7 @@ def open_rows(options: Options, opened: TicketSet, split: str) -> Rows:
     rows = Rows(opened, split, token_labels=labels)
     if not len(rows):
         raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
-    if not rows.labelled:
+    if not rows.labeled:
         bare = (rows.labels < 0).nonzero()[0]
         raise TicketSetError(
             f"{opened.url}: split {split} has {len(bare)} of {len(rows)} images without label (first:"

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from miner.sources.source import SCHEMA, Kept, Source
 from shards import storage
-from shards.reader import Row, TicketSet
-from shards.tar import split_members
+from shards.reader import SampleReader, TicketSet, rows_of
+from shards.sample import Row
 
 
 def ticket_set_source(url: str, base: str | None) -> Source:
@@ -26,15 +25,10 @@ def ticket_set_source(url: str, base: str | None) -> Source:
     for split in opened.splits:
         tables = []
         for name in opened.shard_names(split):
-            table = images.shard_table(name)
-            keep = pc.equal(table["status"], "ok")
-            if images is not opened:  # only what the link holds
-                own = opened.shard_table(name)
-                keep = pc.and_(keep, pc.is_in(table["key"], own.filter(pc.equal(own["status"], "ok"))["key"]))
-            table = table.filter(keep)
-            columns = [table["key"], table["source"], table["label"], table["bytes"]]
+            table = opened.joined(name)
+            columns = [table[column] for column in ("key", "source", "label", "base_bytes")]
             container = pa.array([shards.index(name)] * len(table), pa.int32())
-            tables.append(pa.table([*columns, container, table["offset"]], schema=SCHEMA))
+            tables.append(pa.table([*columns, container, table["base_offset"]], schema=SCHEMA))
         splits[split] = pa.concat_tables(tables)
     return Source(url, images.classes, splits, _TicketSetReader(images, shards), base=images)
 
@@ -44,18 +38,15 @@ class _TicketSetReader:
 
     def __init__(self, images: TicketSet, shards: list[str]) -> None:
         self._images, self._shards = images, shards
-        self._open = Kept(storage.open_ranges, 2 if storage.is_remote(images.url) else 64)
+        self._reader = SampleReader(images, keep=2 if storage.is_remote(images.url) else 64)
         self._rows = Kept(functools.partial(_rows_of, images), 4)
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
-        name, key = self._shards[row["container"]], row["key"]
-        url = storage.join(self._images.url, name + ".tar")
-        members = split_members(self._open(url).read(row["offset"], row["size"]), key, url)
-        sample = self._images.sample(name, self._rows(name)[key], members, members, url)
+        name = self._shards[row["container"]]
+        sample = self._reader.read(name, self._rows(name)[row["key"]])
         return sample.image, sample.views
 
 
 def _rows_of(images: TicketSet, name: str) -> dict[str, Row]:
     """What the index says of a shard's samples, by key."""
-    rows = images.joined(name).select(Row._fields).to_pylist()
-    return {row["key"]: Row(**row) for row in rows}
+    return {row.key: row for row in rows_of(images.joined(name))}

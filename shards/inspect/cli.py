@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,13 @@ from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.schema import SplitStats
 
-MAX_SHOWN_VIEWS = 8
-MAX_CLASS_MAPS = 17
-
 _folder = click.argument("folder", metavar="DIR")
 _base = click.option("--base", metavar="DIR", help="Where the base of a linked set is now.")
 _json = click.option("--json", "as_json", is_flag=True, help="JSON on standard output, for programs.")
 _split = click.option("--split", metavar="S", help="Which split.  [default: the first]")
 
 
-def _picture(required: bool) -> Any:
+def _picture(required: bool) -> Callable[[Callable[..., Any]], Any]:
     text = "Write the picture here." if required else "Also write a picture here."
     return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
 
@@ -39,6 +36,7 @@ def _check_picture(context: click.Context, parameter: click.Parameter, path: str
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="datalth")
 def main() -> None:
     """Look at a ticket set and check it. DIR is its folder, or an fsspec URL of one.
 
@@ -86,7 +84,7 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
         ],
         *_token_labels_row(opened),
         ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest.img_size} px, patch {manifest.patch_size}"],
-        ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabelled"],
+        ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabeled"],
         ["images", _images_text(opened)],
     ]
     click.echo(table(rows))
@@ -160,16 +158,7 @@ def ls(
         return
     head = ["split", "key", "class", "width", "height", "status", "entropy", "error"]
     cells = [
-        [
-            r["split"],
-            r["key"],
-            _class_name(opened, r["label"]),
-            r["width"],
-            r["height"],
-            r["status"],
-            r["entropy"],
-            r["error"] or "",
-        ]
+        [r["split"], r["key"], opened.class_name(r["label"]), *(r[name] for name in head[3:7]), r["error"] or ""]
         for r in rows
     ]
     click.echo(table(cells, head))
@@ -183,10 +172,6 @@ def _label_number(opened: TicketSet, label: str) -> int:
     if label.isdecimal() and len(label) < 10 and int(label) < len(opened.classes):
         return int(label)
     raise TicketSetError(f"--label {label}: expected a class name or a number below {len(opened.classes)}")
-
-
-def _class_name(opened: TicketSet, label: int | None) -> str:
-    return "-" if label is None else opened.classes[label]
 
 
 @main.command()
@@ -213,11 +198,9 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
     tickets = [] if sample is None else sample.tickets.tolist()
     center = [] if sample is None else _center_classes(opened, sample)
     if output and sample is not None:  # before the first line: `| head` ends the command
-        from shards.inspect import draw
+        from shards.inspect.pictures import sample_page
 
-        tiles = _tiles(opened, sample, range(min(MAX_SHOWN_VIEWS, len(views))))
-        title = f"{key}   {_class_name(opened, sample.label)}   K = {opened.k} of {opened.num_patches}"
-        _save(draw.page(tiles, ["view", "ticket", "rank"], title), output)
+        sample_page(opened, sample).save(output, "PNG")
     if as_json:
         named = [dict(zip(fmt.VIEW_COLUMNS, view, strict=True)) for view in views]
         content = {"split": split, **row, "views": named, "tickets": tickets}
@@ -242,20 +225,6 @@ def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
     return [(opened.classes[number], units / token_labels.UNIT) for units, number in middle.T.tolist()]
 
 
-def _tiles(opened: TicketSet, sample: Any, numbers: Any) -> list[tuple[str, list[Any]]]:
-    from shards.inspect import draw
-
-    pixels = sample.pixels()
-    rows = []
-    for number in numbers:
-        tile = draw.view_tile(pixels, sample.views[number])
-        lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
-        heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
-        flip = ", flipped" if sample.views[number][4] else ""
-        rows.append((f"view {number}{flip}", [tile, lit, heat]))
-    return rows
-
-
 @main.command()
 @_folder
 @_base
@@ -272,41 +241,13 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
     \b
     Example: datalth-shards sheet shards --split val -o sheet.png
     """
-    from shards.inspect import draw
+    from shards.inspect.pictures import contact_sheet
 
     opened = TicketSet.open(folder, base)
     opened.require_tickets()
-    split = split or opened.splits[0]
-    rows = []
-    for label, picked in _pick(opened, split, classes, per_class):
-        tiles = []
-        for name, key in picked:
-            ((_, (tile, lit, _)),) = _tiles(opened, next(opened.stream_shard(name, {key})), [0])
-            tiles += [tile, lit]
-        rows.append((_class_name(opened, label), tiles))
-    selector = opened.manifest.selector
-    title = f"{split}: {selector.method} {selector.model or ''}  K = {opened.k} of {opened.num_patches} patches"
-    _save(draw.page(rows, ["view 0", "ticket"] * per_class, title), output)
-    click.echo(f"{printable(output)}: {sum(len(t) // 2 for _, t in rows)} images of {len(rows)} classes")
-
-
-def _pick(
-    opened: TicketSet, split: str, classes: int, per_class: int
-) -> Iterator[tuple[int | None, list[tuple[str, str]]]]:
-    """(label, [(shard, key)]) of the first images of classes spread over all of them."""
-    index = opened.table(split).select(["key", "label", "status", "shard"]).to_pylist()
-    by_label: dict[int | None, list[tuple[str, str]]] = {}
-    for row in index:
-        found = by_label.setdefault(row["label"], []) if row["status"] == "ok" else None
-        if found is not None and len(found) < per_class:
-            found.append((row["shard"], row["key"]))
-    if not by_label:
-        raise TicketSetError(f"{opened.url}: split {split} has no sample to draw")
-    labels = sorted(by_label, key=lambda label: (label is not None, label))
-    count = min(classes, len(labels))
-    for i in range(count):
-        label = labels[i * len(labels) // count]
-        yield label, by_label[label]
+    picture, images, shown = contact_sheet(opened, split or opened.splits[0], classes, per_class)
+    picture.save(output, "PNG")
+    click.echo(f"{printable(output)}: {images} images of {shown} classes")
 
 
 @main.command()
@@ -327,38 +268,30 @@ def stats(folder: str, base: str | None, split: str | None, output: str | None, 
     opened = TicketSet.open(folder, base)
     found = statistics(opened, split or opened.splits[0])
     if output:  # before the first line, as in `show`
-        import numpy as np
+        from shards.inspect.pictures import frequency_maps
 
-        from shards.inspect import draw
-
-        named = [(f"all {found['samples']}", np.array(found["frequency"]))]
-        for name, of_class in list(found["per_class"].items())[:MAX_CLASS_MAPS]:
-            named.append((f"{name} {of_class['samples']}", np.array(of_class["frequency"])))
-        _save(draw.maps(named, f"{found['split']}: where tickets lie, K = {found['k']} of {found['n']}"), output)
+        frequency_maps(found).save(output, "PNG")
     if as_json:
         _print_json(found)
     else:
-        cells = [f for row in found["frequency"] for f in row]
-        entropy = found["entropy"]
-        rows = [
-            ["split", found["split"]],
-            ["samples", f"{found['samples']} ({found['failed']} failed)"],
-            ["tickets", f"K = {found['k']} of {found['n']} ({found['k'] / found['n']:.1%})"],
-            [
-                "patch frequency",
-                f"{min(cells):.3f} to {max(cells):.3f}; the same everywhere would be {found['k'] / found['n']:.3f}",
-            ],
-            [
-                "entropy, bits",
-                "-"
-                if entropy is None
-                else f"mean {entropy['mean']:.2f}, 5 % {entropy['p5']:.2f}, median {entropy['p50']:.2f}, 95 % {entropy['p95']:.2f}",
-            ],
-        ]
-        rows += [["failed", f"{count} x {reason}"] for reason, count in found["errors"].items()]
-        click.echo(table(rows))
+        click.echo(table(_statistics_rows(found)))
         click.echo("\nhow often a patch is in the ticket of view 0, in %:")
         click.echo("\n".join(" ".join(f"{round(f * 100):3d}" for f in row) for row in found["frequency"]))
+
+
+def _statistics_rows(found: dict[str, Any]) -> list[list[object]]:
+    cells = [share for row in found["frequency"] for share in row]
+    k, n, entropy, sure = found["k"], found["n"], found["entropy"], "-"
+    if entropy is not None:
+        sure = "mean {mean:.2f}, 5 % {p5:.2f}, median {p50:.2f}, 95 % {p95:.2f}".format(**entropy)
+    return [
+        ["split", found["split"]],
+        ["samples", f"{found['samples']} ({found['failed']} failed)"],
+        ["tickets", f"K = {k} of {n} ({k / n:.1%})"],
+        ["patch frequency", f"{min(cells):.3f} to {max(cells):.3f}; the same everywhere would be {k / n:.3f}"],
+        ["entropy, bits", sure],
+        *(["failed", f"{count} x {reason}"] for reason, count in found["errors"].items()),
+    ]
 
 
 @main.command()
@@ -448,7 +381,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
 @_json
 @reports_errors
 def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], as_json: bool) -> None:
-    """Object-patch recall against true masks, with centre and random beside it.
+    """Object-patch recall against true masks, with center and random beside it.
 
     A patch is an object patch where at least half of its pixels are inside the mask.
 
@@ -478,10 +411,6 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, sort_keys=True, indent=1))  # in ASCII: nothing in it acts on a terminal
-
-
-def _save(picture: Any, output: str) -> None:
-    picture.save(output, "PNG")
 
 
 if __name__ == "__main__":

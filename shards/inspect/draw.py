@@ -34,14 +34,14 @@ def ticket_tile(tile: Image.Image, ticket: np.ndarray, grid: tuple[int, int]) ->
 
 
 def rank_tile(tile: Image.Image, ranking: np.ndarray, grid: tuple[int, int]) -> Image.Image:
-    """The ranking as a heat map over the grey view: bright = most informative."""
+    """The ranking as a heat map over the gray view: bright = most informative."""
     value = np.empty(len(ranking))
     value[ranking] = np.linspace(1, 0, len(ranking))
     return Image.blend(tile.convert("L").convert("RGB"), heat_map(value.reshape(grid), tile.size[0]), 0.65)
 
 
 def heat_map(values: np.ndarray, side: int) -> Image.Image:
-    """Values in [0, 1] as coloured cells; the longer side has `side` pixels."""
+    """Values in [0, 1] as colored cells; the longer side has `side` pixels."""
     position = np.clip(values, 0, 1) * (len(_COLORS) - 1)
     low = np.minimum(position.astype(int), len(_COLORS) - 2)
     rest = (position - low)[..., None]
@@ -73,7 +73,7 @@ def page(rows: Sequence[tuple[str, Sequence[Image.Image]]], head: Sequence[str],
 
 
 def maps(named: Sequence[tuple[str, np.ndarray]], title: str, columns: int = 6, side: int = TILE) -> Image.Image:
-    """Heat maps with a caption each and one colour scale, 0 to the highest value, drawn at the end."""
+    """Heat maps with a caption each and one color scale, 0 to the highest value, drawn at the end."""
     highest = max(float(values.max()) for _, values in named) or 1.0
     columns = min(columns, len(named))
     cell = side + 26

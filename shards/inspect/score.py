@@ -18,7 +18,7 @@ HALF = 0.5
 
 
 def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict[str, Any]:
-    """Mean recall of view 0's tickets over images, beside nearest-to-centre and random patches.
+    """Mean recall of view 0's tickets over images, beside nearest-to-center and random patches.
 
     Args:
         opened: the set.

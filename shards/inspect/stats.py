@@ -47,7 +47,8 @@ def statistics(opened: TicketSet, split: str) -> dict[str, Any]:
 
 def _map(masks: np.ndarray, opened: TicketSet) -> list[list[float]]:
     share = masks.mean(axis=0) if len(masks) else np.zeros(opened.num_patches)
-    return share.reshape(opened.grid).round(4).tolist()
+    rows: list[list[float]] = share.reshape(opened.grid).round(4).tolist()
+    return rows
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:

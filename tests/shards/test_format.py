@@ -21,7 +21,8 @@ from webdataset import TarWriter
 from conftest import mine
 from shards import format as fmt
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet, resolve_base
+from shards.reader import TicketSet, resolve_base
+from shards.sample import Sample
 from shards.tar import SampleTarWriter, split_members
 from shards.writer import ShardWriter, index_schema
 
@@ -412,7 +413,7 @@ def test_bases_of_urls_are_found_from_the_link() -> None:
     ],
 )
 def test_a_manifest_cannot_send_a_reader_elsewhere(url: str, path: str) -> None:
-    with pytest.raises(TicketSetError, match="name its place with --base"):
+    with pytest.raises(TicketSetError, match="name its place with `base`"):
         resolve_base(url, path)
 
 

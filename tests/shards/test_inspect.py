@@ -218,3 +218,9 @@ def test_letters_beyond_latin_are_drawn_and_what_no_font_has_is_spelled():
     tile = Image.new("RGB", (160, 160))
     one, other = (np.asarray(draw.page([(text, [tile])], [], "")) for text in ("кошка", "собак"))
     assert not np.array_equal(one, other), "boxes in their place would be equal"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert inspect("--version").output.split()[-1] == version("datalth")

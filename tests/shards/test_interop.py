@@ -15,7 +15,8 @@ import webdataset
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from shards.reader import Sample, TicketSet
+from shards.reader import TicketSet
+from shards.sample import Sample
 
 
 def ours(folder: Path, split: str) -> list[Sample]:

@@ -1,14 +1,17 @@
 """Keys: safe as tar names, told apart, and recovered by webdataset from a member's name."""
 
 import io
+import os
 import random
 import re
 import tarfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from shards.keys import MAX_KEY_BYTES, key_of, natural_order, natural_sorted, unique_keys
+from shards.keys import KEY_PATTERN, MAX_KEY_BYTES, key_of, natural_order, natural_sorted, unique_keys
 
 LITERAL = {
     "train/ant/ant_0.jpg": "train/ant/ant_0",
@@ -119,3 +122,22 @@ def test_more_digits_than_int_takes_are_sorted():
     with pytest.raises(ValueError, match="4300"):
         int(names[0])
     assert natural_sorted(names) == [names[2], names[3], names[1], names[0]]
+
+
+# Whatever a file may be called: bytes without / and NUL.
+NAMES = st.binary(min_size=1, max_size=120).map(lambda b: b.translate(None, b"/\0")).filter(lambda b: b.strip(b"."))
+PATHS = st.lists(NAMES, min_size=1, max_size=3).map(lambda names: os.fsdecode(b"/".join(names)))
+ALIKE = st.from_regex(r"(a|b/)?img(\.| |-1)?[01]?(-[12])?\.(jpg|png)", fullmatch=True)  # often of one key
+
+
+@given(st.sets(PATHS | ALIKE, max_size=30))
+@settings(deadline=None, derandomize=True)
+def test_any_paths_have_valid_keys_that_differ(paths):
+    ordered = natural_sorted(paths)
+    keys, renamed = unique_keys(ordered)
+    assert len(keys) == len(set(keys)) == len(paths)
+    for path, key in zip(ordered, keys, strict=True):
+        assert re.fullmatch(KEY_PATTERN, key) and (path in renamed or key == key_of(path))
+        name = base_plus_ext(f"{key}.ranking.npy")
+        assert name == (key, "ranking.npy")  # webdataset finds it again
+    assert unique_keys(ordered) == (keys, renamed)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from conftest import mine
+from shards import copies as copies_module
 from shards import rows as rows_module
 from shards import storage
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet
+from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.sample import Sample
 
 
 def plain(sample: Sample) -> tuple:
@@ -93,7 +95,7 @@ def test_positions_and_labels_count_over_all_shards(pair):
     rows = Rows(TicketSet.open(str(pair / "base")), "train")
     assert [rows.locate(p) for p in (0, 9, 10, 19, 20)] == [(0, 0), (0, 9), (1, 0), (1, 9), (2, 0)]
     labels = [sample[2] for sample in streamed(pair / "base")]
-    assert rows.labelled and rows.labels.tolist() == labels and len(set(labels)) == 3
+    assert rows.labeled and rows.labels.tolist() == labels and len(set(labels)) == 3
     assert [rows.label(*rows.locate(p)) for p in range(21)] == labels
 
 
@@ -105,7 +107,7 @@ def test_images_without_label_say_so(photos, tmp_path, monkeypatch):
     mine("--data", "flat", "--out", "set", "--method", "center", "--val-share", 0, "--views", 1)
     opened = TicketSet.open(str(tmp_path / "set"))
     rows = Rows(opened, opened.splits[0])
-    assert not rows.labelled and rows.label(0, 0) == -1 and rows.read(0, 0).label is None
+    assert not rows.labeled and rows.label(0, 0) == -1 and rows.read(0, 0).label is None
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +231,7 @@ def test_a_remote_tar_is_copied_once_for_all_rows_and_links(pair, in_memory, tmp
 
 
 def test_copies_beyond_the_limit_are_evicted_and_fetched_again(pair, in_memory, tmp_path, fetched, monkeypatch):
-    monkeypatch.setattr(rows_module, "CACHED_TARS", 2)
+    monkeypatch.setattr(copies_module, "CACHED_TARS", 2)
     opened = TicketSet.open(f"{in_memory}/base")
     rows = Rows(opened, "train", str(tmp_path))
     for shard in range(3):
@@ -274,7 +276,7 @@ def test_rows_travel_to_another_process_without_their_open_files(pair, in_memory
 def test_few_files_stay_open(pair, monkeypatch):
     opened = []
     open_ranges = storage.open_ranges
-    monkeypatch.setattr(rows_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(rows_module, "OPEN_TARS", 2)
     monkeypatch.setattr(storage, "open_ranges", lambda url: opened.append(url[-10:]) or open_ranges(url))
     rows = Rows(TicketSet.open(str(pair / "base")), "train")
     for shard in (0, 0, 1, 0, 2, 0, 1):

@@ -148,6 +148,35 @@ def test_plan_and_shard_json_are_checked_too(forged: Path, name: str, words: str
     assert f"{name}: " in output and words in output and "Traceback" not in output
 
 
+def test_half_a_character_where_nothing_looks_is_no_matter(forged: Path) -> None:
+    edit(forged / "manifest.json", put("later", value="\ud800"))
+    edit(forged / "plan.json", put("common", "later", value="\ud800"))
+    seal_all_but_shards(forged)
+    output = inspect("verify", forged, code=1).output
+    assert "not as it was written: its digest is of other contents" in output
+    assert "plan.json: split train is not what its plan_id" in output
+
+
+def test_records_give_back_what_they_read(forged: Path) -> None:
+    """Fields of a later minor version among it, so that hashes of the whole stay right."""
+    parsers = {"manifest": schema.parse_manifest, "plan": schema.parse_plan, "train-000000": schema.parse_shard}
+    for name, parse in parsers.items():
+        data = (forged / f"{name}.json").read_bytes()
+        assert fmt.canonical_json(parse(data, "here").to_json()) == data
+        content = json.loads(data) | {"later": [1, {"a": None}], "others": 2}
+        for nested in ("selector", "base", "tar"):
+            if isinstance(content.get(nested), dict):
+                content[nested]["later"] = [0.5]
+        later = parse(fmt.canonical_json(content), "here")
+        assert later.to_json() == content and later != parse(data, "here")
+    manifest = schema.parse_manifest((forged / "manifest.json").read_bytes(), "here")
+    assert manifest.identity() == manifest.digest and manifest.grid == (4, 4) and manifest.selector.method == "center"
+    plan = schema.parse_plan((forged / "plan.json").read_bytes(), "here")
+    assert {name: split.identity(name, plan.common) for name, split in plan.splits.items()} == {
+        name: split.plan_id for name, split in plan.splits.items()
+    }
+
+
 def seal_all_but_shards(folder: Path) -> None:
     plan = (folder / "plan.json").read_bytes()
     said = {"bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}

@@ -20,9 +20,10 @@ from fsspec.registry import _registry, known_implementations
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from shards import storage
+from shards.copies import fetch, own_folder
 from shards.errors import TicketSetError, first_line, is_machine_error
 from shards.reader import TicketSet
-from shards.rows import Rows, fetch, own_folder
+from shards.rows import Rows
 from shards.writer import read_shard_json
 
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
 from shards.views import canonical_view, image_views, view_seed
@@ -18,7 +20,7 @@ GOLDEN = [
     ((7, "x", 3, 80, 60), [[4, 14, 52, 52, 0], [7, 26, 48, 48, 1], [4, 24, 42, 36, 1]]),
     ((0, "a", 4, 3, 1000), [[498, 0, 3, 3, 0], [498, 0, 4, 3, 0], [498, 0, 4, 3, 0], [498, 0, 4, 3, 0]]),
     ((0, "k16", 2, 60, 300), [[124, 4, 52, 52, 0], [252, 7, 42, 49, 0]]),  # the tenth try fits
-    ((0, "k2", 2, 60, 300), [[124, 4, 52, 52, 0], [110, 0, 80, 60, 1]]),  # an eleventh would: the centre
+    ((0, "k2", 2, 60, 300), [[124, 4, 52, 52, 0], [110, 0, 80, 60, 1]]),  # an eleventh would: the center
 ]
 
 
@@ -139,3 +141,22 @@ def distance(a, b):
     return np.abs(
         np.searchsorted(np.sort(a), values, "right") / len(a) - np.searchsorted(np.sort(b), values, "right") / len(b)
     ).max()
+
+
+SIDES = st.integers(1, 40_000)
+SPANS = st.tuples(st.floats(0.01, 10), st.floats(0.01, 10)).map(lambda span: tuple(sorted(span)))
+
+
+@given(st.integers(0, 2**63 - 1), st.text(max_size=88), SIDES, SIDES, SPANS, st.floats(0, 1))
+@settings(deadline=None, derandomize=True)
+def test_views_are_inside_the_image_and_the_same_again(seed, key, width, height, ratio, hflip):
+    key = key.encode("utf-8", "replace").decode()
+    views = image_views(seed, key, 5, width, height, ratio=ratio, hflip=hflip)
+    assert views.shape == (5, 5) and tuple(views[0]) == canonical_view(width, height)
+    top, left, tall, wide, flip = views.T.astype(int)
+    assert (top >= 0).all() and (left >= 0).all() and (tall > 0).all() and (wide > 0).all()
+    assert (top + tall <= height).all() and (left + wide <= width).all() and set(flip) <= {0, 1}
+    assert np.array_equal(views, image_views(seed, key, 5, width, height, ratio=ratio, hflip=hflip))
+    assert np.array_equal(
+        views[:3], image_views(seed, key, 3, width, height, ratio=ratio, hflip=hflip)
+    )  # V adds at the end

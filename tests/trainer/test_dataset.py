@@ -11,10 +11,11 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 
 from conftest import mine
-from shards import reader
+from shards import images
 from shards.errors import TicketSetError
-from shards.reader import Sample, TicketSet
+from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.sample import Sample
 from shards.views import center_ranking
 from trainer.data.arms import ARMS
 from trainer.data.augment import seeded
@@ -194,8 +195,8 @@ def test_all_patches_may_be_fewer_and_coarser_than_the_ticket_was_mined_on(rows,
 
 def test_every_image_is_decoded_once_a_batch(rows, monkeypatch):
     calls = []
-    decode = reader.decode
-    monkeypatch.setattr(reader, "decode", lambda data, *rest: calls.append(data) or decode(data, *rest))
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data, *rest: calls.append(data) or decode(data, *rest))
     feed = TrainFeed(rows, replace(RICH, batch_size=18, global_batch=18))
     feed[0, 0, 0]
     assert len(calls) == len(set(calls)) == len({(s, r) for s, r, _ in shown(feed, 0)[:18]}) == 7

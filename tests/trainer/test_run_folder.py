@@ -24,9 +24,9 @@ import yaml
 from click.testing import CliRunner
 
 from conftest import mine
+from shards.copies import fetch
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
-from shards.rows import fetch
 from trainer import run as run_module
 from trainer.cli import cores, main
 from trainer.output import checkpoint
@@ -378,9 +378,9 @@ def test_the_log_says_when_all_patches_are_fed(tickets, tmp_path):
 def test_a_remote_tar_is_fetched_once_and_the_longest_unused_copy_goes_first(tmp_path, monkeypatch):
     import fsspec
 
-    from shards import rows
+    from shards import copies
 
-    monkeypatch.setattr(rows, "CACHED_TARS", 2)
+    monkeypatch.setattr(copies, "CACHED_TARS", 2)
     memory = fsspec.filesystem("memory")
     contents = [bytes([i]) * 10 for i in range(3)]
     hashes = [hashlib.sha256(content).hexdigest() for content in contents]

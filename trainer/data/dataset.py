@@ -15,8 +15,8 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
 from shards.errors import TicketSetError
 from shards.images import render_pixels
-from shards.reader import Sample
 from shards.rows import Rows
+from shards.sample import Sample
 from trainer.data.arms import arm_ranking, mixed_ranking
 from trainer.data.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
 from trainer.data.loader import Batch, batches, pinned

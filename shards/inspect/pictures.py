@@ -1,0 +1,83 @@
+"""Which samples a picture shows, and what is written beside them; `draw` puts it on paper."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.errors import TicketSetError
+from shards.inspect import draw
+from shards.reader import TicketSet
+from shards.sample import Sample
+
+MAX_VIEWS = 8
+MAX_CLASS_MAPS = 17
+
+Tiles = list[Image.Image]
+
+
+def sample_page(opened: TicketSet, sample: Sample) -> Image.Image:
+    """The first views of one image, each with its ticket and its ranking beside it."""
+    tiles = _tiles(opened, sample, range(min(MAX_VIEWS, len(sample.views))))
+    title = f"{sample.key}   {opened.class_name(sample.label)}   K = {opened.k} of {opened.num_patches}"
+    return draw.page(tiles, ["view", "ticket", "rank"], title)
+
+
+def contact_sheet(opened: TicketSet, split: str, classes: int, per_class: int) -> tuple[Image.Image, int, int]:
+    """Images of several classes, view 0 with its ticket beside it; and how many images of how many classes they are.
+
+    Raises:
+        TicketSetError: the split has no sample.
+    """
+    rows = []
+    for label, picked in _pick(opened, split, classes, per_class):
+        tiles: Tiles = []
+        for name, key in picked:
+            ((_, (tile, lit, _)),) = _tiles(opened, next(opened.stream_shard(name, {key})), [0])
+            tiles += [tile, lit]
+        rows.append((opened.class_name(label), tiles))
+    selector = opened.manifest.selector
+    title = f"{split}: {selector.method} {selector.model or ''}  K = {opened.k} of {opened.num_patches} patches"
+    sheet = draw.page(rows, ["view 0", "ticket"] * per_class, title)
+    return sheet, sum(len(tiles) // 2 for _, tiles in rows), len(rows)
+
+
+def frequency_maps(found: dict[str, Any]) -> Image.Image:
+    """Where tickets lie, overall and in the first classes, of `statistics`."""
+    named = [(f"all {found['samples']}", np.array(found["frequency"]))]
+    for name, of_class in list(found["per_class"].items())[:MAX_CLASS_MAPS]:
+        named.append((f"{name} {of_class['samples']}", np.array(of_class["frequency"])))
+    return draw.maps(named, f"{found['split']}: where tickets lie, K = {found['k']} of {found['n']}")
+
+
+def _tiles(opened: TicketSet, sample: Sample, numbers: Iterable[int]) -> list[tuple[str, Tiles]]:
+    """Of each view its name, and [the view, its ticket, its ranking]."""
+    pixels = sample.pixels()
+    rows = []
+    for number in numbers:
+        tile = draw.view_tile(pixels, sample.views[number])
+        lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
+        heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
+        flip = ", flipped" if sample.views[number][4] else ""
+        rows.append((f"view {number}{flip}", [tile, lit, heat]))
+    return rows
+
+
+def _pick(
+    opened: TicketSet, split: str, classes: int, per_class: int
+) -> Iterator[tuple[int | None, list[tuple[str, str]]]]:
+    """(label, [(shard, key)]) of the first images of classes spread over all of them."""
+    index = opened.table(split).select(["key", "label", "status", "shard"]).to_pylist()
+    by_label: dict[int | None, list[tuple[str, str]]] = {}
+    for row in index:
+        found = by_label.setdefault(row["label"], []) if row["status"] == "ok" else None
+        if found is not None and len(found) < per_class:
+            found.append((row["shard"], row["key"]))
+    if not by_label:
+        raise TicketSetError(f"{opened.url}: split {split} has no sample to draw")
+    labels = sorted(by_label, key=lambda label: (label is not None, label))
+    count = min(classes, len(labels))
+    for i in range(count):
+        label = labels[i * len(labels) // count]
+        yield label, by_label[label]
