@@ -9,7 +9,7 @@ from typing import Any
 
 from miner.plan import check_unchanged
 from miner.producers.producer import Image, Producer
-from shards import format as fmt
+from shards.sample import encode_image
 from shards.schema import Plan, ShardStats
 from shards.writer import ShardWriter
 
@@ -87,28 +87,16 @@ class Writer:
             raise
 
     def _add(self, shard: ShardWriter, image: Image) -> None:
-        row = {
-            "key": image.row["key"],
-            "source": image.row["source"],
-            "label": image.row["label"],
-            "source_bytes": image.row["size"],
-            "k": self._plan.common.k,
-        }
+        common = self._plan.common
+        row = {field: image.row[field] for field in ("key", "source", "label")}
+        row |= {"source_bytes": image.row["size"], "k": common.k}
         if image.error is not None:
             shard.add_failure(row, image.error)
             return
-        stored = image.stored
-        row |= {
-            field: getattr(stored, field)
-            for field in ("width", "height", "source_width", "source_height", "orientation", "transcoded")
-        }
+        parts = [encode_image(row["label"], image.stored, inside=common.images == "copy")]
+        parts += [producer.encode(image, image.answers[producer.name]) for producer in self._producers]
         members: dict[str, bytes] = {}
-        for producer in self._producers:
-            own, columns = producer.encode(image, image.answers[producer.name])
-            members |= own
+        for some, columns in parts:
+            members |= some
             row |= columns
-        if row["label"] is not None:
-            members[fmt.LABEL] = str(row["label"]).encode("ascii")
-        if self._plan.common.images == "copy":
-            members[stored.member] = stored.data
         shard.add(row, members)

@@ -46,12 +46,17 @@ def shard_name(split: str, number: int) -> str:
 
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value: sorted keys, indented, UTF-8, newline at the end."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    return _spell(value).encode()
 
 
 def digest(value: Any) -> str:
     """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    # Somebody's file may hold half a character where nothing looks at it.
+    return hashlib.sha256(_spell(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _spell(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

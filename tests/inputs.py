@@ -2,6 +2,7 @@
 
 import csv
 import io
+import pickle
 import tarfile
 
 import fsspec
@@ -65,8 +66,11 @@ def rows(source, split="train"):
 
 
 def read_all(source, split="train"):
-    """source path -> bytes"""
-    return {row["source"]: source.read(row)[0] for row in source.splits[split].to_pylist()}
+    """source path -> bytes; a copy that was pickled after files were opened must read the same."""
+    found = {row["source"]: source.read(row)[0] for row in source.splits[split].to_pylist()}
+    copy = pickle.loads(pickle.dumps(source))
+    assert {row["source"]: copy.read(row)[0] for row in copy.splits[split].to_pylist()} == found
+    return found
 
 
 def plan(source, shard_size=4):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shards.images import StoredImage
 from shards.record import Record
+from shards.sample import Encoded
 
 WHOLE = -1  # stands for the whole image where a view's number does
 
@@ -72,7 +73,7 @@ class Producer(Protocol):
             TicketSetError: it is none: weights may hold NaN, a method may be a user's own.
         """
 
-    def encode(self, image: Image, answers: list[Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def encode(self, image: Image, answers: list[Any]) -> Encoded:
         """Members of the image's sample, and columns of its row of the index."""
 
 

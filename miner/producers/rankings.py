@@ -18,6 +18,7 @@ from miner.selectors import BLIND, Selector, create_selector, find_method, needs
 from miner.settings import DEFAULT_SELECTOR, Geometry, Machine, Selection
 from shards import format as fmt
 from shards.errors import TicketSetError
+from shards.sample import Encoded, encode_tickets
 from shards.schema import SelectorIdentity
 from shards.views import view_seed
 
@@ -78,18 +79,13 @@ class Rankings:
             for (_, number), ranking, score in zip(batch, small, scores, strict=True)
         ]
 
-    def encode(self, image: Image, answers: list[Ranked]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def encode(self, image: Image, answers: list[Ranked]) -> Encoded:
         """All views' rankings and boxes; view 0's ticket, and what its scores say, for the row."""
-        ranking, scores = answers[0]
+        first, scores = answers[0]
         assert scores is not None
-        ticket = ranking[: self._selector.k]
-        row = {
-            "ticket": fmt.pack_ticket(ticket, self._selector.num_patches),
-            "mean_score": float(scores[ticket].mean()),
-            "entropy": entropy_bits(scores),
-        }
-        rankings = np.stack([answer.ranking for answer in answers])
-        return {fmt.RANKING: fmt.encode_npy(rankings), fmt.VIEWS: fmt.encode_npy(image.views)}, row
+        rankings, k = np.stack([answer.ranking for answer in answers]), self._selector.k
+        members, columns = encode_tickets(image.views, rankings, k)
+        return members, columns | {"mean_score": float(scores[first[:k]].mean()), "entropy": entropy_bits(scores)}
 
 
 def entropy_bits(scores: np.ndarray) -> float | None:

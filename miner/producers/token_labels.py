@@ -1,15 +1,12 @@
 """Token labels of the whole image by a classifier: the member labels.npy."""
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
 from miner.producers.producer import Image, Item, Normalize
 from miner.token_labels import Labeler
-from shards import format as fmt
-from shards import token_labels
 from shards.errors import TicketSetError
+from shards.sample import Encoded, encode_token_labels
 
 VIEWS_AN_IMAGE = 8  # of a selector's batch: 576 px are 6.6 times the pixels of 224
 
@@ -50,9 +47,7 @@ class TokenLabels:
                 )
         return answers
 
-    def encode(
-        self, image: Image, answers: list[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def encode(self, image: Image, answers: list[tuple[np.ndarray, np.ndarray]]) -> Encoded:
         """One map an image; the row says nothing of it."""
         ((shares, classes),) = answers
-        return {fmt.TOKEN_LABELS: token_labels.encode(shares, classes)}, {}
+        return encode_token_labels(shares, classes)

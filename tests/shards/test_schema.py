@@ -148,6 +148,15 @@ def test_plan_and_shard_json_are_checked_too(forged: Path, name: str, words: str
     assert f"{name}: " in output and words in output and "Traceback" not in output
 
 
+def test_half_a_character_where_nothing_looks_is_no_matter(forged: Path) -> None:
+    edit(forged / "manifest.json", put("later", value="\ud800"))
+    edit(forged / "plan.json", put("common", "later", value="\ud800"))
+    seal_all_but_shards(forged)
+    output = inspect("verify", forged, code=1).output
+    assert "not as it was written: its digest is of other contents" in output
+    assert "plan.json: split train is not what its plan_id" in output
+
+
 def test_records_give_back_what_they_read(forged: Path) -> None:
     """Fields of a later minor version among it, so that hashes of the whole stay right."""
     parsers = {"manifest": schema.parse_manifest, "plan": schema.parse_plan, "train-000000": schema.parse_shard}
