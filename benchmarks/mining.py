@@ -15,13 +15,14 @@ import torch
 from benchmarks.rounds import Leg, Part, Row, speedup, turns
 from benchmarks.setting import Setting
 from miner.drop import default_blocks, keep_counts
-from miner.engine import Miner
+from miner.job import Job, mine_shards
 from miner.models import timm_name
 from miner.plan import make_plan, shard_rows, write_plan
+from miner.producers.rankings import Rankings, describe
 from miner.selectors import create_selector, register_method
+from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import open_source
 from shards.images import render_pixels, store_image
-from shards.schema import SelectorIdentity
 from shards.views import image_views
 
 SIZE, BATCH, GRID, N = 224, 16, (14, 14), 196
@@ -52,19 +53,16 @@ def measure(setting: Setting) -> Part:
 
 
 def legs(setting: Setting, method: str, name: str, images: int, views: int) -> dict[str, Leg]:
-    source = open_source(str(setting.pictures), ["train"])
+    inputs = Inputs(str(setting.pictures), ("train",), val_share=0.0, limit=images)
+    geometry, machine = Geometry(img_size=SIZE, views=views), Machine(batch_size=BATCH, workers=1)
+    source = open_source(inputs)
     model: Any = timm.create_model(timm_name(name), num_classes=0, img_size=SIZE).eval()
     blocks = default_blocks(len(model.blocks))
+    selection = Selection(name, method=method, keep_rate=0.9)
     ranker = create_selector(method, model, GRID, keep_counts(N, 0.9, len(blocks)), blocks)
-    identity = SelectorIdentity(
-        method=method, model=name, state=None, keep_rate=0.9, counts=tuple(ranker.counts), blocks=tuple(blocks),
-        input_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, dtype="float32", compiled=False, code=None,
-    )  # fmt: skip
-    plan = make_plan(
-        source, identity, img_size=SIZE, patch_size=16, k=ranker.k,
-        views=views, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, exif="ignore", store_side=None, images="copy",
-        val_share=0.0, seed=0, batch_size=BATCH, shard_size=1000, limit=images,
-    )  # fmt: skip
+    identity = describe(ranker, selection, geometry, machine, None)
+    producers = (Rankings(ranker, identity, BATCH, geometry.seed),)
+    plan = make_plan(source, inputs, Output("mined"), geometry, {"selector": identity}, BATCH)
     rows = source.splits["train"].take(shard_rows(plan, source, "train", 0)).to_pylist()
     total = len(rows) * views
     tensors = torch.randn(BATCH, 3, SIZE, SIZE)
@@ -73,7 +71,7 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
         folder = Path(setting.work, "mined")
         folder.mkdir()
         write_plan(folder, plan, source, "cpu")
-        Miner(plan, source, ranker, folder, workers=1).run(plan.shards(), len(rows))
+        mine_shards(Job(plan, source, folder, selection, Labeling(), geometry, machine), plan.shards(), producers)
         shutil.rmtree(folder)
         return total
 

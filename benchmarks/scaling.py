@@ -61,7 +61,7 @@ def measure(setting: Setting) -> Part:
         for count in COUNTS:
             mining = [
                 "miner.cli",
-                "miner.engine",
+                "miner.job",
                 "--data",
                 str(folders[count]),
                 "--out",

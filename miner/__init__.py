@@ -1,4 +1,4 @@
-"""A labelled image set -> a ticket set: rank every image's patches once, for many trainings."""
+"""A labeled image set -> a ticket set: rank every image's patches once, for many trainings."""
 
 from typing import TYPE_CHECKING, Any
 

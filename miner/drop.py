@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from shards.errors import TicketSetError
 
+DEFAULT_KEEP_RATE = 0.9  # per stage
 PAPER_STAGES = 3  # drop blocks of the paper: 3, 6 and 9 of 12
 
 
@@ -55,7 +56,7 @@ def parse_blocks(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise TicketSetError(f"--drop-blocks: expected block numbers like 3,6,9, got {text!r}") from None
+        raise TicketSetError(f"expected block numbers like 3,6,9, got {text!r}") from None
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> None:
@@ -65,5 +66,5 @@ def check_blocks(blocks: Sequence[int], depth: int) -> None:
     """
     if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
         raise TicketSetError(
-            f"--drop-blocks {','.join(map(str, blocks))}: expected ascending block numbers from 0 to {depth - 1}"
+            f"`drop_blocks` {','.join(map(str, blocks))}: expected ascending block numbers from 0 to {depth - 1}"
         )

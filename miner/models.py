@@ -15,6 +15,7 @@ import timm
 import torch
 
 from shards.errors import TicketSetError, first_line
+from shards.ranks import local_rank
 
 T = TypeVar("T")
 Model = Any  # a timm model; torch would type each of its attributes Tensor | Module
@@ -23,7 +24,31 @@ ALIASES = {
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
 }
-WEIGHTS = {"--selector": "--weights", "--token-labels": "--token-label-weights", "--model": "--initial-checkpoint"}
+WEIGHTS = {"selector": "weights", "token_labels": "token_label_weights", "model": "initial_checkpoint"}  # fields
+
+
+def choose_device(name: str | None = None, kinds: tuple[str, ...] = ()) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: as torch spells it; `cuda` is the GPU of this rank. None: the best there is.
+        kinds: cuda, mps, cpu: the only ones that will do. Empty: whatever torch has.
+    Raises:
+        TicketSetError: it is not there, or of another kind.
+    """
+    try:
+        if name is None:
+            there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+            name = next(kind for kind, found in there.items() if found and (not kinds or kind in kinds))
+        device = torch.device(name)
+        if kinds and device.type not in kinds:
+            raise RuntimeError(f"expected {' or '.join(kinds)}")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank())
+        torch.empty(0, device=device)  # is it there?
+    except (RuntimeError, AssertionError) as error:
+        raise TicketSetError(f"`device` {name}: {first_line(error)}") from None
+    return device
 
 
 def timm_name(name: str) -> str:
@@ -37,11 +62,11 @@ def patch_size_of(name: str) -> int:
     Raises:
         TicketSetError: timm has no such model, or it is no VisionTransformer with a square patch.
     """
-    return square_patch(sketch(lambda: _create_vit(name, num_classes=0)))
+    return square_patch(meta_model(lambda: _create_vit(name, num_classes=0)))
 
 
-def sketch(build: Callable[[], T]) -> T:
-    """A model for its shapes alone: without storage where timm can build it so, else a real one (timm 1.0.15)."""
+def meta_model(build: Callable[[], T]) -> T:
+    """A model for its shapes alone: on the meta device, without storage; where timm cannot (1.0.15), a real one."""
     try:
         with torch.device("meta"):
             return build()
@@ -87,33 +112,33 @@ def build_classifier(
     Raises:
         TicketSetError: no such model, weights that cannot be had or do not fit it, or other classes.
     """
-    flag, weights_flag = "--token-labels", "--token-label-weights"
-    plain = sketch(lambda: create(name, flag))
+    field, weights_field = "token_labels", "token_label_weights"
+    meta = meta_model(lambda: create(name, field))
     try:
-        size = size or side * plain.feature_info[-1]["reduction"]
+        size = size or side * meta.feature_info[-1]["reduction"]
     except (AttributeError, LookupError, TypeError):
         raise TicketSetError(
-            f"{flag} {name}: expected a model whose stride timm knows, got {type(plain).__name__}"
+            f"`{field}` {name}: expected a model whose stride timm knows, got {type(meta).__name__}"
         ) from None
-    fixed: dict[str, Any] = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
+    fixed: dict[str, Any] = {"img_size": size} if meta.pretrained_cfg.get("fixed_input_size") else {}
     if weights is None:
-        model = create(name, flag, pretrained=True, **fixed)
-        _check_classes(f"{flag} {name}", len(classes), model.num_classes)
+        model = create(name, field, pretrained=True, **fixed)
+        _check_classes(f"`{field}` {name}", len(classes), model.num_classes)
     else:
-        model = create(name, flag, num_classes=len(classes), **fixed)
-        state = read_weights(model, weights, weights_flag)
+        model = create(name, field, num_classes=len(classes), **fixed)
+        state = read_weights(model, weights, weights_field)
         classifier = state.get(f"{_classifiers(model)[0]}.weight", ())
-        _check_classes(f"{weights_flag} {weights}", len(classes), len(classifier))
+        _check_classes(f"`{weights_field}` {weights}", len(classes), len(classifier))
         if (theirs := class_names(weights)) is not None:
             if sorted(theirs) != sorted(classes):
                 raise TicketSetError(
-                    f"{weights_flag} {weights}: expected a classifier of the set's classes (from {min(classes)}),"
+                    f"`{weights_field}` {weights}: expected a classifier of the set's classes (from {min(classes)}),"
                     f" got one of others (from {min(theirs, default='')})"
                 )
             state = in_class_order(model, state, theirs, classes)
-        fresh = _fit(model, state, f"{weights_flag} {weights}")
+        fresh = _fit(model, state, f"`{weights_field}` {weights}")
         if fresh:
-            raise TicketSetError(f"{weights_flag} {weights}: expected a whole classifier, found none of {fresh[0]}")
+            raise TicketSetError(f"`{weights_field}` {weights}: expected a whole classifier, found none of {fresh[0]}")
     return model.eval().requires_grad_(False), size
 
 
@@ -122,10 +147,11 @@ def _check_classes(where: str, expected: int, found: int) -> None:
         raise TicketSetError(f"{where}: expected a classifier of the set's {expected} classes, got one of {found}")
 
 
-def load_weights(model: Model, path: str, flag: str = "--weights", classes: Sequence[str] | None = None) -> list[str]:
+def load_weights(model: Model, path: str, field: str = "weights", classes: Sequence[str] | None = None) -> list[str]:
     """Load a checkpoint file into a timm model; a classifier that the model lacks, or has for other classes, is left out.
 
     Args:
+        field: that the path was given by, for errors.
         classes: the model's, in the order of its logits. Where the file names its own (datalth-train's do), the rows of
             its classifier come in this order.
     Returns:
@@ -133,10 +159,10 @@ def load_weights(model: Model, path: str, flag: str = "--weights", classes: Sequ
     Raises:
         TicketSetError: not a checkpoint, or not of this model.
     """
-    state = read_weights(model, path, flag)
+    state = read_weights(model, path, field)
     if classes is not None and (theirs := class_names(path)) is not None:
         state = in_class_order(model, state, theirs, classes)
-    return _fit(model, state, f"{flag} {path}")
+    return _fit(model, state, f"`{field}` {path}")
 
 
 def class_names(path: str) -> list[str] | None:
@@ -176,7 +202,7 @@ def in_class_order(
     return state | {name: state[name][rows] for name in names if len(state[name]) == len(rows)}
 
 
-def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
+def read_weights(model: Model, path: str, field: str) -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint file, renamed and resampled by timm's own filter for this model.
 
     Nothing in the file is run: safetensors, or torch.load with weights_only and argparse.Namespace as
@@ -189,7 +215,7 @@ def read_weights(model: Model, path: str, flag: str) -> dict[str, torch.Tensor]:
     from timm.models import load_state_dict
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-    where = f"{flag} {path}"
+    where = f"`{field}` {path}"
     if not os.path.isfile(path):
         raise TicketSetError(f"{where}: {'expected a file, got a folder' if os.path.isdir(path) else 'no such file'}")
     try:
@@ -261,10 +287,10 @@ def _fit(model: Model, state: dict[str, torch.Tensor], where: str) -> list[str]:
             f" {len(missing)} tensors missing, {len(extra)} unknown, {len(wrong)} of another shape (first: {first})"
         )
     floating = [k for k in state if k in own and own[k].is_floating_point()]
-    whole = next((k for k in floating if not state[k].is_floating_point()), None)
-    if whole is not None:
+    integer = next((k for k in floating if not state[k].is_floating_point()), None)
+    if integer is not None:
         raise TicketSetError(
-            f"{where}: expected {whole} in floating point, got {state[whole].dtype}: weights of a quantised model"
+            f"{where}: expected {integer} in floating point, got {state[integer].dtype}: weights of a quantized model"
         )
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}}, strict=True)
     return [k for k in own if k not in state]
@@ -286,7 +312,7 @@ def state_hash(model: Model) -> str:
 
 
 @contextlib.contextmanager
-def compiling(flag: str = "--torchcompile") -> Iterator[None]:
+def compiling() -> Iterator[None]:
     """Make one line of what torch.compile raises at the first batch: its tracebacks are fifty lines long.
 
     Raises:
@@ -298,22 +324,22 @@ def compiling(flag: str = "--torchcompile") -> Iterator[None]:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
             raise
         raise TicketSetError(
-            f"{flag}: torch cannot compile here ({first_line(error)}); it needs a C++ compiler (g++, or CXX), on a GPU"
-            f" triton too; without {flag} it runs as well, slower"
+            f"`torchcompile`: torch cannot compile here ({first_line(error)}); it needs a C++ compiler (g++, or CXX), on a GPU"
+            f" triton too; without `torchcompile` it runs as well, slower"
         ) from None
 
 
 def _create_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
     from timm.models.vision_transformer import VisionTransformer
 
-    model = create(name, "--selector", pretrained, **kwargs)
+    model = create(name, "selector", pretrained, **kwargs)
     if not isinstance(model, VisionTransformer):
-        raise TicketSetError(f"--selector {name}: expected a timm VisionTransformer, got {type(model).__name__}")
+        raise TicketSetError(f"`selector` {name}: expected a timm VisionTransformer, got {type(model).__name__}")
     return model
 
 
-def create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Model:
-    """timm.create_model, whose every failure is one line about a flag: --selector, --token-labels or --model.
+def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Model:
+    """timm.create_model, whose every failure is one line about a field: selector, token_labels or model.
 
     Raises:
         TicketSetError: no such model, arguments that it does not take, or no pretrained weights to be had.
@@ -322,17 +348,17 @@ def create(name: str, flag: str, pretrained: bool = False, **kwargs: Any) -> Mod
     if not timm.is_model(full_name):
         import difflib
 
-        known = [*ALIASES, *timm.list_models(module="vision_transformer" if flag == "--selector" else "")]
+        known = [*ALIASES, *timm.list_models(module="vision_transformer" if field == "selector" else "")]
         near = difflib.get_close_matches(name, known, 3)
         near_text = f"; near: {', '.join(near)}" if near else ""
-        raise TicketSetError(f"{flag} {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
+        raise TicketSetError(f"`{field}` {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
     try:
         return timm.create_model(full_name, pretrained=pretrained, **kwargs)
     except Exception as error:
         if not pretrained:
-            raise TicketSetError(f"{flag} {name}: timm cannot build it: {first_line(error)}") from None
+            raise TicketSetError(f"`{field}` {name}: timm cannot build it: {first_line(error)}") from None
         raise TicketSetError(
-            f"{flag} {name}: no pretrained weights here ({type(error).__name__}). Give a file with {WEIGHTS[flag]} FILE"
+            f"`{field}` {name}: no pretrained weights here ({type(error).__name__}). Give a file with `{WEIGHTS[field]}` FILE"
             f" (.safetensors or .pth), or, where there is a network, run once:"
             f" python -c \"import timm; timm.create_model('{full_name}', pretrained=True)\""
         ) from None

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from miner.settings import NO_RANKINGS, OTHER_VIEWS, TRAIN_VIEWS, Geometry, Inputs, Output
 from miner.sources import Source
 from shards import format as fmt
 from shards.errors import TicketSetError
@@ -27,7 +27,6 @@ from shards.permutation import permutation
 from shards.schema import (
     MAX_SHARDS,
     BaseLink,
-    LabelerIdentity,
     Plan,
     PlanCommon,
     PlanSplit,
@@ -39,84 +38,80 @@ from shards.views import CROP_PCT
 from shards.writer import read_plan
 
 # Raise when the same inputs and options would give other bytes than before.
-ALGORITHM = 2  # since 2, grey of 12 bits and TIFFs whose white is 0 are scaled by what their file says
-TRAIN_VIEWS, OTHER_VIEWS = 16, 1
+ALGORITHM = 2  # since 2, gray of 12 bits and TIFFs whose white is 0 are scaled by what their file says
+# A set without rankings has no such producer. Its plan and manifest say so in these words, K = 0 among them, since sets
+# of before do: another spelling would be another plan.
+NO_SELECTOR = SelectorIdentity(
+    method=NO_RANKINGS, model=None, state=None, keep_rate=None, counts=(0,), blocks=(), input_size=None, mean=(), std=(),
+    dtype="float32", compiled=False, code=None,
+)  # fmt: skip
 
 
 def make_plan(
     source: Source,
-    selector: SelectorIdentity,
-    *,
-    img_size: int,
-    patch_size: int,
-    k: int,
-    views: int | None,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    hflip: float,
-    exif: str,
-    store_side: int | None,
-    images: str,
-    val_share: float,
-    seed: int,
+    inputs: Inputs,
+    output: Output,
+    geometry: Geometry,
+    identities: dict[str, Any],
     batch_size: int,
-    shard_size: int,
-    limit: int | None,
-    viewed: Collection[str] = ("train",),
-    token_labels: LabelerIdentity | None = None,
 ) -> Plan:
-    """Resolve a source and options into a plan.
+    """Resolve a source and settings into a plan.
 
     Args:
-        source: with the splits to mine.
-        selector: what identifies it.
-        views: V of the splits in `viewed`; others have 1, as only their view 0 is ever used. None = 16 for train,
-            1 for the others. Inherited where the source has a base.
-        limit: images taken of each split, after permutation.
-        token_labels: what identifies their model, see `miner.token_labels.Labeller.identity`; None where none are mined.
+        source: with the splits to mine. Views and shards of a base are inherited.
+        identities: producer's name -> what identifies it, see `miner.producers`.
+        batch_size: views in a batch.
     """
+    said = {"selector": NO_SELECTOR, **identities}
     common = PlanCommon(
+        **said,
         algorithm=ALGORITHM,
-        selector=selector,
-        img_size=img_size,
-        patch_size=patch_size,
-        grid=(img_size // patch_size,) * 2,
-        k=k,
+        img_size=geometry.img_size,
+        patch_size=geometry.patch_size,
+        grid=geometry.grid,
+        k=said["selector"].counts[-1],
         crop_pct=CROP_PCT,
         interpolation="bicubic, antialias",
-        images=images,
-        exif=exif,
-        store_side=store_side,
-        val_share=val_share,
-        seed=seed,
+        images=output.images,
+        exif=geometry.exif,
+        store_side=geometry.store_side,
+        val_share=inputs.val_share,
+        seed=geometry.seed,
         batch_size=batch_size,
         base=source.base.manifest.set_id if source.base else None,
         classes=fmt.digest(source.classes),
-        token_labels=token_labels,
     )
-    splits = {}
-    for name, table in source.splits.items():
-        if source.base:
-            geometry = source.base.manifest.splits[name].part(SplitViews)
-        else:
-            usual = TRAIN_VIEWS if name == "train" else OTHER_VIEWS
-            count = views if views and name in viewed else usual
-            geometry = {"views": count, "scale": scale, "ratio": ratio, "hflip": hflip}
-        planned = len(table) if limit is None else min(limit, len(table))
-        split = PlanSplit(
-            **geometry,
-            inputs=inputs_hash(table),
-            keys=fmt.digest(sorted(table["key"].to_pylist())),
-            images=planned,
-            limit=limit,
-            shard_size=shard_size,
-            shards=len(source.base.shard_names(name)) if source.base else -(-planned // shard_size),
-            plan_id="",
-        )
-        if split.shards > MAX_SHARDS:
-            raise TicketSetError(f"--shard-size {shard_size}: {split.shards} shards of split {name}; make them larger")
-        splits[name] = replace(split, plan_id=split.identity(name, common))
-    return Plan.of(common, splits)
+    return Plan.of(
+        common, {name: _plan_split(source, name, common, inputs, output, geometry) for name in source.splits}
+    )
+
+
+def _plan_split(
+    source: Source, name: str, common: PlanCommon, inputs: Inputs, output: Output, geometry: Geometry
+) -> PlanSplit:
+    """What the plan says of one split."""
+    table, limit, size = source.splits[name], inputs.limit, output.shard_size
+    if source.base:
+        views = source.base.manifest.splits[name].part(SplitViews)
+    else:
+        usual = TRAIN_VIEWS if name == "train" else OTHER_VIEWS
+        viewed = inputs.splits or ("train",)  # of the other splits only view 0 is ever used
+        count = geometry.views if geometry.views and name in viewed else usual
+        views = {"views": count, "scale": geometry.scale, "ratio": geometry.ratio, "hflip": geometry.hflip}
+    planned = len(table) if limit is None else min(limit, len(table))
+    split = PlanSplit(
+        **views,
+        inputs=inputs_hash(table),
+        keys=fmt.digest(sorted(table["key"].to_pylist())),
+        images=planned,
+        limit=limit,
+        shard_size=size,
+        shards=len(source.base.shard_names(name)) if source.base else -(-planned // size),
+        plan_id="",
+    )
+    if split.shards > MAX_SHARDS:
+        raise TicketSetError(f"`shard_size` {size}: {split.shards} shards of split {name}; make them larger")
+    return replace(split, plan_id=split.identity(name, common))
 
 
 def inputs_hash(table: pa.Table) -> str:
@@ -171,7 +166,7 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     try:
         old = read_plan(folder)
     except TicketSetError as error:
-        raise TicketSetError(f"{error}; start anew with --overwrite") from None
+        raise TicketSetError(f"{error}; start anew with `overwrite`") from None
     mined = any(folder.glob("*-" + "[0-9]" * 6 + ".json"))
     if old is None or (alone and not mined):
         _store(path, plan, device)
@@ -193,12 +188,12 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         if not alone:
             raise TicketSetError(
                 f"{folder}: another datalth-mine is at work in it by another plan ({'; '.join(differing[:6])});"
-                f" give another --out, or stop the other"
+                f" give another `out`, or stop the other"
             )
         mended = all(d.split(": ")[0].endswith(".inputs") for d in differing)
         raise TicketSetError(
             f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
-            f" give another --out, or --overwrite{', or --retry-failed where failed files were mended' if mended else ''}"
+            f" give another `out`, or `overwrite`{', or `retry_failed` where failed files were mended' if mended else ''}"
         )
     whole = Plan.of(plan.common, {**old.splits, **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
     if whole.splits != old.splits or retry:
@@ -223,7 +218,7 @@ def check_unchanged(folder: Path, split: str, plan_id: str) -> None:
     if found != plan_id:
         raise TicketSetError(
             f"{folder / fmt.PLAN}: another datalth-mine has changed it since this one began; expected plan"
-            f" {plan_id[:12]} of split {split}, got {str(found)[:12]}; give each its own --out"
+            f" {plan_id[:12]} of split {split}, got {str(found)[:12]}; give each its own `out`"
         )
 
 
@@ -285,7 +280,7 @@ def base_link(plan: Plan, source: Source, folder: Path) -> BaseLink | None:
         path.encode()
     except UnicodeEncodeError:
         shown = path.encode("utf-8", "backslashreplace").decode()
-        raise TicketSetError(f"--data: expected a base whose path is UTF-8, got {shown}; rename its folder") from None
+        raise TicketSetError(f"`data`: expected a base whose path is UTF-8, got {shown}; rename its folder") from None
     return BaseLink(set_id=source.base.manifest.set_id, path=path)
 
 

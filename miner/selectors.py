@@ -29,15 +29,15 @@ from shards.views import center_distance
 Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
-BLIND = {"random", "center", "none"}  # look at no pixels, let alone a model's
+BLIND = {"random", "center"}  # look at no pixels, let alone a model's
 
 
 def register_method(name: str, needs_model: bool = False) -> Callable[[Method], Method]:
     """Make a function a selector method under a name.
 
     Args:
-        name: for --method and `create_selector`.
-        needs_model: without a model it cannot rank; --method then loads --selector's, typed or not. A function of
+        name: for `method` and `create_selector`.
+        needs_model: without a model it cannot rank; `method` then loads `selector`'s, typed or not. A function of
             `module:function` says the same by an attribute, `function.needs_model = True`.
     """
 
@@ -59,7 +59,7 @@ def find_method(name: str) -> Method:
     if ":" in name and name not in METHODS:
         METHODS[name] = _import_method(name)
     if name not in METHODS:
-        raise TicketSetError(f"--method {name}: expected one of {', '.join(METHODS)}, or module:function")
+        raise TicketSetError(f"`method` {name}: expected one of {', '.join(METHODS)}, or module:function")
     return METHODS[name]
 
 
@@ -106,8 +106,8 @@ class Selector:
         """Rank the patches of a batch.
 
         Args:
-            images: [B, 3, S, S], normalised with the model's mean and std, S = grid * the model's patch size; without
-                a model in [0, 1], at the set's --img-size.
+            images: [B, 3, S, S], normalized with the model's mean and std, S = grid * the model's patch size; without
+                a model in [0, 1], at the set's `img_size`.
             seeds: one a row, for `random`.
         Returns:
             int64 [B, N] patch indices, row-major, most informative first; a permutation in each row.
@@ -137,7 +137,7 @@ def create_selector(
     """A selector whose arguments fit each other.
 
     Args:
-        method: evit, cls-attention, rollout, random, center, none, a registered name, or module:function.
+        method: evit, cls-attention, rollout, random, center, a registered name, or module:function.
         model: timm VisionTransformer with a class token and this grid; None where the method needs none.
         grid: (gh, gw) of the tickets.
         counts: `miner.drop.keep_counts` of N; for evit one a block.
@@ -154,7 +154,7 @@ def create_selector(
     device = torch.device(device)
     if model is None:
         if needed:
-            raise TicketSetError(f"--method {method}: needs a selector model")
+            raise TicketSetError(f"`method` {method}: needs a selector model")
         torch.empty(0, device=device)  # is it there?
         return Selector(method, None, grid, (), counts, device, amp)
     check_model(model, grid)
@@ -165,7 +165,7 @@ def create_selector(
     if method == "evit" and len(counts) != len(blocks):
         raise TicketSetError(f"evit: expected a keep count for each of {len(blocks)} blocks, got {len(counts)}")
     if method in ("cls-attention", "rollout") and len(blocks) != 1:
-        raise TicketSetError(f"--method {method}: expected one block in --drop-blocks, got {len(blocks)}")
+        raise TicketSetError(f"`method` {method}: expected one block in `drop_blocks`, got {len(blocks)}")
     model = model.eval().to(device)
     if compile:
         for block in model.blocks[: blocks[-1] + 1]:
@@ -243,17 +243,10 @@ def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -
 
 @register_method("center")
 def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-    """Nearest to the centre of the view first: what a photographer's framing alone is worth."""
+    """Nearest to the center of the view first: what a photographer's framing alone is worth."""
     scores = -torch.from_numpy(center_distance(selector.grid)).double()
     scores = scores.expand(len(images if seeds is None else seeds), -1)
     return descending(scores), scores
-
-
-@register_method("none")
-def none(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-    """No tickets, for a set of token labels alone; the miner does not even ask."""
-    rows = len(images if seeds is None else seeds)
-    return torch.empty(rows, 0, dtype=torch.int64), torch.empty(rows, 0)
 
 
 def _embed(model: Model, images: Tensor) -> Tensor:
@@ -275,7 +268,7 @@ def _import_method(spec: str) -> Method:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise TicketSetError(f"--method {spec}: {error}") from None
+        raise TicketSetError(f"`method` {spec}: {error}") from None
     if not callable(function):
-        raise TicketSetError(f"--method {spec}: expected a function, got {type(function).__name__}")
+        raise TicketSetError(f"`method` {spec}: expected a function, got {type(function).__name__}")
     return function

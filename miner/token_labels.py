@@ -2,7 +2,7 @@
 
 A place's logits are the model's own answer to a feature map that looks everywhere like this place: its pooling over
 one place is the place itself, and whatever stands behind it (norm, linear layer) is used as it is. That is exact for
-a model whose pooling is the mean, which `build_labeller` tests.
+a model whose pooling is the mean, which `build_labeler` tests.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,19 @@ from shards.schema import LabelerIdentity
 from shards.token_labels import MAX_CLASSES, TOP
 
 SIDE = 18  # places, as LV-ViT's maps; a model whose stride does not allow it has others
-VIEWS_AN_IMAGE = 8  # of a selector's batch: 576 px are 6.6 times the pixels of 224
 TOLERANCE = 1e-3  # of the logits' spread
 
 
 @dataclass(frozen=True, slots=True)
-class Labeller:
-    """Whole images -> the likeliest classes at every place. Build it with `build_labeller`.
+class Labeler:
+    """Whole images -> the likeliest classes at every place. Build it with `build_labeler`.
 
     Attributes:
         name: timm's, of the model.
         model: in eval mode.
         side: G; the map has G x G places.
         input_size: S, pixels.
-        mean, std: by which its input is normalised.
+        mean, std: by which its input is normalized.
         device: where it computes.
         amp: bf16 autocast; probabilities stay float32.
     """
@@ -47,7 +46,7 @@ class Labeller:
 
     @torch.inference_mode()
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S], normalised -> probabilities float32 and classes int64, [B, T, G, G], likeliest first.
+        """[B, 3, S, S], normalized -> probabilities float32 and classes int64, [B, T, G, G], likeliest first.
 
         Of equal logits the lower class comes first.
         """
@@ -59,7 +58,7 @@ class Labeller:
         return shares.movedim(-1, 1), order.movedim(-1, 1)
 
     def identity(self, batch_size: int) -> LabelerIdentity:
-        """What identifies it in the plan. `batch_size`: images a batch."""
+        """What identifies it in the plan; `batch_size`: images a batch."""
         return LabelerIdentity(
             model=self.name,
             state=models.state_hash(self.model),
@@ -73,26 +72,34 @@ class Labeller:
         )
 
 
-def build_labeller(
-    name: str, weights: str | None, classes: Sequence[str], device: str, amp: bool, size: int | None = None
-) -> Labeller:
-    """A labeller for a set of these classes.
+def build_labeler(
+    name: str,
+    weights: str | None,
+    classes: Sequence[str],
+    device: str | torch.device,
+    amp: bool,
+    size: int | None = None,
+) -> Labeler:
+    """A labeler for a set of these classes.
 
     Args:
         name: timm model, or an alias.
         weights: .safetensors or .pth; None takes timm's pretrained ones.
+        classes: of the set, in the order of their labels.
+        device: to compute on.
+        amp: bf16 autocast.
         size: pixels a side of its input; None gives SIDE places. A model that was trained at another scale answers
             badly: 576 px of a model of 96 px gave one class everywhere.
     Raises:
         TicketSetError: the set has no classes, the model others, or none of its heads fits a single place.
     """
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise TicketSetError(f"--token-labels {name}: expected a set of 2 to {MAX_CLASSES} classes, got {len(classes)}")
+        raise TicketSetError(f"`token_labels` {name}: expected a set of 2 to {MAX_CLASSES} classes, got {len(classes)}")
     model, size = models.build_classifier(name, SIDE, classes, weights, size)
     side = _check_head(model, size, name)
     config = resolve_model_data_config(model)
     placed = torch.device(device)
-    return Labeller(
+    return Labeler(
         models.timm_name(name), model.to(placed), side, size, tuple(config["mean"]), tuple(config["std"]), placed, amp
     )
 
@@ -132,15 +139,15 @@ def _check_head(model: models.Model, size: int, name: str) -> int:
     The head's answer to a map of noise must be its answer to the map's mean: not so with a class token,
     maximum or attention pooling, or prefix tokens in the mean.
     """
-    refusal = f"--token-labels {name}: expected a classifier with a head over the mean of a square feature map"
+    refusal = f"`token_labels` {name}: expected a classifier with a head over the mean of a square feature map"
     try:
         features = model.forward_features(torch.zeros(1, 3, size, size))
         noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
-        whole = model.forward_head(noise)
+        answer = model.forward_head(noise)
         mean = model.forward_head(_as_map(model, noise, _places(model, noise).mean(1)))
         side = round(_places(model, noise).shape[1] ** 0.5)
         square = _places(model, noise).shape[1] == side**2 and side > 1
-        fits = square and (whole - mean).abs().max() <= TOLERANCE * (whole - whole.mean()).abs().max()
+        fits = square and (answer - mean).abs().max() <= TOLERANCE * (answer - answer.mean()).abs().max()
     except (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError) as error:
         raise TicketSetError(f"{refusal}; {type(model).__name__}: {first_line(error)}") from None
     if not fits:

@@ -13,10 +13,11 @@ are made from them, and a program makes them by hand.
 An error names a field in backquotes, `hflip`; `shards.console.reports_errors` turns it into the flag.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -52,7 +53,14 @@ def setting(
         parse: text, or for a dict or a tuple of any length all texts, -> value.
         marks: what else is true of it; see `marked`.
     """
-    metadata: dict[str, Any] = {"kind": kind, "help": help, "metavar": metavar, "flag": flag, "short": short, "shown": shown}
+    metadata: dict[str, Any] = {
+        "kind": kind,
+        "help": help,
+        "metavar": metavar,
+        "flag": flag,
+        "short": short,
+        "shown": shown,
+    }
     metadata |= {"parse": parse, "marks": marks}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -94,8 +102,15 @@ def settings_from(group: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         click.UsageError: values that do not go together.
     """
-    try:
+    with usage_errors():
         return group(**{field.name: values[field.name] for field, _ in _fields(group)})
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Errors about settings inside are those of how a command was typed: exit code 2."""
+    try:
+        yield
     except TicketSetError as error:
         raise click.UsageError(as_flags(str(error))) from None
 
@@ -129,7 +144,8 @@ def _option(field: Any, hint: Any) -> Callable[[Command], Command]:
     keywords: dict[str, Any] = {"help": said["help"], "metavar": said["metavar"], "required": needed}
     if not needed:
         # Of nothing, none and off there is nothing to show.
-        keywords |= {"default": default, "show_default": said["shown"] or not (default in (None, False, (), dict))}
+        plain = default == () or any(default is nothing for nothing in (None, False, dict))  # 0 is something
+        keywords |= {"default": default, "show_default": not plain}
     if hint is bool:
         keywords["is_flag"] = True
         flag += f"/--no-{flag.removeprefix('--')}" if default is True else ""
@@ -144,7 +160,7 @@ def _option(field: Any, hint: Any) -> Callable[[Command], Command]:
         keywords |= {"multiple": True} if parts[-1] is Ellipsis else {"nargs": len(parts)}
     else:
         keywords["type"] = said["kind"] or hint
-    if said["shown"] and default is None:  # click shows no default of nothing
+    if said["shown"]:  # click shows none where the default is None, and else in brackets
         keywords["help"] += f"  [default: {said['shown']}]"
         keywords["show_default"] = False
     names = [name for name in (said["short"], flag, field.name) if name]

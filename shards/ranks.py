@@ -22,6 +22,11 @@ def rank_and_world() -> tuple[int, int]:
     return rank, world
 
 
+def local_rank() -> int:
+    """LOCAL_RANK: which of this machine's processes, and so whose GPU; 0 where it is not set."""
+    return _number("LOCAL_RANK", "0")
+
+
 def _number(name: str, default: str) -> int:
     value = os.environ.get(name, default)
     if not (value.isascii() and value.isdigit() and len(value) <= 9):

@@ -7,8 +7,9 @@ import tarfile
 import fsspec
 import pytest
 
+from miner import sources
 from miner.plan import make_plan
-from miner.sources import open_source
+from miner.settings import Geometry, Inputs, Output
 from shards.errors import TicketSetError
 from shards.schema import SelectorIdentity
 
@@ -69,14 +70,17 @@ def read_all(source, split="train"):
 
 
 def plan(source, shard_size=4):
-    geometry = {"img_size": 64, "patch_size": 16, "views": 1, "scale": (0.08, 1), "ratio": (0.75, 1.33), "hflip": 0.5}
-    storing = {"exif": "ignore", "store_side": None, "images": "copy", "shard_size": shard_size, "limit": None}
-    return make_plan(source, BY_CENTER, k=8, val_share=0, seed=0, batch_size=8, **geometry, **storing)
+    output, geometry = Output("out", shard_size=shard_size), Geometry(img_size=64, views=1)
+    return make_plan(source, Inputs(source.spec), output, geometry, {"selector": BY_CENTER}, 8)
+
+
+def open_source(data, splits=(), seed=0, **others):
+    return sources.open_source(Inputs(str(data), tuple(splits), **others), seed)
 
 
 def refusal(*arguments, **options):
     with pytest.raises(TicketSetError) as error:
-        open_source(*map(str, arguments), **options)
+        open_source(*arguments, **options)
     return str(error.value)
 
 

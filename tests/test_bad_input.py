@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import miner.engine
+import miner.reading
 import miner.run
 from conftest import SELECTOR, contents, mine
 from miner.claim import Claim
-from miner.writer_thread import WriterThread
+from miner.writer import Writer
 from shards.errors import TicketSetError
 from shards.format import MANIFEST
 from shards.reader import TicketSet
@@ -154,9 +154,9 @@ def test_shards_before_too_many_failures_are_kept_and_a_higher_limit_goes_on(cop
     source = spoil_last_shard(copy, tmp_path)
     out = tmp_path / "out"
     gate = threading.Event()  # nothing is written before the run has stopped: the worst case
-    add, abort = ShardWriter.add, WriterThread.abort
+    add, abort = ShardWriter.add, Writer.close
     monkeypatch.setattr(ShardWriter, "add", lambda self, *a: gate.wait(30) and add(self, *a))
-    monkeypatch.setattr(WriterThread, "abort", lambda self: (gate.set(), abort(self)))
+    monkeypatch.setattr(Writer, "close", lambda self: (gate.set(), abort(self)))
     line = failure("--data", copy, "--out", out, *CENTER, "--max-failures", 0)
     assert source in line
     assert {f"train-{i:06d}" for i in range(4)} <= set(shards_done(out))
@@ -230,7 +230,7 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
         (("--method", ":f"), 1, "--method :f: "),
         (("--method", "math:sqrt"), 1, "--method: expected a function in a Python file"),
         (("--method", "nowhere:f"), 1, "--method nowhere:f: No module named 'nowhere'"),
-        (("--drop-blocks", "3,x"), 1, "--drop-blocks: expected block numbers like 3,6,9, got '3,x'"),
+        (("--drop-blocks", "3,x"), 2, "'--drop-blocks': expected block numbers like 3,6,9, got '3,x'"),
         (("--drop-blocks", "1,6"), 1, "expected ascending block numbers from 0 to 5"),
         (("--drop-blocks", "3,1"), 1, "expected ascending block numbers from 0 to 5"),
         (("--drop-blocks", "2,2"), 1, "expected ascending block numbers from 0 to 5"),
@@ -611,8 +611,8 @@ def test_a_plan_that_changes_before_the_manifest_is_not_believed(photos, tmp_pat
     (out / MANIFEST).unlink()
     committed = miner.run.committed
 
-    def committed_and_changed(folder, plan, own, retry):
-        found = committed(folder, plan, own, retry)
+    def committed_and_changed(folder, plan, shards):
+        found = committed(folder, plan, shards)
         shutil.copy(other / "plan.json", out / "plan.json")
         return found
 
@@ -650,7 +650,7 @@ def test_two_processes_at_once(seeds, photos, tmp_path):
 
 FEW_FILES = """
 import os, resource, sys
-import miner.cli, miner.engine
+import miner.cli, miner.run
 from PIL import Image
 from shards.writer import ShardWriter
 
@@ -693,7 +693,7 @@ def test_too_few_open_files_stop_the_run_and_fail_no_photo(photos, tmp_path):
 
 
 def test_memory_that_is_full_is_one_line_and_fails_no_photo(photos, tmp_path, monkeypatch):
-    command, store, calls = ("--data", photos, "--out", tmp_path / "out", *CENTER), miner.engine.store_image, []
+    command, store, calls = ("--data", photos, "--out", tmp_path / "out", *CENTER), miner.reading.store_image, []
 
     def full(*arguments):
         calls.append(arguments)
@@ -701,7 +701,7 @@ def test_memory_that_is_full_is_one_line_and_fails_no_photo(photos, tmp_path, mo
             raise MemoryError
         return store(*arguments)
 
-    monkeypatch.setattr(miner.engine, "store_image", full)
+    monkeypatch.setattr(miner.reading, "store_image", full)
     assert failure(*command).startswith("Error: out of memory; what is finished is safe: ")
     monkeypatch.undo()
     mine(*command)
@@ -719,8 +719,8 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(stop, photos, tmp_path, monke
             put_away.wait(10)
         return add(self, row, members)
 
-    sent, put_away, abort = [], threading.Event(), WriterThread.abort
-    monkeypatch.setattr(WriterThread, "abort", lambda self: (put_away.set(), abort(self)))
+    sent, put_away, abort = [], threading.Event(), Writer.close
+    monkeypatch.setattr(Writer, "close", lambda self: (put_away.set(), abort(self)))
     monkeypatch.setattr(ShardWriter, "add", add_and_stop)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     try:
@@ -807,7 +807,7 @@ def altered(weights, path, **tensors):
     [
         ({"extra.thing": torch.ones(2)}, "do not fit VisionTransformer of depth 6, width 64: 0 tensors missing, 1 unknown, 0 of another shape (first: unknown tensor extra.thing)"),
         ({"cls_token": torch.ones(1, 1, 8)}, "do not fit VisionTransformer of depth 6, width 64: 0 tensors missing, 0 unknown, 1 of another shape (first: expected cls_token [1, 1, 64], got [1, 1, 8])"),
-        ({"norm.weight": torch.ones(64, dtype=torch.int8)}, "expected norm.weight in floating point, got torch.int8: weights of a quantised model"),
+        ({"norm.weight": torch.ones(64, dtype=torch.int8)}, "expected norm.weight in floating point, got torch.int8: weights of a quantized model"),
         ({"cls_token": {"a": 1}}, "expected tensors by name, got dict 'cls_token'"),
         ({"cls_token": 3}, "expected tensors by name, got int 'cls_token'"),
         ({"acc": np.float64(0.7)}, "not a loadable checkpoint: it holds numpy._core.multiarray.scalar, and nothing but tensors, numbers and text is read; save model.state_dict() alone"),

@@ -17,7 +17,7 @@ from test_verify import edit_json, lines, refresh_tar
 
 import miner.token_labels
 from conftest import SELECTOR, contents, inspect, mine, write_image
-from miner.token_labels import build_labeller, place_logits
+from miner.token_labels import build_labeler, place_logits
 from shards import format as fmt
 from shards import token_labels
 from shards.errors import TicketSetError
@@ -144,8 +144,8 @@ def test_equal_logits_go_to_the_lower_class() -> None:
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0, 1.0]))
-    labeller = miner.token_labels.Labeller("x", model, 2, 64, (), (), torch.device("cpu"), False)
-    shares, classes = labeller.label(torch.randn(1, 3, 64, 64))
+    labeler = miner.token_labels.Labeler("x", model, 2, 64, (), (), torch.device("cpu"), False)
+    shares, classes = labeler.label(torch.randn(1, 3, 64, 64))
     assert classes[0, :, 0, 0].tolist() == [1, 3, 0, 2, 4] and shares.shape == (1, 5, 2, 2)
 
 
@@ -166,10 +166,10 @@ def test_exif_frame_is_the_boxes(photos: Path, tmp_path: Path, flags: list[objec
         mine("--data", tmp_path / "data", "--out", out, "--exif", exif, "--method", "center", "--views", 1, *flags)
         found[exif] = next(TicketSet.open(str(out)).stream("val"))
     sample = found["apply"]
-    labeller = build_labeller("test_resnet", str(flags[3]), NAMES, "cpu", amp=False)
+    labeler = build_labeler("test_resnet", str(flags[3]), NAMES, "cpu", amp=False)
     pixels = render_pixels(decode(sample.image, "apply"), np.array([[0, 0, 80, 60, 0]]), 576)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (labeller.mean, labeller.std))
-    shares, _ = labeller.label((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (labeler.mean, labeler.std))
+    shares, _ = labeler.label((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
     assert np.abs(shares[0].numpy() - token_labels.probabilities(sample.token_labels)).max() < 2e-4
     assert (sample.token_labels != found["ignore"].token_labels).mean() > 0.1
 
@@ -182,7 +182,7 @@ def test_other_models_mine_as_well(center_set: Path, tmp_path: Path, folder: Pat
     assert "sound" in inspect("verify", out, "--deep").output
 
 
-def test_a_labeller_of_another_size_has_as_many_places_as_its_stride_gives(center_set, tmp_path, flags) -> None:
+def test_a_labeler_of_another_size_has_as_many_places_as_its_stride_gives(center_set, tmp_path, flags) -> None:
     out = tmp_path / "labels"
     link = ("--data", center_set, "--images", "link", "--method", "none", "--split", "val", "--out", out)
     assert "4 x 4 places, by test_resnet at 128 px" in mine(*link, *flags, "--token-label-size", 128).output
@@ -247,13 +247,13 @@ def test_ranks_give_the_same_bytes(
 def test_batches_do_not_cross_shards(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """27 images in shards of 6, 6, 6, 3 and 6 at two a batch: the only short batch is the fourth shard's last."""
     sizes = []
-    real = miner.token_labels.Labeller.label
+    real = miner.token_labels.Labeler.label
 
     def counting(self: object, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sizes.append(len(images))
         return real(self, images)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(miner.token_labels.Labeller, "label", counting)
+    monkeypatch.setattr(miner.token_labels.Labeler, "label", counting)
     mine(*arguments, "--out", tmp_path)
     assert sizes == [2] * 9 + [2, 1] + [2] * 3
 
@@ -474,7 +474,7 @@ def test_pretrained_weights_of_other_classes(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         TicketSetError, match="test_resnet: expected a classifier of the set's 3 classes, got one of 1000"
     ):
-        build_labeller("test_resnet", None, NAMES[:3], "cpu", amp=False)
+        build_labeler("test_resnet", None, NAMES[:3], "cpu", amp=False)
 
 
 @pytest.mark.parametrize(
@@ -492,8 +492,8 @@ def test_a_head_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch, name
     size = {"img_size": 64} if "vit" in name else {}
     model = classifier(name, **kwargs, **size)
     monkeypatch.setattr("miner.models.build_classifier", lambda *_: (model, 64))
-    with pytest.raises(TicketSetError, match=f"--token-labels {name}: expected a classifier with a head over the mean"):
-        build_labeller(name, None, NAMES, "cpu", amp=False)
+    with pytest.raises(TicketSetError, match=f"`token_labels` {name}: expected a classifier with a head over the mean"):
+        build_labeler(name, None, NAMES, "cpu", amp=False)
 
 
 def test_a_head_that_is_a_mean_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,10 +501,10 @@ def test_a_head_that_is_a_mean_is_taken(monkeypatch: pytest.MonkeyPatch) -> None
         size = {"img_size": 64} if "vit" in name else {}
         model = classifier(name, **kwargs, **size)
         monkeypatch.setattr("miner.models.build_classifier", lambda *_, model=model: (model, 64))
-        labeller = build_labeller(name, None, NAMES, "cpu", amp=False)
-        assert labeller.side == (4 if "vit" in name else 2)
-        shares, classes = dataclasses.replace(labeller, amp=True).label(torch.randn(1, 3, 64, 64))
-        assert shares.dtype == torch.float32 and classes.shape == (1, 3, labeller.side, labeller.side)
+        labeler = build_labeler(name, None, NAMES, "cpu", amp=False)
+        assert labeler.side == (4 if "vit" in name else 2)
+        shares, classes = dataclasses.replace(labeler, amp=True).label(torch.randn(1, 3, 64, 64))
+        assert shares.dtype == torch.float32 and classes.shape == (1, 3, labeler.side, labeler.side)
 
 
 def test_bad_words_are_refused_in_one_line(center_set: Path, photos: Path, tmp_path: Path, flags: list[object]) -> None:

@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from miner.models import create, load_weights, sketch, timm_name
+from miner.models import create, load_weights, meta_model, timm_name
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from shards.views import CROP_PCT
@@ -31,13 +31,13 @@ def build_student(options: Options, opened: TicketSet) -> TicketModel:
     Raises:
         TicketSetError: timm cannot build it, it cannot take these tickets, or the weights do not fit.
     """
-    outline = sketch(lambda: _create(options, opened))
+    outline = meta_model(lambda: _create(options, opened))
     feed, kind = feed_of(outline, options.feed)
     side, patch = _side(options, opened, kind), opened.manifest.patch_size
     grid = (side // patch,) * 2 if options.resize_to_tokens else opened.grid
     model = _create(options, opened, pretrained=options.pretrained, **kind.size_arguments(outline, side))
     if options.initial_checkpoint:
-        fresh = load_weights(model, options.initial_checkpoint, "--initial-checkpoint", opened.classes)
+        fresh = load_weights(model, options.initial_checkpoint, "initial_checkpoint", opened.classes)
         if fresh:
             log.info(f"--initial-checkpoint {options.initial_checkpoint}: {', '.join(fresh)} start anew")
         if fresh and options.eval:
@@ -93,7 +93,7 @@ def _create(options: Options, opened: TicketSet, pretrained: bool = False, **siz
     if arguments.get("in_chans", 3) != 3:
         raise TicketSetError(f"--model-kwargs: expected 3 input channels, got {arguments['in_chans']}")
     try:
-        model: Any = create(options.model, "--model", pretrained, **arguments)
+        model: Any = create(options.model, "model", pretrained, **arguments)
     except TicketSetError as error:
         if "drop_path_rate" in str(error):
             raise TicketSetError(f"--model {options.model}: has no stochastic depth; give --drop-path 0") from None

@@ -1,4 +1,4 @@
-"""Sources: where labelled images come from. `open_source` takes every form that --data accepts."""
+"""Sources: where labelled images come from. `open_source` takes every form that `data` accepts."""
 
 import glob
 import os
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from miner.settings import Inputs
 from miner.sources.archive import compressed, packer_of
 from miner.sources.folder import folder_source
 from miner.sources.imagenet import imagenet_source, is_imagenet
@@ -14,7 +15,7 @@ from miner.sources.source import (
     Source,
     Tally,
     is_junk,
-    note_unlabelled,
+    note_unlabeled,
     spelled,
     spelled_classes,
     split_off_val,
@@ -30,98 +31,83 @@ from shards.schema import check_split_name
 __all__ = ["Source", "open_source"]
 
 FORMS = """expected one of
-  a folder of class folders, or of train/ and val/ with class folders   --data photos
-  the original ImageNet tars in a folder                                --data ILSVRC2012
-  WebDataset tars                                                       --data 'tars/train-{0000..0127}.tar'
-  another ticket set                                                    --data shards
-  a map-style timm reader                                               --data timm:hfds/uoft-cs/cifar10
-  a name under $DATALTH_DATA                                            --data imagenet"""
+  a folder of class folders, or of train/ and val/ with class folders   `data` photos
+  the original ImageNet tars in a folder                                `data` ILSVRC2012
+  WebDataset tars                                                       `data` 'tars/train-{0000..0127}.tar'
+  another ticket set                                                    `data` shards
+  a map-style timm reader                                               `data` timm:hfds/uoft-cs/cifar10
+  a name under $DATALTH_DATA                                            `data` imagenet"""
 
 
-def open_source(
-    spec: str,
-    splits: Sequence[str] = (),
-    labels: str | None = None,
-    label_field: str = "label",
-    val_share: float = 0.1,
-    seed: int = 0,
-    base: str | None = None,
-) -> Source:
-    """List the images behind a --data argument.
+def open_source(inputs: Inputs, seed: int = 0) -> Source:
+    """List the images behind `data`.
 
     Args:
-        spec: as FORMS.
-        splits: wanted; empty = all there are.
-        labels: CSV of filename,class for images that carry none.
-        label_field: of a WebDataset sample's json, where it has no cls member.
-        val_share: of the images of each class that make the val split where the source has none.
-        seed: of the set; takes part in which images those are.
-        base: where the base of a linked set is now.
+        inputs: where they are, as FORMS, and which of them; no splits = all there are.
+        seed: of the set; takes part in which images become the val split of a source that has none.
     Raises:
         TicketSetError: nothing of the kind is there, it holds no images, or a split is missing.
     """
-    source = _open(spec, splits, labels, label_field, base)
+    spec, splits = inputs.data, inputs.splits
+    source = _open(spec, splits, inputs.labels, inputs.base)
     if source.base is None:
-        source = replace(source, classes=spelled_classes(source.classes, f"--data {spec}"))
-        source = split_off_val(source, val_share, seed)
+        source = replace(source, classes=spelled_classes(source.classes, f"`data` {spec}"))
+        source = split_off_val(source, inputs.val_share, seed)
     missing = [s for s in splits if s not in source.splits]
     if missing:
         there = list(dict.fromkeys([*source.splits, *(["val"] if source.own_val else [])]))
-        raise TicketSetError(f"--data {spec}: expected a split of {there}, got --split {missing[0]}")
+        raise TicketSetError(f"`data` {spec}: expected a split of {there}, got `splits` {missing[0]}")
     if splits:
         source = source.only(splits)
     for name in source.splits:
-        check_split_name(name, f"--data {spec}: split")
+        check_split_name(name, f"`data` {spec}: split")
     empty = [name for name, table in source.splits.items() if len(table) == 0]
     if empty:
-        raise TicketSetError(f"--data {spec}: split {empty[0]} holds no images")
-    note_unlabelled(source)
-    return source
+        raise TicketSetError(f"`data` {spec}: split {empty[0]} holds no images")
+    return note_unlabeled(source)
 
 
-def _open(spec: str, splits: Sequence[str], labels: str | None, label_field: str, base: str | None) -> Source:
+def _open(spec: str, splits: Sequence[str], labels: str | None, base: str | None) -> Source:
     if spec.startswith("timm:"):
         return timm_source(spec, splits)
     path = storage.local(spec)
     packer = packer_of(path)
     if packer:
-        raise compressed(f"--data {spec}", packer)
+        raise compressed(f"`data` {spec}", packer)
     if storage.is_remote(path):
-        if path.endswith(".tar"):
-            return tar_source(spec, _expand(path), label_field, labels)
-        return ticket_set_source(path, base)
+        return tar_source(spec, _expand(path), labels) if path.endswith(".tar") else ticket_set_source(path, base)
     if not os.path.exists(path):
         under = os.path.join(os.environ.get("DATALTH_DATA", ""), path)
         if os.environ.get("DATALTH_DATA") and os.path.exists(under):
             path = under
         elif path.endswith(".tar") and _expand(path):
-            return tar_source(spec, _expand(path), label_field, labels)
+            return tar_source(spec, _expand(path), labels)
         else:
-            raise TicketSetError(f"--data {spec}: no such path; {FORMS}")
+            raise TicketSetError(f"`data` {spec}: no such path; {FORMS}")
     if is_imagenet(path):
         return imagenet_source(spec, path, splits, labels)
     if os.path.isfile(path):
         if not path.endswith(".tar"):
-            raise TicketSetError(f"--data {spec}: a single file; {FORMS}")
-        return tar_source(spec, [path], label_field, labels)
+            raise TicketSetError(f"`data` {spec}: a single file; {FORMS}")
+        return tar_source(spec, [path], labels)
     if not os.path.isdir(path):
-        raise TicketSetError(f"--data {spec}: neither a file nor a folder; {FORMS}")
+        raise TicketSetError(f"`data` {spec}: neither a file nor a folder; {FORMS}")
     if os.path.exists(os.path.join(path, fmt.MANIFEST)) or os.path.exists(os.path.join(path, fmt.PLAN)):
         return ticket_set_source(path, base)
-    return _folder_or_tars(spec, path, splits, labels, label_field)
+    return _folder_or_tars(spec, path, splits, labels)
 
 
 # What img2dataset writes beside its tars: one JSON and one parquet a tar, and a folder of work in progress.
 _IMG2DATASET = re.compile(r".*_tmp|[0-9]+_stats\.json|[0-9]+\.parquet")
 
 
-def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | None, label_field: str) -> Source:
+def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | None) -> Source:
     """Tars that lie in a folder without other folders are what it holds."""
     try:
         with os.scandir(path) as entries:
             found = sorted((entry.name, entry.is_dir()) for entry in entries)
     except OSError as error:
-        raise TicketSetError(f"--data {spec}: cannot be listed: {error.strerror}") from None
+        raise TicketSetError(f"`data` {spec}: cannot be listed: {error.strerror}") from None
     tars = [os.path.join(path, name) for name, _ in found if name.endswith(".tar") and not is_junk(name)]
     if not tars:
         packed = next((name for name, is_dir in found if packer_of(name) and not is_dir), None)
@@ -130,7 +116,7 @@ def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | N
         return folder_source(spec, path, splits, labels)
     if any(is_dir and not is_junk(name) and not _IMG2DATASET.fullmatch(name) for name, is_dir in found):
         source = folder_source(spec, path, splits, labels)
-        note = f"{len(tars)} tars beside the folders are not read (first: {tars[0]}); give them as --data 'DIR/*.tar'"
+        note = f"{len(tars)} tars beside the folders are not read (first: {tars[0]}); give them as `data` 'DIR/*.tar'"
         return replace(source, notes=[note, *source.notes])
     tally = Tally()
     for name, _ in found:
@@ -138,14 +124,14 @@ def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | N
             tally.add(JUNK_NOTE, spelled(name))
         elif _IMG2DATASET.fullmatch(name):
             tally.add("{count} files and folders of img2dataset beside the tars are not read (first: {first})", name)
-    source = tar_source(spec, tars, label_field, labels)
+    source = tar_source(spec, tars, labels)
     return replace(source, notes=[*tally.notes(), *source.notes])
 
 
 def _remote_glob(url: str) -> list[str]:
     found = storage.glob_remote(url)
     if not found:
-        raise TicketSetError(f"--data {url}: no such files")
+        raise TicketSetError(f"`data` {url}: no such files")
     return found
 
 
@@ -162,5 +148,5 @@ def _expand(pattern: str) -> list[str]:
         elif os.path.exists(url):
             urls.append(url)
         elif "{" in pattern:
-            raise TicketSetError(f"--data {pattern}: {url} is missing")
+            raise TicketSetError(f"`data` {pattern}: {url} is missing")
     return urls

@@ -33,7 +33,7 @@ from shards.errors import TicketSetError
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
 LOOP = "{count} links to folders are not followed: they lead back to a folder that they are in (first: {first})"
 TWICE = "{count} folders behind links are not read: their class has them under another name (first: {first})"
-ONE_CLASS = "all images are of one class, {first}; if its folders are the classes, they are what --data expects"
+ONE_CLASS = "all images are of one class, {first}; if its folders are the classes, they are what `data` expects"
 _ESCAPED_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")  # a byte that is no UTF-8, as `source` spells it
 
 
@@ -56,14 +56,14 @@ def folder_source(spec: str, root: str, splits: Sequence[str], labels: str | Non
         if splits and split not in splits and classes and any(s in roots for s in splits):
             continue  # train is only wanted for its class names
         entries = list(_images(root, roots[split], notes, tally))
-        label_entries(entries, label_map, f"--labels {labels}")
+        label_entries(entries, label_map, f"`labels` {labels}")
         if not entries:
             why = "; ".join([*notes, *tally.notes()])
             place = spelled(os.path.join(root, roots[split]))
-            raise TicketSetError(f"--data {spec}: no images in {place}{why and f' ({why})'}")
+            raise TicketSetError(f"`data` {spec}: no images in {place}{why and f' ({why})'}")
         if not classes:
-            classes = class_names(entries, f"--data {spec}")
-        tables[split] = listing(entries, classes, f"--data {spec}, split {split}", notes)
+            classes = class_names(entries, f"`data` {spec}")
+        tables[split] = listing(entries, classes, f"`data` {spec}, split {split}", notes)
         if split == "train":
             empty_classes(classes, tables[split], notes)
     read = functools.partial(_read, root)
@@ -86,13 +86,13 @@ def split_folders(root: str, notes: list[str], tally: Tally) -> dict[str, str]:
     for split, named in found.items():
         if len(named) > 1:
             both = " and ".join(f"{spelled(folder)}/" for folder in named)
-            raise TicketSetError(f"--data {root}: {both} both stand for split {split}; expected one folder a split")
+            raise TicketSetError(f"`data` {root}: {both} both stand for split {split}; expected one folder a split")
     roots = {split: named[0] for split, named in found.items() if named}
     if others:
         train, first = roots["train"], spelled(others[0])
         if not _subfolders(root, train):
             raise TicketSetError(
-                f"--data {root}: {train}/ has no class folders and stands beside {first}/: a split or a class?"
+                f"`data` {root}: {train}/ has no class folders and stands beside {first}/: a split or a class?"
                 f" Rename it where it is a class; move {first}/ away where it is a split"
             )
         notes.append(f"{len(others)} folders beside {train}/ are not read (first: {first})")
@@ -180,7 +180,7 @@ def _files(
 
 
 def _check_level(root: str, class_folder: str, inside: list[str], only_class: bool, tally: Tally) -> None:
-    """A --data one level too high would make one class of train's and val's images.
+    """A `data` one level too high would make one class of train's and val's images.
 
     Raises:
         TicketSetError: the class folder holds splits.
@@ -195,7 +195,7 @@ def _check_level(root: str, class_folder: str, inside: list[str], only_class: bo
 def _too_high(root: str, folder: str, splits: list[str]) -> TicketSetError:
     right = spelled(os.path.join(root, folder)).rstrip("/")
     return TicketSetError(
-        f"--data {root}: {' and '.join(splits)} in {right} would not be taken for splits; give --data {right}"
+        f"`data` {root}: {' and '.join(splits)} in {right} would not be taken for splits; give `data` {right}"
     )
 
 

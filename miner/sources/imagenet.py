@@ -1,7 +1,7 @@
 """The original ILSVRC2012 archives, read as they are: a tar of class tars, and a flat val tar.
 
 Keys and labels are those of the extracted train/WNID and val/WNID folders. The val tar says nothing
-of classes: they come from the devkit archive beside it, or from --labels.
+of classes: they come from the devkit archive beside it, or from `labels`.
 """
 
 import functools
@@ -62,19 +62,19 @@ def imagenet_source(spec: str, path: str, splits: Sequence[str], labels: str | N
         entries[split] = list(list_archive(archive, container, read, tally))
         if split == "val":
             if labels:
-                label_entries(entries[split], read_labels(labels), f"--labels {labels}")
+                label_entries(entries[split], read_labels(labels), f"`labels` {labels}")
             else:
                 label_entries(entries[split], _devkit_labels(spec, folder), DEVKIT)
             for entry in entries[split]:
                 entry.source = f"val/{entry.name}/{entry.source.rpartition('/')[2]}"
     if not entries:
-        raise TicketSetError(f"--data {spec}: expected a split of {list(archives)}, got --split {splits[0]}")
-    classes = class_names(entries["train" if "train" in entries else "val"], f"--data {spec}")
+        raise TicketSetError(f"`data` {spec}: expected a split of {list(archives)}, got `splits` {splits[0]}")
+    classes = class_names(entries["train" if "train" in entries else "val"], f"`data` {spec}")
     notes = tally.notes()
     beside = sorted(e.name for e in os.scandir(path) if e.is_dir() and not is_junk(e.name)) if path == folder else []
     if beside:
         notes.append(f"{len(beside)} folders beside the archives are not read (first: {spelled(beside[0])})")
-    tables = {split: listing(e, classes, f"--data {spec}, split {split}", notes) for split, e in entries.items()}
+    tables = {split: listing(e, classes, f"`data` {spec}, split {split}", notes) for split, e in entries.items()}
     return Source(spec, classes, tables, read, notes, own_val="val" in archives)
 
 
@@ -147,7 +147,7 @@ def _devkit_labels(spec: str, folder: str) -> dict[str, str]:
     devkit = os.path.join(folder, DEVKIT)
     if not os.path.exists(devkit):
         raise TicketSetError(
-            f"--data {spec}: {VAL} names no classes; put {DEVKIT} beside it, or give --labels FILE.csv (filename,class)"
+            f"`data` {spec}: {VAL} names no classes; put {DEVKIT} beside it, or give `labels` FILE.csv (filename,class)"
         )
     from scipy.io import loadmat  # meta.mat is a Matlab file; torchvision reads it the same way
 

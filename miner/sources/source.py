@@ -1,13 +1,14 @@
 """What every source comes down to: tables of inputs by split, and a function that reads one."""
 
 import csv
+import functools
 import hashlib
 import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from shards.errors import ImageError, TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
 
+T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm"]
     + [".tif", ".tiff", ".avif", ".jp2", ".tga"]
@@ -40,16 +42,19 @@ SCHEMA = pa.schema(
 )
 
 
+Read = Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
+
+
 @dataclass(frozen=True)
 class Source:
-    """A listed source.
+    """A listing, and a way to read one input of it. It can be pickled: another process reads the same bytes.
 
     Attributes:
         spec: as the user wrote it.
         classes: names in the order of their labels; empty where nothing is labelled.
         splits: name -> table of SCHEMA, in natural order of the source paths.
-        read: row of such a table -> the file's bytes, and the views that a ticket set gave it, else None;
-            called from several threads.
+        read: row of such a table -> the file's bytes, and the views that a ticket set gave it, else None; called from
+            several threads. A source that keeps files open opens them at need, in each process its own (`Kept`).
         notes: what a person should know of the listing.
         base: the ticket set behind it; its shards, views and seed are then inherited.
         in_order: the images lie far away: keep their order across shards.
@@ -59,14 +64,29 @@ class Source:
     spec: str
     classes: list[str]
     splits: dict[str, pa.Table]
-    read: Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
+    read: Read
     notes: list[str] = field(default_factory=list)
     base: TicketSet | None = None
     in_order: bool = False
     own_val: bool = False
 
     def only(self, splits: Sequence[str]) -> "Source":
+        """The same with some of its splits."""
         return replace(self, splits={name: self.splits[name] for name in splits})
+
+
+class Kept(Generic[T]):
+    """A function whose last `most` results are kept, open files mostly. Pickled it comes without them."""
+
+    def __init__(self, function: Callable[..., T], most: int) -> None:
+        self._made_of = function, most
+        self._call = functools.lru_cache(most)(function)
+
+    def __call__(self, *arguments: Any) -> T:
+        return self._call(*arguments)
+
+    def __reduce__(self) -> Any:
+        return Kept, self._made_of
 
 
 @dataclass(slots=True)
@@ -225,7 +245,7 @@ def read_labels(path: str) -> dict[str, str]:
             lines = csv.reader(file)
             for row in lines:
                 row = [cell.strip() for cell in row]
-                where = f"--labels {path}, line {lines.line_num}"
+                where = f"`labels` {path}, line {lines.line_num}"
                 if not any(row) and len(row) < 2 or (not labels and row[0].lower() == "filename"):
                     continue
                 if len(row) != 2 or not all(row):
@@ -234,7 +254,7 @@ def read_labels(path: str) -> dict[str, str]:
                 if labels.setdefault(name, label) != label:
                     raise TicketSetError(f"{where}: {name} is of class {label!r} here, of {labels[name]!r} further up")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TicketSetError(f"--labels {path}: {error}") from None
+        raise TicketSetError(f"`labels` {path}: {error}") from None
     return labels
 
 
@@ -275,18 +295,20 @@ def split_off_val(source: Source, share: float, seed: int) -> Source:
         return replace(source, notes=[*source.notes, note])
     splits = {**source.splits, "train": table.filter(pa.array(~chosen)), "val": table.filter(pa.array(chosen))}
     note = (
-        f"no val split: {int(chosen.sum())} of {len(table)} images became one (--val-share {share:g},"
+        f"no val split: {int(chosen.sum())} of {len(table)} images became one (`val_share` {share:g},"
         f" by hash of the key, from every class)"
     )
     return replace(source, splits=splits, notes=[*source.notes, note])
 
 
-def note_unlabelled(source: Source) -> None:
-    """Note images without a label where others have one: mining does without, training does not."""
+def note_unlabeled(source: Source) -> Source:
+    """With a note of images without a label where others have one: mining does without, training does not."""
+    notes = []
     for split, table in source.splits.items() if source.classes else ():
         if table["label"].null_count:
             first = table.filter(table["label"].is_null())["source"][0]
-            source.notes.append(
+            notes.append(
                 f"{split}: {table['label'].null_count} of {len(table)} images have no label (first: {first});"
-                " training needs labels: mend them, or give --labels FILE.csv"
+                " training needs labels: mend them, or give `labels` FILE.csv"
             )
+    return replace(source, notes=[*source.notes, *notes])

@@ -1,9 +1,8 @@
 """WebDataset tars as a source: headers are read once, images by offset.
 
-A sample's label is its `cls` member, else a field of its `json` member, else none.
+A sample's label is its `cls` member, else `label` in its `json` member, else none.
 """
 
-import functools
 import json
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from miner.sources.archive import REPLACED, Archive, Member, Pieces, member_byte
 from miner.sources.source import (
     MAX_CLASSES,
     Entry,
+    Kept,
     Source,
     Tally,
     class_names,
@@ -49,7 +49,7 @@ _SECOND = (
 _PART = "{count} images with further dots in their names are taken for parts of samples and left out (first: {first})"
 
 
-def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None) -> Source:
+def tar_source(spec: str, urls: list[str], labels: str | None) -> Source:
     """List the samples of tars; `split_of` says which split a tar belongs to.
 
     Raises:
@@ -65,20 +65,20 @@ def tar_source(spec: str, urls: list[str], label_field: str, labels: str | None)
             for name, sample in _samples(archive, url, tally).items():
                 image = _image(sample, f"{url}: {spelled(name)}", tally)
                 entry = read.entry(image.name, image, container)
-                entry.name = _label(archive, sample, image, f"{url}: {spelled(name)}", label_field)
+                entry.name = _label(archive, sample, image, f"{url}: {spelled(name)}")
                 entries.append(entry)
     notes = [*_split_notes(urls), *tally.notes()]
     for entries in by_split.values():
-        label_entries(entries, label_map, f"--labels {labels}")
+        label_entries(entries, label_map, f"`labels` {labels}")
     every = [e for entries in by_split.values() for e in entries]
     if not every:
         why = f" ({notes[-1]})" if notes else ""
-        raise TicketSetError(f"--data {spec}: no images in {len(urls)} tars{why}")
-    classes = class_names(by_split.get("train") or every, f"--data {spec}")
+        raise TicketSetError(f"`data` {spec}: no images in {len(urls)} tars{why}")
+    classes = class_names(by_split.get("train") or every, f"`data` {spec}")
     if classes and all(isinstance(e.name, int) for e in every if e.name is not None):
-        classes = class_names(every, f"--data {spec}")
+        classes = class_names(every, f"`data` {spec}")
     remote = any(storage.is_remote(url) for url in urls)
-    tables = {s: listing(entries, classes, f"--data {spec}, split {s}", notes) for s, entries in by_split.items()}
+    tables = {s: listing(entries, classes, f"`data` {spec}, split {s}", notes) for s, entries in by_split.items()}
     if remote:  # read each tar once, from its beginning to its end
         tables = {split: table.take(_far_order(table)) for split, table in tables.items()}
     if "train" in tables:
@@ -92,7 +92,7 @@ class TarReader:
     def __init__(self, urls: list[str]) -> None:
         self._urls = urls
         self._odd: dict[tuple[int, int], Pieces | str] = {}  # of members that are no plain run of bytes
-        self._open = functools.lru_cache(2 if any(map(storage.is_remote, urls)) else 64)(storage.open_ranges)
+        self._open = Kept(storage.open_ranges, 2 if any(map(storage.is_remote, urls)) else 64)
 
     def entry(self, source: str, member: Member, container: int, shift: int = 0) -> Entry:
         """The input that a member is, and what this reader has to know of it.
@@ -199,7 +199,7 @@ def _image(sample: dict[str, Any], where: str, tally: Tally) -> Member:
     return image
 
 
-def _label(archive: Archive, sample: dict[str, Any], image: Member, where: str, label_field: str) -> int | str | None:
+def _label(archive: Archive, sample: dict[str, Any], image: Member, where: str) -> int | str | None:
     """Of the member that is called as the image, x.v0.cls of x.v0.jpg, else of the sample's own."""
     ending = next(ending for ending, part in sample.items() if part is image)
     own = [f"{ending.rpartition('.')[0]}.{kind}" for kind in LABELS]
@@ -216,12 +216,12 @@ def _label(archive: Archive, sample: dict[str, Any], image: Member, where: str, 
             raise TicketSetError(f"{where}: expected digits in .cls or an object in .json, got {got!r}")
         return int(match[1])
     try:
-        value = json.loads(data).get(label_field)
+        value = json.loads(data).get("label")
     except (ValueError, AttributeError, RecursionError):
         raise TicketSetError(f"{where}: expected digits in .cls or an object in .json") from None
     if value is None or (isinstance(value, str) and value.strip()) or (type(value) is int and 0 <= value < MAX_CLASSES):
         return value
     raise TicketSetError(
-        f"{where}: expected a name or a number in its json's {label_field}, got {repr(value)[:40]};"
+        f"{where}: expected a name or a number in its json's label, got {repr(value)[:40]};"
         f" numbers go from 0 to {MAX_CLASSES - 1}"
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from miner.sources.source import SCHEMA, Source
+from miner.sources.source import SCHEMA, Kept, Source
 from shards import storage
 from shards.reader import SampleReader, TicketSet, rows_of
 from shards.sample import Row
@@ -37,14 +37,16 @@ class _TicketSetReader:
     """Image and views of a sample of the set that holds the images."""
 
     def __init__(self, images: TicketSet, shards: list[str]) -> None:
-        self._images, self._shards = images, shards
+        self._shards = shards
         self._reader = SampleReader(images, keep=2 if storage.is_remote(images.url) else 64)
-        self._rows = functools.lru_cache(4)(self._rows_of)
+        self._rows = Kept(functools.partial(_rows_by_key, images), 4)
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
         name = self._shards[row["container"]]
         sample = self._reader.read(name, self._rows(name)[row["key"]])
         return sample.image, sample.views
 
-    def _rows_of(self, name: str) -> dict[str, Row]:
-        return {row.key: row for row in rows_of(self._images.joined(name))}
+
+def _rows_by_key(images: TicketSet, name: str) -> dict[str, Row]:
+    """What the index says of a shard's samples."""
+    return {row.key: row for row in rows_of(images.joined(name))}

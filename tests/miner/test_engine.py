@@ -15,8 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import Queue
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,15 +24,16 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import miner.engine
-import miner.writer_thread
+import miner.writer
 from conftest import SELECTOR, contents, mine
-from inputs import BY_CENTER
+from inputs import open_source
 from miner.cli import main
-from miner.engine import Miner
+from miner.job import Job, Progress, mine_shards
 from miner.plan import make_plan, shard_rows, write_plan
-from miner.selectors import create_selector
-from miner.sources import Source, open_source
+from miner.producers import Producer, build_producers
+from miner.producers.producer import Item
+from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selection
+from miner.sources import Source
 from miner.sources.source import SCHEMA
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -203,7 +202,7 @@ def test_another_plan_in_the_same_folder_is_refused(arguments: Arguments, refere
 KILLER = """
 import os, signal, sys
 import safetensors.torch, timm, torch, webdataset
-import miner.cli, miner.engine, miner.screen, miner.sources, shards.writer
+import miner.cli, miner.run, shards.writer
 
 out, count, *arguments = sys.argv[1:]
 replace, add, calls = os.replace, shards.writer.ShardWriter.add, {"replace": 0, "add": 0}
@@ -297,33 +296,25 @@ def test_killed_from_outside_and_resumed_gives_the_same_bytes(arguments: Argumen
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def small_miner(
-    source: Source, folder: Path, batch_size: int, workers: int, **options: Any
-) -> tuple[Miner, list[Pairs]]:
-    """A miner by `random` on a 4x4 grid, and the list it logs its batches into."""
-    plan = make_plan(
-        source,
-        dataclasses.replace(BY_CENTER, method="random"),
-        img_size=64,
-        patch_size=16,
-        k=8,
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        hflip=0.5,
-        exif="ignore",
-        store_side=None,
-        images="copy",
-        val_share=0.1,
-        seed=0,
-        batch_size=batch_size,
-        limit=None,
-        **options,
-    )
+def small_job(
+    source: Source, folder: Path, batch_size: int, workers: int, views: int, shard_size: int
+) -> tuple[Job, tuple[Producer, ...], list[Pairs]]:
+    """A job by `random` on a 4x4 grid, its producers, and the list they log their batches into."""
+    geometry, selection = Geometry(img_size=64, views=views), Selection(method="random", tokens=8)
+    machine, output = Machine(batch_size, workers, "cpu"), Output(str(folder), shard_size=shard_size)
+    (rankings,) = build_producers(selection, Labeling(), geometry, machine, tuple(source.classes))
+    plan = make_plan(source, Inputs("x"), output, geometry, {rankings.name: rankings.identity}, batch_size)
     folder.mkdir(exist_ok=True)
     write_plan(folder, plan, source, "cpu")
     batches: list[Pairs] = []
-    selector = create_selector("random", None, (4, 4), (8,))
-    return Miner(plan, source, selector, folder, workers, log_batch=batches.append), batches
+    submit = rankings.submit
+
+    def logged(batch: list[Item]) -> Any:
+        batches.append([(image.row["key"], view) for image, view in batch])
+        return submit(batch)
+
+    rankings.submit = logged  # type: ignore[method-assign]
+    return Job(plan, source, folder, selection, Labeling(), geometry, machine), (rankings,), batches
 
 
 def well_formed(batches: list[Pairs], shard_of: dict[str, str], batch_size: int) -> bool:
@@ -349,18 +340,18 @@ def test_batches_are_fixed_by_the_plan_and_never_cross_a_shard(
 
     logs = []
     for workers in (1, 4):
-        miner, batches = small_miner(
-            dataclasses.replace(source, read=read), tmp_path / str(workers), 5, workers, views=3, shard_size=4
-        )
-        miner.run(miner.plan.shards(), max_failures=len(broken))
+        reading = dataclasses.replace(source, read=read)
+        job, producers, batches = small_job(reading, tmp_path / str(workers), 5, workers, views=3, shard_size=4)
+        progress = Progress(max_failures=len(broken))
+        mine_shards(job, job.plan.shards(), producers, progress)
         logs.append(batches)
-        assert miner.progress.failures == len(broken)
+        assert progress.failures == len(broken)
     assert logs[0] == logs[1]
 
     order = [
         (f"{split}-{number}", source.splits[split]["key"][int(row)].as_py())
-        for split, number in miner.plan.shards()
-        for row in shard_rows(miner.plan, source, split, number)
+        for split, number in job.plan.shards()
+        for row in shard_rows(job.plan, source, split, number)
     ]
     shard_of = {key: shard for shard, key in order}
     views_of = {"train": 3, "val": 1}
@@ -398,8 +389,8 @@ def peak_in_flight(monkeypatch: pytest.MonkeyPatch, folder: Path, patience: floa
         patch.setattr(ShardWriter, "add", slow_add)
         rows = [{"key": f"k{i}", "source": f"k{i}.png", "label": 0, "size": 1, "container": 0, "offset": 0} for i in range(count)]  # fmt: skip
         source = Source("made", ["only"], {"train": pa.Table.from_pylist(rows, SCHEMA)}, read)
-        miner, _ = small_miner(source, folder, 8, 2, views=1, shard_size=100)
-        miner.run(miner.plan.shards(), 0)
+        job, producers, _ = small_job(source, folder, 8, 2, views=1, shard_size=100)
+        mine_shards(job, job.plan.shards(), producers)
     assert seen["read"] == seen["written"] == count
     return seen["peak"]
 
@@ -408,7 +399,7 @@ def test_images_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     # 18 read ahead and 2 in threads, 8 in flight and 8 gathered for the next batch, 64 before the writer, 1 in it.
     assert peak_in_flight(monkeypatch, tmp_path / "a", patience=0.5) <= 105
     # The negative control: a queue without an end lets everything in.
-    monkeypatch.setattr(miner.writer_thread, "queue", SimpleNamespace(Queue=lambda size: Queue(), Full=OverflowError))
+    monkeypatch.setattr(miner.writer, "WAITING_IMAGES", 0)
     assert peak_in_flight(monkeypatch, tmp_path / "b", patience=30) > 390
 
 
@@ -632,7 +623,7 @@ def test_index_rows_hold_the_numbers_of_view_zero(reference: Path, linked: Path)
 def test_too_many_failures_stop_the_run_and_keep_the_shards_before(photos: Path, tmp_path: Path) -> None:
     source = open_source(str(photos))
     folder = tmp_path / "set"
-    plan = small_miner(source, folder, 5, 2, views=2, shard_size=4)[0].plan
+    plan = small_job(source, folder, 5, 2, views=2, shard_size=4)[0].plan
     order = [source.splits["train"]["key"][int(row)].as_py() for row in shard_rows(plan, source, "train", 2)]
 
     def read(row: dict[str, Any]) -> tuple[bytes, None]:
@@ -640,9 +631,9 @@ def test_too_many_failures_stop_the_run_and_keep_the_shards_before(photos: Path,
             raise OSError("unplugged")
         return source.read(row)
 
-    miner, _ = small_miner(dataclasses.replace(source, read=read), folder, 5, 2, views=2, shard_size=4)
-    with pytest.raises(TicketSetError, match="1 images failed, --max-failures allows 0 .*unplugged"):
-        miner.run(miner.plan.shards(), max_failures=0)
+    job, producers, _ = small_job(dataclasses.replace(source, read=read), folder, 5, 2, views=2, shard_size=4)
+    with pytest.raises(TicketSetError, match="1 images failed, `max_failures` allows 0 .*unplugged"):
+        mine_shards(job, job.plan.shards(), producers, Progress(max_failures=0))
     assert sorted(p.name for p in folder.glob("*-*.json")) == ["train-000000.json", "train-000001.json"]
     assert not list(folder.rglob("*.tmp")) and not (folder / "train-000002.tar").exists()
     assert not [t for t in threading.enumerate() if t.name.startswith(("read", "write"))]
@@ -666,6 +657,6 @@ def test_a_device_without_memory_is_one_line(photos: Path, tmp_path: Path, monke
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
-    monkeypatch.setattr(Miner, "run", full)
+    monkeypatch.setattr("miner.run.mine_shards", full)
     output = mine("--data", photos, "--out", tmp_path / "x", "--method", "center", code=1).output.splitlines()[-1]
     assert output == "Error: --device cpu: CUDA out of memory. Tried to allocate 2.00 GiB. Take a smaller --batch-size"

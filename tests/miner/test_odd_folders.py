@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 
 from conftest import mine, write_image
-from inputs import keys, labels, plan, read_all, refusal, rows, write_csv, write_tar, write_tree
+from inputs import keys, labels, open_source, plan, read_all, refusal, rows, write_csv, write_tar, write_tree
 from miner.plan import base_link, write_plan
-from miner.sources import open_source
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
@@ -165,7 +164,7 @@ def test_two_folders_for_one_split_are_an_error(pair, tmp_path):
 def test_data_one_level_too_high_is_refused_with_the_right_one(paths, right, tmp_path):
     root = write_tree(tmp_path, *paths)
     text = refusal(root)
-    assert f"give --data {root / right}" in text and "\n" not in text
+    assert f"give `data` {root / right}" in text and "\n" not in text
     if right != "bottle":
         assert listed(root / right).classes == ["ant"], "and that works"
 
@@ -174,7 +173,7 @@ def test_one_class_of_several_folders_is_noted(tmp_path):
     source = listed(write_tree(tmp_path, "photos/ant/1.jpg", "photos/bee/1.jpg"))
     assert source.classes == ["photos"]
     assert source.notes == [
-        "all images are of one class, photos; if its folders are the classes, they are what --data expects"
+        "all images are of one class, photos; if its folders are the classes, they are what `data` expects"
     ]
 
 
@@ -265,7 +264,8 @@ def test_a_list_of_the_locale_is_that_of_utf8(tmp_path):
     """In plain ASCII, as under LC_ALL=C without Python's UTF-8 mode, names are the same as here."""
     root = write_tree(tmp_path, "train/été/1.jpg", "train/zoo/é 2.jpg", "train/ﬁ/1.jpg")
     code = (
-        "import sys; from miner.sources import open_source; s = open_source(sys.argv[1], val_share=0);"
+        "import sys; from miner.sources import open_source; from miner.settings import Inputs;"
+        "s = open_source(Inputs(sys.argv[1], val_share=0));"
         "t = s.splits['train'].to_pylist(); d = [s.read(r)[0] for r in t];"
         "print(ascii((sys.getfilesystemencoding(), s.classes, [tuple(r.values()) for r in t], d)))"
     )
@@ -276,7 +276,7 @@ def test_a_list_of_the_locale_is_that_of_utf8(tmp_path):
     assert done.stdout.strip() == ascii(("ascii", source.classes, rows(source), data))
 
 
-# --labels.
+# `labels`.
 
 
 @pytest.mark.parametrize("head", ["filename,class", "FileName , CLASS", "filename,label"])

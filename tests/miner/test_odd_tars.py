@@ -14,8 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import mine, write_image
-from inputs import keys, labels, read_all, refusal, samples, write_tar
-from miner.sources import open_source
+from inputs import keys, labels, open_source, read_all, refusal, samples, write_tar
 from miner.sources.tars import split_of
 from shards.errors import ImageError, TicketSetError
 from shards.reader import TicketSet
@@ -537,7 +536,7 @@ def test_a_compressed_tar_says_so(packer, pack, tmp_path):
     "spec", ["x/train.tar.gz", "t.tgz", "s3://b/train-{000..009}.tar.zst", "train-*.tar.xz", "a.tar.bz2"]
 )
 def test_the_name_of_a_compressed_tar_is_enough(spec, tmp_path):
-    assert refusal(spec).startswith(f"--data {spec}: is compressed")
+    assert refusal(spec).startswith(f"`data` {spec}: is compressed")
     (tmp_path / "b.tar.gz").write_bytes(b"")
     assert "b.tar.gz: is compressed (gzip)" in refusal(tmp_path)
 

@@ -514,7 +514,7 @@ def test_a_registered_method_says_whether_it_needs_a_model() -> None:
     try:
         register_method("with", needs_model=True)(lambda selector, images, seeds: (images, images))
         register_method("without")(lambda selector, images, seeds: (images, images))
-        with pytest.raises(TicketSetError, match="--method with: needs a selector model"):
+        with pytest.raises(TicketSetError, match="`method` with: needs a selector model"):
             create_selector("with", None, GRID, (9,))
         assert create_selector("without", None, GRID, (9,)).model is None
     finally:
@@ -541,8 +541,8 @@ def test_a_method_may_lie_in_the_folder_where_the_user_works(tmp_path: Path, mon
         ("ascending", {"blocks": (1, 1, 3)}),
         ("ascending", {"blocks": (-1, 1, 3)}),
         ("each of 2 blocks, got 3", {"blocks": (1, 3)}),
-        ("one block in --drop-blocks, got 3", {"method": "rollout", "blocks": (1, 3, 4)}),
-        ("one block in --drop-blocks, got 2", {"method": "cls-attention", "blocks": (1, 3)}),
+        ("one block in `drop_blocks`, got 3", {"method": "rollout", "blocks": (1, 3, 4)}),
+        ("one block in `drop_blocks`, got 2", {"method": "cls-attention", "blocks": (1, 3)}),
         ("patch grid of (7, 7), got (6, 6)", {"grid": (7, 7)}),
         ("expected one of evit, cls-attention", {"method": "evti"}),
         ("no_such_module", {"method": "no_such_module:function"}),
@@ -676,7 +676,7 @@ def test_without_network_and_weights_the_error_says_how_to_get_them(monkeypatch:
         build_vit("deit_tiny", (14, 14))
     text = str(error.value)
     assert "\n" not in text and "OSError" in text
-    assert "--weights FILE" in text and "timm.create_model('deit_tiny_patch16_224', pretrained=True)" in text
+    assert "`weights` FILE" in text and "timm.create_model('deit_tiny_patch16_224', pretrained=True)" in text
 
 
 class _Numbers(nn.Module):

@@ -1,4 +1,4 @@
-"""Sources: every form that --data accepts, its labels, its keys, and the bytes read back."""
+"""Sources: every form that `data` accepts, its labels, its keys, and the bytes read back."""
 
 import errno
 import io
@@ -14,9 +14,8 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from conftest import mine
-from inputs import keys, labels, plan, read_all, refusal, rows, write_csv, write_tree
+from inputs import keys, labels, open_source, plan, read_all, refusal, rows, write_csv, write_tree
 from miner.plan import shard_rows
-from miner.sources import open_source
 from miner.sources.source import split_off_val
 from shards.errors import ImageError
 from shards.reader import TicketSet
@@ -190,7 +189,7 @@ def test_sizes_are_listed(tmp_path):
     assert table["size"].to_pylist() == [7, 5]
 
 
-# --labels.
+# `labels`.
 
 
 def test_labels_from_a_csv(tmp_path):
@@ -227,7 +226,7 @@ def test_a_csv_that_does_not_fit(rows, expected, tmp_path):
 
 
 def test_a_csv_that_is_not_there(tmp_path):
-    assert "--labels nowhere.csv: " in refusal(write_tree(tmp_path, "1.jpg"), labels="nowhere.csv")
+    assert "`labels` nowhere.csv: " in refusal(write_tree(tmp_path, "1.jpg"), labels="nowhere.csv")
 
 
 # Splits.
@@ -248,7 +247,7 @@ def test_val_share_takes_its_part_of_every_class(unsplit):
     assert sorted(keys(source) + keys(source, "val")) == sorted(keys(every)), "disjoint and complete"
     assert keys(source) == [k for k in keys(every) if k in keys(source)], "natural order stays"
     assert source.notes == [
-        "no val split: 7 of 64 images became one (--val-share 0.1, by hash of the key, from every class)"
+        "no val split: 7 of 64 images became one (`val_share` 0.1, by hash of the key, from every class)"
     ]
 
 
@@ -304,10 +303,10 @@ def test_a_train_split_asked_for_alone_gives_nothing_to_a_val_split_that_exists(
 
 
 def test_a_split_that_is_not_there(unsplit, tmp_path):
-    assert "expected a split of ['train', 'val'], got --split test" in refusal(unsplit, splits=("test",))
-    assert "expected a split of ['train'], got --split val" in refusal(unsplit, splits=("val",), val_share=0)
+    assert "expected a split of ['train', 'val'], got `splits` test" in refusal(unsplit, splits=("test",))
+    assert "expected a split of ['train'], got `splits` val" in refusal(unsplit, splits=("val",), val_share=0)
     data = write_tree(tmp_path / "split", *split_tree("train", "val"))
-    assert "expected a split of ['train', 'val'], got --split test" in refusal(data, splits=("test",))
+    assert "expected a split of ['train', 'val'], got `splits` test" in refusal(data, splits=("test",))
 
 
 # Finding it.
@@ -331,8 +330,8 @@ def test_a_path_goes_before_datalth_data(tmp_path, monkeypatch):
 
 def test_an_unknown_path_lists_the_forms_with_an_example_each():
     text = refusal("nowhere")
-    assert text.startswith("--data nowhere: no such path; expected one of")
-    examples = re.findall(r"--data (\S+)", text)[1:]
+    assert text.startswith("`data` nowhere: no such path; expected one of")
+    examples = re.findall(r"`data` (\S+)", text)[1:]
     assert examples == [
         "photos",
         "ILSVRC2012",
@@ -416,7 +415,7 @@ def test_timms_train_split_alone_is_whole_where_there_is_a_val_split(monkeypatch
 @pytest.mark.parametrize(
     ("spec", "advice"),
     [
-        ("timm:wds/imagenet", "give the tars themselves: --data 'DIR/train-{0000..0127}.tar'"),
+        ("timm:wds/imagenet", "give the tars themselves: `data` 'DIR/train-{0000..0127}.tar'"),
         ("timm:tfds/imagenet2012", "use timm:hfds/NAME"),
         ("timm:hfids/owner/name", "use timm:hfds/NAME"),
     ],

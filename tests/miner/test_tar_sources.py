@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from inputs import keys, labels, plan, read_all, refusal, rows, samples, write_csv, write_tar
+from inputs import keys, labels, open_source, plan, read_all, refusal, rows, samples, write_csv, write_tar
 from miner.plan import shard_rows
-from miner.sources import open_source
 from miner.sources.imagenet import _devkit_labels
 from shards.errors import ImageError
 
@@ -61,9 +60,8 @@ def test_a_member_of_the_braces_that_is_missing_is_an_error(tars):
 def test_labels_from_json(tmp_path):
     tar = write_tar(tmp_path / "a.tar", samples(0, 3, json='{"label": {}, "other": "n{}"}', png="p{}"))
     assert labels(open_source(str(tar), val_share=0)) == {"0000.png": "0", "0001.png": "1", "0002.png": "2"}
-    named = open_source(str(tar), val_share=0, label_field="other")
-    assert named.classes == ["n0", "n1", "n2"]
-    assert labels(open_source(str(tar), val_share=0, label_field="none")) == dict.fromkeys(labels(named))
+    bare = write_tar(tmp_path / "b.tar", samples(0, 3, json='{"other": {}}', png="p{}"))
+    assert labels(open_source(str(bare), val_share=0)) == dict.fromkeys(["0000.png", "0001.png", "0002.png"])
 
 
 def test_cls_goes_before_json(tmp_path):
@@ -350,7 +348,7 @@ def test_imagenet_tars_are_what_the_extracted_folders_are(way, imagenet, tmp_pat
 def test_the_val_tar_without_devkit_is_an_error_that_names_both_ways_out(imagenet):
     for data in (imagenet, imagenet / "ILSVRC2012_img_val.tar"):
         text = refusal(data)
-        assert "ILSVRC2012_devkit_t12.tar.gz" in text and "--labels FILE.csv (filename,class)" in text
+        assert "ILSVRC2012_devkit_t12.tar.gz" in text and "`labels` FILE.csv (filename,class)" in text
         assert "\n" not in text
 
 
@@ -366,7 +364,7 @@ def test_the_val_tar_alone(imagenet):
     source = open_source(str(imagenet / "ILSVRC2012_img_val.tar"))
     assert labels(source, "val") == {f"val/{w}/ILSVRC2012_val_{i:08d}.JPEG": w for i, w in VAL_CLASSES.items()}
     text = refusal(imagenet / "ILSVRC2012_img_val.tar", splits=("train",))
-    assert "expected a split of ['val'], got --split train" in text
+    assert "expected a split of ['val'], got `splits` train" in text
 
 
 def test_a_csv_that_lacks_a_val_image(imagenet, tmp_path):

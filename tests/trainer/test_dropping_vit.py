@@ -265,7 +265,7 @@ def unusual() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "arguments", "reason"),
     [
-        (vit, {"drop_blocks": (3, 6)}, "--drop-blocks 3,6: expected ascending block numbers from 0 to 5"),
+        (vit, {"drop_blocks": (3, 6)}, "`drop_blocks` 3,6: expected ascending block numbers from 0 to 5"),
         (vit, {"drop_blocks": (3, 1)}, "ascending"),
         (vit, {"drop_blocks": ()}, "ascending"),
         (vit, {"keep_rate": 0}, r"--keep-rate 0: expected a keep rate in \(0, 1\], got 0"),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import trainer.families.lvvit_model  # noqa: F401  plain timm knows LV-ViT after it
 from conftest import mine
 from miner.models import in_class_order
-from miner.token_labels import build_labeller
+from miner.token_labels import build_labeler
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer.cli import main
@@ -271,9 +271,9 @@ def test_both_heads_of_a_model_change_their_order(tmp_path):
         "head.weight", "head.bias", "aux_head.weight", "aux_head.bias"}  # fmt: skip
 
 
-def test_a_labeller_answers_in_the_order_of_the_sets_classes(learnt):
+def test_a_labeler_answers_in_the_order_of_the_sets_classes(learnt):
     build = partial(
-        build_labeller, "test_resnet", str(learnt / "model_best.safetensors"), device="cpu", amp=False, size=96
+        build_labeler, "test_resnet", str(learnt / "model_best.safetensors"), device="cpu", amp=False, size=96
     )
     head = load_file(learnt / "model_best.safetensors")["fc.weight"]
     assert torch.equal(build(classes=NAMES[::-1]).model.fc.weight, head.flip(0))

@@ -1,4 +1,4 @@
-"""What a person sees of a mining run: the resolved plan, progress, and a summary with the next command."""
+"""What a person sees while a set is mined: the resolved plan, progress, and a summary with the next command."""
 
 import math
 import shlex
@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from miner.engine import Progress
+from miner.job import Progress
 from miner.sources import Source
 from shards.console import duration, printable, size, table
+from shards.flags import as_flags
 from shards.reader import TicketSet
 from shards.schema import Plan, SelectorIdentity
 from shards.storage import is_remote
@@ -48,7 +49,7 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
         ["device", f"{device}, {(common.token_labels or selector).dtype}"],
         ["output", f"{folder}, about {size(expected_bytes(plan, source, mined))}"],
     ]
-    click.echo(table([[str(v) for v in row] for row in rows]))
+    click.echo(as_flags(table([[str(v) for v in row] for row in rows])))
 
 
 def _rate(selector: SelectorIdentity) -> str:
@@ -72,13 +73,20 @@ def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
     return total
 
 
-class Screen:
-    """A progress bar on a terminal, plain lines elsewhere; `update` is the engine's callback."""
+class ProgressBar(Progress):
+    """Progress that a person sees: a bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, total: int) -> None:
+    Args:
+        total: images to mine.
+        max_failures: of them that may fail.
+        shown: else nothing is seen of it, as of other ranks than the first.
+    """
+
+    def __init__(self, total: int, max_failures: float, shown: bool = True) -> None:
+        super().__init__(max_failures)
         self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
+        self._bar, self._quiet = None, not shown
+        if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             columns = shutil.get_terminal_size().columns  # 80 where a terminal does not say
@@ -86,27 +94,30 @@ class Screen:
             rest = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
             self._bar = tqdm(total=total, unit="im", ncols=columns, bar_format=bar + rest)
 
-    def update(self, progress: Progress) -> None:
+    def changed(self) -> None:
+        """Show what was counted."""
+        if self._quiet:
+            return
         now = time.monotonic()
-        rate = progress.views / max(now - self._start, 1e-9)
-        shares = waiting_shares(progress).items()
-        waits = " ".join(f"{leg} {share:.0%}" for leg, share in shares)
-        detail = f"{rate:.0f} views/s, failed {progress.failures}, waiting: {waits}"
+        detail = f"{self.views / max(now - self._start, 1e-9):.0f} views/s, failed {self.failures}"
+        shares = waiting_shares(self).items()
         if self._bar is not None:
             brief = " ".join(f"{leg[0]}{100 * share:.0f}" for leg, share in shares)
-            self._bar.set_postfix_str(f"{rate:.0f} views/s, failed {progress.failures}, wait {brief}", refresh=False)
-            self._bar.update(progress.images - self._bar.n)
+            self._bar.set_postfix_str(f"{detail}, wait {brief}", refresh=False)
+            self._bar.update(self.images - self._bar.n)
         elif now - self._shown > LOG_SECONDS:
             self._shown = now
-            done = progress.images
-            images = done / (now - self._start)
-            left = duration((self._total - done) / images) if done else "?"
+            rate = self.images / (now - self._start)
+            left = duration((self._total - self.images) / rate) if self.images else "?"
+            waits = " ".join(f"{leg} {share:.0%}" for leg, share in shares)
             click.echo(
-                f"mining {done}/{self._total} images ({done / self._total:.0%}), {images:.0f} images/s, left {left}, {detail}",
+                f"mining {self.images}/{self._total} images ({self.images / self._total:.0%}), {rate:.0f} images/s,"
+                f" left {left}, {detail}, waiting: {waits}",
                 err=True,
             )
 
     def close(self) -> None:
+        """Leave the line of the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -131,7 +142,7 @@ def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "m
     rows = [[name, s.samples, s.failed, s.views, s.shards, size(s.bytes)] for name, s in manifest.splits.items()]
     click.echo(table(rows, head))
     for line in _advice(opened):
-        click.echo(printable(line))
+        click.echo(as_flags(printable(line)))
     where = shlex.quote(str(folder))
     base = manifest.base
     if base and is_remote(base.path):  # no reader follows a manifest to another store by itself
@@ -151,17 +162,17 @@ def _advice(opened: TicketSet) -> list[str]:
     failed = [(s, e) for st, s, e in zip(rows["status"], rows["source"], rows["error"], strict=True) if st != "ok"]
     if failed:
         lines.append(
-            f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); --retry-failed mines them again"
+            f"{len(failed)} images failed (first: {failed[0][0]}: {failed[0][1]}); `retry_failed` mines them again"
         )
     turned = sum(o not in (None, 1) for o in rows["orientation"])
     if turned and opened.exif == "ignore" and opened.manifest.base is None:
         lines.append(
-            f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with --exif apply"
+            f"{turned} images carry an EXIF orientation that was ignored; for upright photos mine with `exif` apply"
         )
     pixels = [w * h for w, h in zip(rows["width"], rows["height"], strict=True) if w]
     megapixels = statistics.median(pixels) / 1e6 if pixels else 0
     if megapixels > MEGAPIXELS_TO_RECOMMEND and opened.manifest.base is None:
         lines.append(
-            f"the median image has {megapixels:.1f} megapixels, decoded in every epoch; --store-side 512 makes training cheaper"
+            f"the median image has {megapixels:.1f} megapixels, decoded in every epoch; `store_side` 512 makes training cheaper"
         )
     return lines

@@ -1,0 +1,231 @@
+"""One shard is a function: `mine_shard(job, split, number)`. Nothing but the folder knows of other shards or processes.
+
+threads: source.read -> store_image -> render_pixels          miner.reading, a bounded number of images ahead
+main:    batches of views -> device -> producers -> host      batches never cross a shard
+thread:  encode -> tar -> parquet -> JSON                     miner.writer, one shard behind another
+"""
+
+import collections
+import contextlib
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from miner.batcher import Batcher
+from miner.producers import Producer, build_producers
+from miner.producers.producer import Image
+from miner.reading import Shard, read_ahead
+from miner.settings import Geometry, Labeling, Machine, Selection
+from miner.sources import Source
+from miner.writer import Writer
+from shards.errors import TicketSetError
+from shards.schema import Plan, ShardStats
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be mined, and all that it takes; it can be pickled and sent to another process.
+
+    Attributes:
+        plan: of the whole folder.
+        source: listed, with the plan's splits.
+        folder: of the ticket set.
+        selection, labeling, geometry: the settings that the producers are built by.
+        machine: its batch size is the plan's; a device and workers that are not named are chosen where the job arrives.
+    """
+
+    plan: Plan
+    source: Source
+    folder: Path
+    selection: Selection
+    labeling: Labeling
+    geometry: Geometry
+    machine: Machine
+
+    @property
+    def workers(self) -> int:
+        """Threads that read and decode."""
+        return self.machine.workers or min(os.cpu_count() or 1, 16)
+
+    def producers(self) -> tuple[Producer, ...]:
+        """The job's producers; the last job's are kept in this process.
+
+        Raises:
+            TicketSetError: they are not those of the plan.
+        """
+        classes = tuple(self.source.classes)
+        settings = self.selection, self.labeling, self.geometry, self.machine
+        producers = _built(*settings, classes, self.plan.plan_id)
+        for producer in producers:
+            if producer.identity != getattr(self.plan.common, producer.name):
+                raise TicketSetError(
+                    f"`{producer.name}`: expected the model, weights and versions of the plan in {self.folder}, got others"
+                )
+        return producers
+
+
+@functools.lru_cache(maxsize=1)
+def _built(
+    selection: Selection,
+    labeling: Labeling,
+    geometry: Geometry,
+    machine: Machine,
+    classes: tuple[str, ...],
+    planned: str,  # files under the same names may hold other weights since, and the plan then says so
+) -> tuple[Producer, ...]:
+    return build_producers(selection, labeling, geometry, machine, classes)
+
+
+@dataclass
+class Progress:
+    """What is counted while shards are mined.
+
+    Attributes:
+        max_failures: images that may fail.
+        images, views, failures: that are done.
+        reasons: of the first few failures, `source: reason`.
+        waited: seconds that the main thread waited for each leg.
+    """
+
+    max_failures: float = math.inf
+    images: int = 0
+    views: int = 0
+    failures: int = 0
+    reasons: list[str] = field(default_factory=list)
+    waited: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "select": 0.0, "write": 0.0})
+
+    def changed(self) -> None:
+        """Called now and then; a progress bar overrides it."""
+
+    @contextlib.contextmanager
+    def waiting(self, leg: str) -> Iterator[None]:
+        """Seconds the main thread spends in one leg."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited[leg] += time.perf_counter() - start
+
+    def done(self, image: Image, viewed: bool) -> None:
+        """Count an image; `viewed` says whether its views were looked at, not only the whole.
+
+        Raises:
+            TicketSetError: too many have failed.
+        """
+        self.images += 1
+        if image.error is None:
+            self.views += len(image.views) if viewed else 0
+            return
+        self.failures += 1
+        if len(self.reasons) < 5:
+            self.reasons.append(f"{image.row['source']}: {image.error}")
+        if self.failures > self.max_failures:
+            raise TicketSetError(
+                f"{self.failures} images failed, `max_failures` allows {max(0, math.floor(self.max_failures))} of this"
+                f" run ({'; '.join(self.reasons)}); mend them, or raise `max_failures` and run the same command again"
+            )
+
+
+def mine_shard(job: Job, split: str, number: int) -> ShardStats:
+    """Mine one shard: tar, parquet and JSON in the job's folder; gives what the JSON says.
+
+    Raises:
+        TicketSetError: see `mine_shards`.
+    """
+    (stats,) = mine_shards(job, [(split, number)])
+    return stats
+
+
+def mine_shards(
+    job: Job,
+    shards: Iterable[Shard],
+    producers: Sequence[Producer] | None = None,
+    progress: Progress | None = None,
+) -> list[ShardStats]:
+    """`mine_shard` of several: the same bytes, without the gaps between calls.
+
+    A call a shard would wait for the first images of each, and for its commit (three fsyncs). Here the threads read on
+    into the next shard, which may be named as late as that, and write the one before.
+
+    Args:
+        shards: (split, number) of each, in order.
+        producers: of the job, where they are built already.
+        progress: counts, and says how many images may fail.
+    Returns:
+        What the shards' JSON says.
+    Raises:
+        TicketSetError: too many images failed, or a producer gave what is none; the shards before are safe.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    producers = job.producers() if producers is None else producers
+    progress = progress or Progress()
+    to_read, to_mine = itertools.tee(shards)
+    ahead = read_ahead(job.plan, job.source, producers, to_read, job.workers)
+    writer = Writer(job.plan, job.folder, producers)
+    try:
+        for split, number in to_mine:
+            images = iter(functools.partial(next, ahead), None)  # up to the mark behind the shard's last
+            _mine_one(split, number, images, producers, writer, progress)
+        with progress.waiting("write"):
+            return writer.finish()
+    finally:
+        ahead.close()
+        writer.close()
+
+
+def _mine_one(
+    split: str,
+    number: int,
+    images: Iterator[Image],
+    producers: Sequence[Producer],
+    writer: Writer,
+    progress: Progress,
+) -> None:
+    """Give one shard's images to the producers and then to the writer, which may still be at it when this returns."""
+    viewed = any(not producer.whole for producer in producers)
+    started, before = time.perf_counter(), dict(progress.waited)
+    with progress.waiting("write"):
+        writer.begin(split, number)
+    for image in _answered(images, producers, progress):
+        progress.done(image, viewed)
+        with progress.waiting("write"):
+            writer.add(image)
+    waited = {f"{leg}_seconds": round(s - before[leg], 3) for leg, s in progress.waited.items()}
+    seconds = round(time.perf_counter() - started, 3)
+    with progress.waiting("write"):
+        writer.commit({"seconds": seconds, **waited})
+    progress.changed()
+
+
+def _answered(images: Iterator[Image], producers: Sequence[Producer], progress: Progress) -> Iterator[Image]:
+    """The images of one shard in order, once every producer has answered.
+
+    Batchers live as long as the shard: its last batches are short ones, so that the plan alone says what a batch holds,
+    and with it the bytes, whatever was mined before in this process.
+    """
+    unfinished: collections.deque[Image] = collections.deque()  # not yet given out
+    batchers = [Batcher(producer) for producer in producers]
+    while True:
+        with progress.waiting("read"):
+            image = next(images, None)
+        if image is not None:
+            unfinished.append(image)
+            if image.error is None:
+                for batcher in batchers:
+                    batcher.add(image)
+        for batcher in batchers:
+            with progress.waiting("select"):
+                for _ in batcher.work(last=image is None):
+                    progress.changed()
+        # One that failed waits for those before it, too: the order of a shard is the plan's.
+        while unfinished and all(unfinished[0] is not batcher.oldest for batcher in batchers):
+            done = unfinished.popleft()
+            done.inputs.clear()  # by far the most of what an image holds; the writer does without
+            yield done
+        if image is None:
+            return

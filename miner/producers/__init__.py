@@ -1,0 +1,77 @@
+"""Producers: a ticket set is images plus members, and each kind of member has a producer, one file here.
+
+A new kind is a new file, a line in `build_producers`, and its members in `shards`; nothing else knows them by name.
+"""
+
+import torch
+
+from miner.models import choose_device
+from miner.producers.producer import Producer
+from miner.producers.rankings import build_rankings, uses_model
+from miner.producers.token_labels import TokenLabels
+from miner.selectors import BLIND
+from miner.settings import Geometry, Labeling, Machine, Output, Selection
+from miner.token_labels import build_labeler
+from shards.errors import TicketSetError
+
+__all__ = ["Producer", "build_producers", "check_settings", "device_of"]
+
+
+def build_producers(
+    selection: Selection, labeling: Labeling, geometry: Geometry, machine: Machine, classes: tuple[str, ...]
+) -> tuple[Producer, ...]:
+    """The producers that the settings ask for, their models loaded.
+
+    Args:
+        machine: with a batch size.
+        classes: of the set.
+    Raises:
+        TicketSetError: a model, weights or a device that is not there, or that do not fit.
+    """
+    assert machine.batch_size is not None
+    device = device_of(selection, labeling, machine)
+    producers: list[Producer] = []
+    if selection.ranks:
+        producers.append(build_rankings(selection, geometry, machine, device, machine.batch_size))
+    if labeling.token_labels is not None:
+        name, weights, size = labeling.token_labels, labeling.token_label_weights, labeling.token_label_size
+        labeler = build_labeler(name, weights, classes, device, machine.amp, size)
+        producers.append(TokenLabels(labeler, machine.batch_size))
+    return tuple(producers)
+
+
+def device_of(selection: Selection, labeling: Labeling, machine: Machine) -> torch.device:
+    """Where producers compute: the CPU, whatever else there is, where none looks at pixels.
+
+    Raises:
+        TicketSetError: no such device.
+    """
+    blind = selection.method in BLIND and labeling.token_labels is None
+    return torch.device("cpu") if blind else choose_device(machine.device)
+
+
+def check_settings(selection: Selection, labeling: Labeling, output: Output, machine: Machine) -> None:
+    """Refuse an unknown method before weights are loaded, and settings that nothing would look at.
+
+    Raises:
+        TicketSetError: see above.
+    """
+    method = selection.method
+    unused = {} if selection.ranks and uses_model(selection) else {
+        "selector": selection.selector, "weights": selection.weights, "drop_blocks": selection.drop_blocks,
+        "torchcompile": machine.torchcompile,
+    }  # fmt: skip
+    if method in BLIND and labeling.token_labels is None:
+        unused["amp"] = machine.amp
+    for name, value in unused.items():
+        if value:
+            raise TicketSetError(f"`{name}`: `method` {method} uses no model; leave it out")
+    if selection.ranks:
+        return
+    for name in ("keep_rate", "tokens"):
+        if getattr(selection, name) is not None:
+            raise TicketSetError(f"`{name}`: `method` {method} mines no tickets; leave it out")
+    if labeling.token_labels is None or output.images != "link":
+        raise TicketSetError(
+            f"`method` {method}: mines token labels alone; expected `token_labels` and `images` link beside it"
+        )

@@ -1,0 +1,102 @@
+"""The last leg of a shard: images that are done -> tar, parquet, JSON, in a thread of its own."""
+
+import contextlib
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from miner.plan import check_unchanged
+from miner.producers.producer import Image, Producer
+from shards.sample import encode_image
+from shards.schema import Plan, ShardStats
+from shards.writer import ShardWriter
+
+WAITING_IMAGES = 64
+_END, _ABORT = object(), object()  # in the queue, behind a shard's images
+
+
+class Writer:
+    """A thread that writes shards in the order they are given; at most WAITING_IMAGES wait for it.
+
+    While it commits one shard, the images of the next may be given.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, producers: Sequence[Producer]) -> None:
+        self._plan, self._folder, self._producers = plan, folder, producers
+        self._queue: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._shards: list[Future[ShardStats]] = []
+        self._error: BaseException | None = None
+
+    def begin(self, split: str, number: int) -> None:
+        """Begin a shard."""
+        self._raise()
+        self._timing: dict[str, float] = {}
+        self._shards.append(self._thread.submit(self._write, split, number, self._timing))
+
+    def add(self, image: Image) -> None:
+        """Give the next image of the shard."""
+        self._put(image)
+
+    def commit(self, timing: dict[str, float]) -> None:
+        """Say that the shard is whole."""
+        self._timing |= timing
+        self._put(_END)
+
+    def finish(self) -> list[ShardStats]:
+        """Wait until everything is on disk; gives what each shard's JSON says."""
+        return [shard.result() for shard in self._shards]
+
+    def close(self) -> None:
+        """Write the shards that are whole, drop one under way. Nothing is left behind, whatever was raised."""
+        with contextlib.suppress(BaseException):  # the thread's own error: it has stopped then
+            self._put(_ABORT)
+        # Not shutdown alone: a join that a second Ctrl-C interrupts takes a running thread for dead (Python 3.11).
+        wait(self._shards)
+        self._thread.shutdown()
+
+    def _put(self, item: Any) -> None:
+        while True:
+            self._raise()
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=1)
+                return
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, split: str, number: int, timing: dict[str, float]) -> ShardStats:
+        """In the thread: one shard, of the images up to the next mark."""
+        try:
+            self._raise()  # the images in the queue may be those of a shard that failed
+            plan_id = self._plan.splits[split].plan_id
+            with ShardWriter(
+                self._folder, split, number, self._plan.common.num_patches, plan_id, self._plan.format
+            ) as shard:
+                while (item := self._queue.get()) is not _END:
+                    if item is _ABORT:
+                        raise RuntimeError("aborted")
+                    self._add(shard, item)
+                check_unchanged(self._folder, split, plan_id)
+                return shard.commit(timing)
+        except BaseException as error:
+            self._error = self._error or error
+            raise
+
+    def _add(self, shard: ShardWriter, image: Image) -> None:
+        said = image.row
+        row = {field: said[field] for field in ("key", "source", "label")}
+        row |= {"source_bytes": said["size"], "k": self._plan.common.k}
+        if image.error is not None:
+            shard.add_failure(row, image.error)
+            return
+        members, columns = encode_image(said["label"], image.stored, self._plan.common.images == "copy")
+        row |= columns
+        for producer in self._producers:
+            own, columns = producer.encode(image, image.answers[producer.name])
+            members |= own
+            row |= columns
+        shard.add(row, members)
