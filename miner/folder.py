@@ -7,16 +7,14 @@ from pathlib import Path
 from miner.settings import Output
 from shards import format as fmt
 from shards.errors import TicketSetError
-from shards.ranks import rank_and_world
 
 
-def check_ranks(output: Output) -> None:
-    """Refuse what several ranks would undo for each other.
-
-    Raises:
-        TicketSetError: see above, or RANK and WORLD_SIZE name no place.
+def check_ranks(output: Output, ranks: int) -> None:
     """
-    if rank_and_world()[1] == 1:
+    Raises:
+        TicketSetError: what several ranks would undo for each other.
+    """
+    if ranks == 1:
         return
     if output.overwrite:
         raise TicketSetError(

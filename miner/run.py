@@ -44,7 +44,7 @@ def mine(
         TicketSetError: whatever a person can mend.
     """
     logging.getLogger("timm").setLevel(logging.ERROR)  # it logs what the plan says anyway
-    check_ranks(output)
+    check_ranks(output, rank_and_world()[1])
     check_target(output.out, inputs.data)
     folder = Path(output.out)
     source = open_source(inputs, geometry.seed)
