@@ -15,31 +15,46 @@ if TYPE_CHECKING:
     from shards.images import render_view
     from shards.reader import TicketSet
     from shards.sample import Sample
-    from trainer.data.dataset import TicketDataset
+    from trainer.data.dataset import TicketDataset, ValidationDataset
+    from trainer.families.patches import normalize
     from trainer.families.vit import TicketViT
+    from trainer.hooks import Hook
+    from trainer.options import Augment, Recipe, Tickets
     from trainer.trainer import Trainer
     from trainer.verdict.report import verdict
 
 __version__ = "0.1.0"
 __all__ = [
+    "Augment",
+    "Hook",
+    "Recipe",
     "Sample",
     "TicketDataset",
     "TicketSet",
     "TicketViT",
+    "Tickets",
     "Trainer",
+    "ValidationDataset",
     "create_selector",
+    "normalize",
     "register_method",
     "render_view",
     "verdict",
 ]
 # The same imports again, for when the program runs: those above are for editors and type checkers alone.
 _HOMES = {
+    "Augment": "trainer.options",
+    "Hook": "trainer.hooks",
+    "Recipe": "trainer.options",
     "Sample": "shards.sample",
     "TicketDataset": "trainer.data.dataset",
     "TicketSet": "shards.reader",
     "TicketViT": "trainer.families.vit",
+    "Tickets": "trainer.options",
     "Trainer": "trainer.trainer",
+    "ValidationDataset": "trainer.data.dataset",
     "create_selector": "miner.selectors",
+    "normalize": "trainer.families.patches",
     "register_method": "miner.selectors",
     "render_view": "shards.images",
     "verdict": "trainer.verdict.report",
@@ -49,9 +64,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'datalth' has no attribute {name!r}")
-    found = globals()[name] = getattr(
-        import_module(_HOMES[name]), name
-    )  # asked for once: Python finds it there next time
+    # Kept: Python finds it there the next time, and does not ask again.
+    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return found
 
 

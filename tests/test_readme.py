@@ -71,7 +71,7 @@ def test_readmes_commands_and_then_its_python_run_in_one_folder(photos, weights,
     ran = [run_command(line, photos, weights) for line in shell]
     assert set(ran) == set(COMMANDS) and Path("shards").is_dir()
     programs = ["\n".join(block) for block in blocks() if block[0].startswith(("import ", "from "))]
-    assert len(programs) == 2
+    assert len(programs) == 3
     outputs = []
     for program in programs:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
