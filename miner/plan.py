@@ -136,12 +136,13 @@ def shard_rows(plan: Plan, source: Source, split: str, number: int) -> np.ndarra
         containers = table["container"].to_numpy()
         names = [n for s in source.base.splits for n in source.base.shard_names(s)]
         return np.flatnonzero(containers == names.index(name))
-    images = plan.splits[split].images
-    seed = plan.common.seed
+    images, seed = plan.splits[split].images, plan.common.seed
+    first, last = number * size, min((number + 1) * size, images)
     if source.in_order:
-        rows = np.arange(number * size, min((number + 1) * size, images))
-        return rows[_permutation(len(rows), "order", seed, split, number)]
-    return _permutation(len(table), "order", seed, split)[:images][number * size : (number + 1) * size]
+        order = first + _permutation(last - first, "order", seed, split, number)
+    else:
+        order = _permutation(len(table), "order", seed, split)[first:last]
+    return np.asarray(order)
 
 
 _permutation = functools.lru_cache(maxsize=4)(permutation)
