@@ -65,6 +65,11 @@ def descending(scores: Tensor) -> Tensor:
 
 
 def check_model(model: Any, grid: tuple[int, int]) -> None:
+    """Refuse a model whose attention cannot be read here.
+
+    Raises:
+        TicketSetError: no timm ViT with a class token, blocks that are not timm's plain ones, or another patch grid.
+    """
     from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
 
     name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)

@@ -96,10 +96,12 @@ class Selector:
 
     @property
     def num_patches(self) -> int:
+        """N = gh * gw"""
         return self.grid[0] * self.grid[1]
 
     @property
     def k(self) -> int:
+        """K, patches in a ticket."""
         return self.counts[-1]
 
     def rank(self, images: Tensor | None, seeds: list[int] | None = None) -> Tensor:

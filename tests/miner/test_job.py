@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import miner.run
+import miner
 from conftest import SELECTOR, contents, mine
 from inputs import open_source
 from miner import job as jobs
@@ -26,7 +26,7 @@ from shards.reader import TicketSet
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs of the commands that a test runs."""
     found: list[Job] = []
-    monkeypatch.setattr(miner.run, "mine_shards", lambda job, *rest: (found.append(job), mine_shards(job, *rest))[1])
+    monkeypatch.setattr("miner.run.mine_shards", lambda job, *rest: (found.append(job), mine_shards(job, *rest))[1])
     return found
 
 
@@ -127,7 +127,7 @@ def test_a_ticket_set_that_was_pickled_gives_the_same_images_and_views(center_se
 def test_a_program_mines_what_the_command_mines(photos: Path, weights: Path, tmp_path: Path) -> None:
     words = ["--selector", SELECTOR, "--weights", weights, "--tokens", 8, "--drop-blocks", "1,3", "--views", 2]
     mine("--data", photos, "--out", tmp_path / "command", *words, "--hflip", 0.25, "-b", 4)
-    miner.run.mine(
+    miner.mine(
         Inputs(str(photos)),
         Output(str(tmp_path / "program")),
         Selection(SELECTOR, str(weights), tokens=8, drop_blocks=(1, 3)),
