@@ -14,6 +14,7 @@ from miner.folder import check_ranks, check_target
 from miner.settings import GROUPS, Geometry, Inputs, Labeling, Machine, Output, Selection
 from shards.console import reports_errors
 from shards.flags import options_of, settings_from, usage_errors
+from shards.ranks import rank_and_world
 
 EXAMPLES = """
 \b
@@ -49,8 +50,9 @@ def main(context: click.Context, **values: Any) -> None:
     inputs, output = settings_from(Inputs, values), settings_from(Output, values)
     selection, geometry = settings_from(Selection, values), settings_from(Geometry, values)
     labeling, machine = settings_from(Labeling, values), settings_from(Machine, values)
+    world = rank_and_world()[1]
     with usage_errors():
-        check_ranks(output)
+        check_ranks(output, world)
     check_target(output.out, inputs.data)  # the library checks both as well; here before torch is imported
     from miner.run import mine
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from miner.settings import Output
 from shards import format as fmt
 from shards.errors import TicketSetError
-from shards.ranks import rank_and_world
 
 
-def check_ranks(output: Output) -> None:
-    """Refuse what several ranks would undo for each other.
+def check_ranks(output: Output, world: int) -> None:
+    """Refuse what several ranks, `world` of them, would undo for each other.
 
     Raises:
-        TicketSetError: see above, or RANK and WORLD_SIZE name no place.
+        TicketSetError: see above.
     """
-    if rank_and_world()[1] == 1:
+    if world == 1:
         return
     if output.overwrite:
         raise TicketSetError(

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,24 @@ def test_a_rank_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("nonsense", "meta"):
         with pytest.raises(TicketSetError, match=f"^`device` {name}: "):
             choose_device(name, ("cuda", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "flag", "code", "expected"),
+    [
+        ("0", "--overwrite", 2, "--overwrite under torchrun: "),
+        ("0", "--retry-failed", 2, "--retry-failed under torchrun: "),
+        ("2", "--overwrite", 1, "RANK: expected a number below WORLD_SIZE 2, got 2"),
+    ],
+)
+def test_what_ranks_would_undo_for_each_other_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, flag: str, code: int, expected: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert expected in mine("--data", photos, "--out", tmp_path / "x", "--method", "center", flag, code=code).stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert mine("--version").output.split()[-1] == version("datalth")
