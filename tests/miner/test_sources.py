@@ -550,7 +550,7 @@ def test_a_base_that_moved_is_named(center_set, tmp_path):
     content = json.loads(manifest.read_text())
     content["base"]["path"] = "../gone"
     manifest.write_text(json.dumps(content))
-    assert "--base" in refusal(tmp_path / "link")
+    assert "`base`" in refusal(tmp_path / "link")
     assert keys(open_source(str(tmp_path / "link"), base=str(center_set))) == keys(open_source(str(center_set)))
 
 
