@@ -37,15 +37,18 @@ def _softmax(attn: Any, query: Tensor, key: Tensor) -> Tensor:
     # Without storage, where costs are counted, there is no autocast.
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         logits = (query.to(dtype) * attn.scale) @ key.to(dtype).transpose(-2, -1)
-        return logits.softmax(-1)
+        shares: Tensor = logits.softmax(-1)
+        return shares
 
 
 def _queries(attn: Any, x: Tensor) -> Tensor:
-    return attn.q_norm(_project(attn, x, 0))
+    queries: Tensor = attn.q_norm(_project(attn, x, 0))
+    return queries
 
 
 def _keys(attn: Any, x: Tensor) -> Tensor:
-    return attn.k_norm(_project(attn, x, 1))
+    keys: Tensor = attn.k_norm(_project(attn, x, 1))
+    return keys
 
 
 def _project(attn: Any, x: Tensor, which: int) -> Tensor:
@@ -53,7 +56,7 @@ def _project(attn: Any, x: Tensor, which: int) -> Tensor:
     weight = attn.qkv.weight.chunk(3)[which]
     bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[which]
     out = nn.functional.linear(x, weight, bias)
-    return out.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    return out.view(*out.shape[:-1], attn.num_heads, -1).transpose(1, 2)
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -62,7 +65,12 @@ def descending(scores: Tensor) -> Tensor:
 
 
 def check_model(model: Any, grid: tuple[int, int]) -> None:
-    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+    """Refuse a model whose attention cannot be read here.
+
+    Raises:
+        TicketSetError: no timm ViT with a class token, blocks that are not timm's plain ones, or another patch grid.
+    """
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
 
     name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
     if not isinstance(model, VisionTransformer) or model.cls_token is None:

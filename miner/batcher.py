@@ -13,11 +13,12 @@ class Pending:
     """A batch on the device; on CUDA its results come back in pinned memory while the next batch runs."""
 
     def __init__(self, batch: list[Item], results: tuple[torch.Tensor, ...]) -> None:
-        self.batch, self._results, self._event = batch, results, None
+        self.batch, self._results = batch, results
+        self._event: torch.cuda.Event | None = None
         if results[0].device.type == "cuda":
             pinned = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in results]
             self._results = tuple(p.copy_(r, non_blocking=True) for p, r in zip(pinned, results, strict=True))
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def results(self) -> list[np.ndarray]:

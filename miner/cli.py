@@ -50,9 +50,9 @@ def main(context: click.Context, **values: Any) -> None:
     inputs, output = settings_from(Inputs, values), settings_from(Output, values)
     selection, geometry = settings_from(Selection, values), settings_from(Geometry, values)
     labeling, machine = settings_from(Labeling, values), settings_from(Machine, values)
-    ranks = rank_and_world()[1]
+    world = rank_and_world()[1]
     with usage_errors():
-        check_ranks(output, ranks)
+        check_ranks(output, world)
     check_target(output.out, inputs.data)  # the library checks both as well; here before torch is imported
     from miner.run import mine
 

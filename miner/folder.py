@@ -9,12 +9,13 @@ from shards import format as fmt
 from shards.errors import TicketSetError
 
 
-def check_ranks(output: Output, ranks: int) -> None:
-    """
+def check_ranks(output: Output, world: int) -> None:
+    """Refuse what several ranks, `world` of them, would undo for each other.
+
     Raises:
-        TicketSetError: what several ranks would undo for each other.
+        TicketSetError: see above.
     """
-    if ranks == 1:
+    if world == 1:
         return
     if output.overwrite:
         raise TicketSetError(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 
 from shards.errors import TicketSetError, first_line
 from shards.ranks import local_rank
@@ -364,6 +365,13 @@ def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Mo
         ) from None
 
 
+def mean_and_std(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of each channel of the model's input, 0 to 1, as timm knows them."""
+    resolve: Any = resolve_model_data_config
+    config = resolve(model)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
 def square_patch(model: Model) -> int:
     """Side of a ViT's patch in pixels.
 
@@ -373,4 +381,4 @@ def square_patch(model: Model) -> int:
     height, width = model.patch_embed.patch_size
     if height != width:
         raise TicketSetError(f"selector {type(model).__name__}: expected square patches, got {height}x{width}")
-    return height
+    return int(height)

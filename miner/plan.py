@@ -136,12 +136,13 @@ def shard_rows(plan: Plan, source: Source, split: str, number: int) -> np.ndarra
         containers = table["container"].to_numpy()
         names = [n for s in source.base.splits for n in source.base.shard_names(s)]
         return np.flatnonzero(containers == names.index(name))
-    images = plan.splits[split].images
-    seed = plan.common.seed
+    images, seed = plan.splits[split].images, plan.common.seed
+    first, last = number * size, min((number + 1) * size, images)
     if source.in_order:
-        rows = np.arange(number * size, min((number + 1) * size, images))
-        return rows[_permutation(len(rows), "order", seed, split, number)]
-    return _permutation(len(table), "order", seed, split)[:images][number * size : (number + 1) * size]
+        order = first + _permutation(last - first, "order", seed, split, number)
+    else:
+        order = _permutation(len(table), "order", seed, split)[first:last]
+    return np.asarray(order)
 
 
 _permutation = functools.lru_cache(maxsize=4)(permutation)
@@ -171,31 +172,12 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
     if old is None or (alone and not mined):
         _store(path, plan, device)
         return plan
-    shared = {name: old.splits[name] for name in plan.splits if name in old.splits}
-    ours = {name: plan.splits[name] for name in shared}
-    for name, split in ours.items():
-        was = shared[name]
-        retried = was.retried_inputs
-        changed = split.inputs not in (was.inputs, retried)
-        if changed and retry and split.keys == was.keys and _only_failed_changed(folder, was, source, name):
-            retried, changed = split.inputs, False
-        if not changed:
-            split = replace(split, inputs=was.inputs, plan_id=was.plan_id)
-        shared[name], ours[name] = replace(was, retried_inputs=retried), replace(split, retried_inputs=retried)
-    there, here = ({name: split.to_json() for name, split in of.items()} for of in (shared, ours))
-    differing = _differences(old.common.to_json(), plan.common.to_json()) + _differences(there, here, "splits")
+    there, here = _shared_splits(folder, old, plan, source, retry)
+    was, now = ({name: split.to_json() for name, split in splits.items()} for splits in (there, here))
+    differing = _differences(old.common.to_json(), plan.common.to_json()) + _differences(was, now, "splits")
     if differing:
-        if not alone:
-            raise TicketSetError(
-                f"{folder}: another datalth-mine is at work in it by another plan ({'; '.join(differing[:6])});"
-                f" give another `out`, or stop the other"
-            )
-        mended = all(d.split(": ")[0].endswith(".inputs") for d in differing)
-        raise TicketSetError(
-            f"{folder}: holds a ticket set of another plan ({'; '.join(differing[:6])});"
-            f" give another `out`, or `overwrite`{', or `retry_failed` where failed files were mended' if mended else ''}"
-        )
-    whole = Plan.of(plan.common, {**old.splits, **{n: s for n, s in plan.splits.items() if n not in shared}, **ours})
+        raise _other_plan(folder, differing, alone)
+    whole = Plan.of(plan.common, {**old.splits, **plan.splits, **here})
     if whole.splits != old.splits or retry:
         if not alone:
             raise TicketSetError(
@@ -205,6 +187,42 @@ def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: boo
         (folder / fmt.MANIFEST).unlink(missing_ok=True)
         _store(path, whole, device)
     return whole
+
+
+def _shared_splits(
+    folder: Path, old: Plan, plan: Plan, source: Source, retry: bool
+) -> tuple[dict[str, PlanSplit], dict[str, PlanSplit]]:
+    """The splits that both plans have, as the folder's plan has them and as ours does.
+
+    Inputs that were mended since, where they had failed, are no difference: ours then keeps the hash of the first
+    listing, with which the shards that are done were mined, and both note that of the new one.
+    """
+    there = {name: old.splits[name] for name in plan.splits if name in old.splits}
+    here = {}
+    for name, was in there.items():
+        split, retried = plan.splits[name], was.retried_inputs
+        changed = split.inputs not in (was.inputs, retried)
+        if changed and retry and split.keys == was.keys and _only_failed_changed(folder, was, source, name):
+            retried, changed = split.inputs, False
+        if not changed:
+            split = replace(split, inputs=was.inputs, plan_id=was.plan_id)
+        there[name], here[name] = replace(was, retried_inputs=retried), replace(split, retried_inputs=retried)
+    return there, here
+
+
+def _other_plan(folder: Path, differing: list[str], alone: bool) -> TicketSetError:
+    """The refusal of a folder whose plan is another."""
+    how = "; ".join(differing[:6])
+    if not alone:
+        return TicketSetError(
+            f"{folder}: another datalth-mine is at work in it by another plan ({how}); give another `out`, or stop the"
+            f" other"
+        )
+    mended = all(difference.split(": ")[0].endswith(".inputs") for difference in differing)
+    retry = ", or `retry_failed` where failed files were mended" if mended else ""
+    return TicketSetError(
+        f"{folder}: holds a ticket set of another plan ({how}); give another `out`, or `overwrite`{retry}"
+    )
 
 
 def check_unchanged(folder: Path, split: str, plan_id: str) -> None:

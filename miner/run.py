@@ -12,7 +12,7 @@ import torch
 from miner import models
 from miner.claim import Claim
 from miner.folder import check_ranks, check_target, remove_set, remove_temporary
-from miner.job import Job, Progress, mine_shards
+from miner.job import Job, mine_shards
 from miner.plan import base_link, check_unchanged, make_plan, shard_rows, write_plan
 from miner.producers import Producer, build_producers, check_settings, device_of
 from miner.progress import ProgressBar, show_plan, show_summary
@@ -44,7 +44,7 @@ def mine(
         TicketSetError: whatever a person can mend.
     """
     logging.getLogger("timm").setLevel(logging.ERROR)  # it logs what the plan says anyway
-    check_ranks(output, rank_and_world()[1])
+    check_ranks(output, world=rank_and_world()[1])
     check_target(output.out, inputs.data)
     folder = Path(output.out)
     source = open_source(inputs, geometry.seed)
@@ -110,13 +110,11 @@ def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], output: O
         if done:
             print(f"resuming: {len(done)} of {len(own)} shards are done")
     allowed = output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
-    seconds, progress = 0.0, Progress(allowed)
-    if todo:
-        started = time.monotonic()
-        bar = progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0)
-        with contextlib.closing(bar):
-            mine_shards(job, todo, producers, progress)
-        seconds = time.monotonic() - started
+    started = time.monotonic()
+    progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0 and bool(todo))
+    with contextlib.closing(progress):
+        mine_shards(job, todo, producers, progress)
+    seconds = time.monotonic() - started
     if finish(folder, plan, source):
         if rank == 0 or todo:
             show_summary(folder, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")

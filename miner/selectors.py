@@ -96,10 +96,12 @@ class Selector:
 
     @property
     def num_patches(self) -> int:
+        """N = gh * gw"""
         return self.grid[0] * self.grid[1]
 
     @property
     def k(self) -> int:
+        """K, patches in a ticket."""
         return self.counts[-1]
 
     def rank(self, images: Tensor | None, seeds: list[int] | None = None) -> Tensor:
@@ -251,7 +253,8 @@ def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Te
 
 def _embed(model: Model, images: Tensor) -> Tensor:
     """[B, 3, S, S] -> [B, T, D], as timm's forward_features before its blocks."""
-    return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    return tokens
 
 
 def _run_blocks(model: Model, x: Tensor, start: int, stop: int) -> Tensor:
@@ -266,9 +269,10 @@ def _import_method(spec: str) -> Method:
     if os.getcwd() not in sys.path:  # a console script looks beside itself only, not where the user works
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Any = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TicketSetError(f"`method` {spec}: {error}") from None
     if not callable(function):
         raise TicketSetError(f"`method` {spec}: expected a function, got {type(function).__name__}")
-    return function
+    method: Method = function
+    return method

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from miner import models
@@ -97,18 +96,15 @@ def build_labeler(
         raise TicketSetError(f"`token_labels` {name}: expected a set of 2 to {MAX_CLASSES} classes, got {len(classes)}")
     model, size = models.build_classifier(name, SIDE, classes, weights, size)
     side = _check_head(model, size, name)
-    config = resolve_model_data_config(model)
     placed = torch.device(device)
-    return Labeler(
-        models.timm_name(name), model.to(placed), side, size, tuple(config["mean"]), tuple(config["std"]), placed, amp
-    )
+    return Labeler(models.timm_name(name), model.to(placed), side, size, *models.mean_and_std(model), placed, amp)
 
 
 def place_logits(model: models.Model, features: Tensor) -> Tensor:
     """`forward_features` of B images -> the head's logits at every place, [B, G, G, C]."""
     places = _places(model, features)  # [B, G*G, D]
     batch, count, _ = places.shape
-    logits = model.forward_head(_as_map(model, features, places.flatten(0, 1)))
+    logits: Tensor = model.forward_head(_as_map(model, features, places.flatten(0, 1)))
     side = round(count**0.5)
     return logits.view(batch, side, side, -1)
 
@@ -145,7 +141,7 @@ def _check_head(model: models.Model, size: int, name: str) -> int:
         noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
         answer = model.forward_head(noise)
         mean = model.forward_head(_as_map(model, noise, _places(model, noise).mean(1)))
-        side = round(_places(model, noise).shape[1] ** 0.5)
+        side: int = round(_places(model, noise).shape[1] ** 0.5)
         square = _places(model, noise).shape[1] == side**2 and side > 1
         fits = square and (answer - mean).abs().max() <= TOLERANCE * (answer - answer.mean()).abs().max()
     except (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError) as error:

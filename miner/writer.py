@@ -87,16 +87,16 @@ class Writer:
             raise
 
     def _add(self, shard: ShardWriter, image: Image) -> None:
-        common = self._plan.common
-        row = {field: image.row[field] for field in ("key", "source", "label")}
-        row |= {"source_bytes": image.row["size"], "k": common.k}
+        said = image.row
+        row = {field: said[field] for field in ("key", "source", "label")}
+        row |= {"source_bytes": said["size"], "k": self._plan.common.k}
         if image.error is not None:
             shard.add_failure(row, image.error)
             return
-        parts = [encode_image(row["label"], image.stored, inside=common.images == "copy")]
-        parts += [producer.encode(image, image.answers[producer.name]) for producer in self._producers]
-        members: dict[str, bytes] = {}
-        for some, columns in parts:
-            members |= some
+        members, columns = encode_image(said["label"], image.stored, self._plan.common.images == "copy")
+        row |= columns
+        for producer in self._producers:
+            own, columns = producer.encode(image, image.answers[producer.name])
+            members |= own
             row |= columns
         shard.add(row, members)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from miner import models
@@ -130,8 +129,7 @@ def describe(
     mean: tuple[float, ...]
     std: tuple[float, ...]
     if model:
-        config = resolve_model_data_config(model)
-        mean, std, size = config["mean"], config["std"], geometry.grid[0] * models.square_patch(model)
+        (mean, std), size = models.mean_and_std(model), geometry.grid[0] * models.square_patch(model)
     elif blind:
         mean, std, size = (), (), None
     else:  # a user's method without a model sees the view as the student does, in [0, 1]
@@ -144,8 +142,8 @@ def describe(
         counts=selector.counts,
         blocks=selector.blocks,
         input_size=size,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         dtype="bfloat16" if machine.amp and not blind else "float32",
         compiled=machine.torchcompile,
         # Another version of a user's own method is another plan.

@@ -112,10 +112,12 @@ class Tally:
         self._found[kind] = before + count, first
 
     def notes(self) -> list[str]:
+        """A line a kind."""
         return [kind.format(count=count, first=first) for kind, (count, first) in self._found.items()]
 
 
 def is_image(path: str) -> bool:
+    """Whether a name ends as those of image files."""
     dot = path.rfind(".")
     return dot >= 0 and path[dot:].lower() in IMAGE_SUFFIXES
 

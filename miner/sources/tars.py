@@ -191,7 +191,7 @@ def _image(sample: dict[str, Any], where: str, tally: Tally) -> Member:
     """The member with the plainest name: x.jpg before x.seg.png, whichever comes first."""
     images = [part for ending, part in sample.items() if not _is_label(ending)]
     plainest = min(image.name.count(".") for image in images)
-    image = next(image for image in images if image.name.count(".") == plainest)
+    image: Member = next(image for image in images if image.name.count(".") == plainest)
     for other in images:
         if other is not image:
             second = other.name.count(".") == plainest

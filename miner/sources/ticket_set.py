@@ -37,9 +37,9 @@ class _TicketSetReader:
     """Image and views of a sample of the set that holds the images."""
 
     def __init__(self, images: TicketSet, shards: list[str]) -> None:
-        self._images, self._shards = images, shards
+        self._shards = shards
         self._reader = SampleReader(images, keep=2 if storage.is_remote(images.url) else 64)
-        self._rows = Kept(functools.partial(_rows_of, images), 4)
+        self._rows = Kept(functools.partial(_rows_by_key, images), 4)
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
         name = self._shards[row["container"]]
@@ -47,6 +47,6 @@ class _TicketSetReader:
         return sample.image, sample.views
 
 
-def _rows_of(images: TicketSet, name: str) -> dict[str, Row]:
-    """What the index says of a shard's samples, by key."""
+def _rows_by_key(images: TicketSet, name: str) -> dict[str, Row]:
+    """What the index says of a shard's samples."""
     return {row.key: row for row in rows_of(images.joined(name))}

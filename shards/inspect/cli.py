@@ -4,21 +4,28 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards import format as fmt
-from shards import token_labels
 from shards.console import duration, printable, reports_errors, size, table
 from shards.errors import TicketSetError
-from shards.reader import TicketSet
-from shards.schema import SplitStats
+
+if TYPE_CHECKING:  # --help needs neither numpy nor pyarrow
+    from shards.reader import TicketSet
+    from shards.sample import Sample
+    from shards.schema import SplitStats
 
 _folder = click.argument("folder", metavar="DIR")
 _base = click.option("--base", metavar="DIR", help="Where the base of a linked set is now.")
 _json = click.option("--json", "as_json", is_flag=True, help="JSON on standard output, for programs.")
 _split = click.option("--split", metavar="S", help="Which split.  [default: the first]")
+
+
+def _open(folder: str, base: str | None = None, images: bool = True) -> "TicketSet":
+    from shards.reader import TicketSet
+
+    return TicketSet.open(folder, base, images)
 
 
 def _picture(required: bool) -> Callable[[Callable[..., Any]], Any]:
@@ -59,7 +66,7 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
     \b
     Example: datalth-shards info shards
     """
-    opened = TicketSet.open(folder, base)
+    opened = _open(folder, base)
     manifest = opened.manifest
     if as_json:
         _print_json(manifest.to_json())
@@ -93,7 +100,9 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
     click.echo(table([_split_row(name, s, opened) for name, s in manifest.splits.items()], head))
 
 
-def _token_labels_row(opened: TicketSet) -> list[list[str]]:
+def _token_labels_row(opened: "TicketSet") -> list[list[str]]:
+    from shards import token_labels
+
     owner = opened if opened.has_token_labels else opened.base
     said = owner.manifest.token_labels if owner and owner.has_token_labels else None
     if owner is None or said is None:
@@ -103,13 +112,13 @@ def _token_labels_row(opened: TicketSet) -> list[list[str]]:
     return [["token labels", text + ("" if owner is opened else f", in {owner.url}")]]
 
 
-def _images_text(opened: TicketSet) -> str:
+def _images_text(opened: "TicketSet") -> str:
     text = "inside" if opened.base is None else f"linked from {opened.base.url}"
     store_side = opened.manifest.store_side
     return f"{text}, EXIF orientation: {opened.exif}" + (f", stored at {store_side} px" if store_side else "")
 
 
-def _split_row(name: str, split: SplitStats, opened: TicketSet) -> list[object]:
+def _split_row(name: str, split: "SplitStats", opened: "TicketSet") -> list[object]:
     extra = (split.bytes - split.image_bytes) / max(1, split.samples)
     counts = [split.samples, split.failed, split.views, split.shards]
     return [name, *counts, size(split.bytes), size(split.image_bytes), size(extra)]
@@ -140,7 +149,7 @@ def ls(
     \b
     Example: datalth-shards ls shards --split train --status failed
     """
-    opened = TicketSet.open(folder, base)
+    opened = _open(folder, base)
     wanted = None if label is None else _label_number(opened, label)
     limit = limit if limit is not None else 0 if as_json else 20
     rows: list[dict[str, Any]] = []
@@ -166,7 +175,7 @@ def ls(
         click.echo(f"{len(rows)} of {total} rows; -n 0 lists all")
 
 
-def _label_number(opened: TicketSet, label: str) -> int:
+def _label_number(opened: "TicketSet", label: str) -> int:
     if label in opened.classes:
         return opened.classes.index(label)
     if label.isdecimal() and len(label) < 10 and int(label) < len(opened.classes):
@@ -188,7 +197,9 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
     \b
     Example: datalth-shards show shards train/bird/000_owl -o owl.png
     """
-    opened = TicketSet.open(folder, base)
+    from shards.format import VIEW_COLUMNS
+
+    opened = _open(folder, base)
     if output:
         opened.require_tickets()
     split, row = opened.find(key, split)
@@ -202,7 +213,7 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
 
         sample_page(opened, sample).save(output, "PNG")
     if as_json:
-        named = [dict(zip(fmt.VIEW_COLUMNS, view, strict=True)) for view in views]
+        named = [dict(zip(VIEW_COLUMNS, view, strict=True)) for view in views]
         content = {"split": split, **row, "views": named, "tickets": tickets}
         _print_json(content | {"center_classes": center} if center else content)
     else:
@@ -212,13 +223,15 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         click.echo()
         heads = [" ".join(map(str, ticket[:8])) + " ..." if ticket else "-" for ticket in tickets]
         rows = [[i, *view, heads[i]] for i, view in enumerate(views)]
-        click.echo(table(rows, ["view", *fmt.VIEW_COLUMNS, "ticket, most informative first"]))
+        click.echo(table(rows, ["view", *VIEW_COLUMNS, "ticket, most informative first"]))
     if output and sample is None:
         raise TicketSetError(f"{key}: failed ({row['error']}); there is nothing to draw")
 
 
-def _center_classes(opened: TicketSet, sample: Any) -> list[tuple[str, float]]:
+def _center_classes(opened: "TicketSet", sample: "Sample") -> list[tuple[str, float]]:
     """(class, probability) at the place in the middle of the image, likeliest first; empty without token labels."""
+    from shards import token_labels
+
     if sample.token_labels is None:
         return []
     middle = sample.token_labels[:, :, sample.token_labels.shape[2] // 2, sample.token_labels.shape[3] // 2]
@@ -243,7 +256,7 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
     """
     from shards.inspect.pictures import contact_sheet
 
-    opened = TicketSet.open(folder, base)
+    opened = _open(folder, base)
     opened.require_tickets()
     picture, images, shown = contact_sheet(opened, split or opened.splits[0], classes, per_class)
     picture.save(output, "PNG")
@@ -265,7 +278,7 @@ def stats(folder: str, base: str | None, split: str | None, output: str | None, 
     """
     from shards.inspect.stats import statistics
 
-    opened = TicketSet.open(folder, base)
+    opened = _open(folder, base)
     found = statistics(opened, split or opened.splits[0])
     if output:  # before the first line, as in `show`
         from shards.inspect.pictures import frequency_maps
@@ -312,7 +325,7 @@ def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: b
     from shards import verify as checks
 
     start = time.monotonic()
-    opened = TicketSet.open(folder, base)
+    opened = _open(folder, base)
     if base_too and opened.base is None:
         raise TicketSetError(f"--base-too: {folder} is not linked; its images are its own")
     shards = opened.manifest.totals.shards
@@ -353,7 +366,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
     """
     from shards.inspect.compare import overlap
 
-    set_a, set_b = TicketSet.open(a, images=False), TicketSet.open(b, images=False)
+    set_a, set_b = _open(a, images=False), _open(b, images=False)
     found = overlap(set_a, set_b, split or set_a.splits[0])
     if as_json:
         _print_json(found)
@@ -390,7 +403,7 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
     """
     from shards.inspect.score import recall
 
-    opened = TicketSet.open(folder, images=False)
+    opened = _open(folder, images=False)
     n = opened.num_patches
     if not Path(masks).is_dir():
         raise TicketSetError(f"--masks {masks}: no such folder")

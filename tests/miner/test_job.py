@@ -5,13 +5,14 @@ import multiprocessing
 import pickle
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import miner.run
+import miner
 from conftest import SELECTOR, contents, mine
 from inputs import open_source
 from miner import job as jobs
@@ -26,7 +27,7 @@ from shards.reader import TicketSet
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs of the commands that a test runs."""
     found: list[Job] = []
-    monkeypatch.setattr(miner.run, "mine_shards", lambda job, *rest: (found.append(job), mine_shards(job, *rest))[1])
+    monkeypatch.setattr("miner.run.mine_shards", lambda job, *rest: (found.append(job), mine_shards(job, *rest))[1])
     return found
 
 
@@ -127,7 +128,7 @@ def test_a_ticket_set_that_was_pickled_gives_the_same_images_and_views(center_se
 def test_a_program_mines_what_the_command_mines(photos: Path, weights: Path, tmp_path: Path) -> None:
     words = ["--selector", SELECTOR, "--weights", weights, "--tokens", 8, "--drop-blocks", "1,3", "--views", 2]
     mine("--data", photos, "--out", tmp_path / "command", *words, "--hflip", 0.25, "-b", 4)
-    miner.run.mine(
+    miner.mine(
         Inputs(str(photos)),
         Output(str(tmp_path / "program")),
         Selection(SELECTOR, str(weights), tokens=8, drop_blocks=(1, 3)),
@@ -170,3 +171,24 @@ def test_a_rank_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("nonsense", "meta"):
         with pytest.raises(TicketSetError, match=f"^`device` {name}: "):
             choose_device(name, ("cuda", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "flag", "code", "expected"),
+    [
+        ("0", "--overwrite", 2, "--overwrite under torchrun: "),
+        ("0", "--retry-failed", 2, "--retry-failed under torchrun: "),
+        ("2", "--overwrite", 1, "RANK: expected a number below WORLD_SIZE 2, got 2"),
+    ],
+)
+def test_what_ranks_would_undo_for_each_other_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, flag: str, code: int, expected: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert expected in mine("--data", photos, "--out", tmp_path / "x", "--method", "center", flag, code=code).stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert mine("--version").output.split()[-1] == version("datalth")
