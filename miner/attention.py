@@ -70,7 +70,7 @@ def check_model(model: Any, grid: tuple[int, int]) -> None:
     Raises:
         TicketSetError: no timm ViT with a class token, blocks that are not timm's plain ones, or another patch grid.
     """
-    from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
     if not isinstance(model, VisionTransformer) or model.cls_token is None:

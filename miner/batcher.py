@@ -18,7 +18,7 @@ class Pending:
         if results[0].device.type == "cuda":
             pinned = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in results]
             self._results = tuple(p.copy_(r, non_blocking=True) for p, r in zip(pinned, results, strict=True))
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()
             self._event.record()
 
     def results(self) -> list[np.ndarray]:

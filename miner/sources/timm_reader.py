@@ -62,7 +62,7 @@ def _readers(spec: str, name: str, splits: Sequence[str]) -> dict[str, tuple[str
 
 
 def _create(spec: str, name: str, split: str) -> Any:
-    from timm.data.readers import create_reader  # type: ignore[attr-defined]
+    from timm.data.readers import create_reader
 
     try:
         reader = create_reader(name, root=None, split=split)
