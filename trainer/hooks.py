@@ -61,6 +61,10 @@ class Hook:
     def after_update(self, trainer: "Trainer", update: int) -> None:
         """The optimizer has made update number `update`; the schedule has not stepped yet."""
 
+    def log(self, trainer: "Trainer", figures: Mapping[str, float]) -> None:
+        """Every `log_interval` steps and at an epoch's end: the step's loss, and of the steps since the last time images of
+        a rank, seconds, and seconds waited for data."""
+
     def share(self, trainer: "Trainer") -> None:
         """An epoch's last step is over: whatever each rank has for itself, as running averages, becomes the same."""
 

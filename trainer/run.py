@@ -120,7 +120,7 @@ def train(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
             arguments = trainer.arguments()
             rank.on_first(lambda: check_arguments(path, content, arguments))
         if newest is not None:
-            trainer.restore(newest, content)
+            checkpoint.restore(newest, trainer, content)
         with signals.heard():
             try:
                 trainer.fit()

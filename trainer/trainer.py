@@ -2,16 +2,15 @@
 
 trainer = Trainer(TicketSet.open("shards"), Recipe(tickets=Tickets(tokens=98)), [RunFolder(Path("output/winning"))])
 trainer.fit()
+
+What is written and what is said come in by hooks; `trainer.output` has those of datalth-train.
 """
 
 import contextlib
-import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,17 +30,15 @@ from trainer.families.base import TicketModel
 from trainer.families.dropping import FallingKeepRate
 from trainer.hooks import Average, Epoch, Hook
 from trainer.options import Machine, Optimization, Recipe
-from trainer.output import checkpoint, screen
 from trainer.ranks import Rank
 from trainer.student import build_student
 
-log = logging.getLogger("datalth")
 NOTHING_STOPS = lambda: 0
 
 
 class Trainer:
-    """Trains a student on a ticket set, and tests it. A function of the recipe: stopped and restored, or on other workers,
-    it gives the same weights.
+    """Trains a student on a ticket set, and tests it. A function of the recipe: stopped and restored (see
+    `trainer.output.checkpoint.restore`), or on other workers, it gives the same weights.
 
     Args:
         opened: the set; `shards.verify` checks it.
@@ -148,20 +145,6 @@ class Trainer:
             "resolved_tokens": self.dataset.tokens,
         }
 
-    def restore(self, path: Path, content: dict[str, Any] | None = None) -> None:
-        """Go on from a checkpoint, exactly.
-
-        Args:
-            path: of it.
-            content: what `checkpoint.read` gave, where it was read before.
-        Raises:
-            TicketSetError: it is damaged, holds weights alone, or those of another run.
-        """
-        content = checkpoint.read(path) if content is None else content
-        checkpoint.restore(path, content, self)
-        self.state.scheduler.step_update(self.updates)
-        log.info(f"resuming {path}: epoch {self.state.epoch}, step {self.state.step}")
-
     def fit(self) -> "dict[str, Figures]":
         """Train from the state's epoch and step to the end.
 
@@ -218,8 +201,6 @@ class Trainer:
         best = is_better(metric, state.best)
         if best:
             state.best, state.best_epoch = metric, number
-        text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in results.items())
-        log.info(f"Test: {number}  top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})")
         state.epoch, state.step, state.loss_sum, state.loss_count = number + 1, 0, 0.0, 0
         for hook in self.hooks:
             hook.after_epoch(self, Epoch(number, loss, lr, results, metric, best))
@@ -272,9 +253,8 @@ class Trainer:
             hook.share(self)
 
     def log(self, figures: dict[str, float]) -> None:
-        whole = self.dataset.is_whole(self.state.epoch)
-        tokens = math.prod(self.dataset.views.at(True)[1]) if whole else self.dataset.tokens
-        screen.progress(self.state, self.steps, figures, self.rank.size, f"{tokens}/{self.opened.num_patches}")
+        for hook in self.hooks:
+            hook.log(self, figures)
 
     def save(self) -> None:
         for hook in self.hooks:

@@ -141,14 +141,14 @@ def test_a_hook_with_state_goes_on_exactly_after_a_stop(opened, tmp_path, update
         stopped.fit()
     assert stopped.updates == update + 1
     again = trainer(opened, Shrink(), RunFolder(tmp_path / "run"))
-    again.restore(tmp_path / "run" / checkpoint.RECOVERY)
+    checkpoint.restore(tmp_path / "run" / checkpoint.RECOVERY, again)
     again.fit()
     assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "never"))
     forgetful = trainer(opened, Shrink())
     content = checkpoint.read(tmp_path / "run" / checkpoint.LAST)
     del content["shrink_calls"]
     with pytest.raises(TicketSetError, match="does not fit this run"):
-        forgetful.restore(tmp_path / "run" / checkpoint.LAST, content)
+        checkpoint.restore(tmp_path / "run" / checkpoint.LAST, forgetful, content)
 
 
 def test_two_hooks_cannot_write_the_same_part_of_a_checkpoint(opened, tmp_path):

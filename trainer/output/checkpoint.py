@@ -9,6 +9,7 @@ model_best.safetensors the same weights alone, with the class names; beside it i
 import copy
 import hashlib
 import json
+import logging
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,6 +24,7 @@ from trainer.hooks import Beside
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
+log = logging.getLogger("datalth")
 LAST, RECOVERY, BEST, BEST_WEIGHTS = "last.pth.tar", "recovery.pth.tar", "model_best.pth.tar", "model_best.safetensors"
 WEIGHTS_ALONE = f"holds weights alone; take {LAST}, or start anew from it as `initial_checkpoint`"
 COUNTERS = ("epoch", "step", "loss_sum", "loss_count", "seconds", "best", "best_epoch")
@@ -198,12 +200,15 @@ def restore_weights(path: Path, content: dict[str, Any], trainer: "Trainer") -> 
         trainer.hooks.append(Beside("ema_", averaged))
 
 
-def restore(path: Path, content: dict[str, Any], trainer: "Trainer") -> None:
-    """Put a checkpoint's contents into a trainer that has not begun.
+def restore(path: Path, trainer: "Trainer", content: dict[str, Any] | None = None) -> None:
+    """Let a trainer that has not begun go on from a checkpoint, exactly.
 
+    Args:
+        content: what `read` gave, where it was read before.
     Raises:
-        TicketSetError: it holds weights alone, as model_best.pth.tar does, or those of another model.
+        TicketSetError: it is damaged, holds weights alone, as model_best.pth.tar does, or those of another model.
     """
+    content = read(path) if content is None else content
     if not {"optimizer", "step"} <= content.keys():
         raise TicketSetError(f"`resume` {path}: {WEIGHTS_ALONE}")
     if any(not isinstance(content.get(name), int) or content[name] < 0 for name in ("epoch", "step")):
@@ -217,5 +222,7 @@ def restore(path: Path, content: dict[str, Any], trainer: "Trainer") -> None:
             setattr(state, name, content[name])
         for hook in trainer.hooks:
             hook.on_restore(trainer, content)
+        state.scheduler.step_update(trainer.updates)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise TicketSetError(f"`resume` {path}: does not fit this run: {first_line(error)}") from None
+    log.info(f"resuming {path}: epoch {state.epoch}, step {state.step}")

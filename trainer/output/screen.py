@@ -1,13 +1,14 @@
 """What a person sees of a run: what is about to happen, a line now and then, the figures at the end."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from trainer.engine import State, learning_rate
-from trainer.hooks import Hook
+from trainer.hooks import Epoch, Hook
 from trainer.output.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ class Lines(Hook):
     def begin(self, trainer: "Trainer") -> None:
         show(trainer)
         log.info(f"output: {self._folder.path}")
+
+    def log(self, trainer: "Trainer", figures: Mapping[str, float]) -> None:
+        progress(trainer, figures)
+
+    def after_epoch(self, trainer: "Trainer", epoch: Epoch) -> None:
+        state = trainer.state
+        text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in epoch.results.items())
+        log.info(f"Test: {epoch.number}  top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})")
 
     def at_end(self, trainer: "Trainer", results: "Mapping[str, Figures]", answers: Tensor) -> None:
         report(trainer.state, results)
@@ -65,14 +74,17 @@ def show(trainer: "Trainer") -> None:
         log.info(f"`aa`: geometry is mined; {', '.join(skipped)} leave the view as it is")
 
 
-def progress(state: State, steps: int, figures: dict[str, float], ranks: int, tokens: str) -> None:
+def progress(trainer: "Trainer", figures: Mapping[str, float]) -> None:
     """Within an epoch, as timm's."""
-    images, seconds = figures["images"] * ranks, figures["seconds"]
+    state, steps, dataset = trainer.state, trainer.steps, trainer.dataset
+    whole = dataset.is_whole(state.epoch)
+    tokens = math.prod(dataset.views.at(True)[1]) if whole else dataset.tokens
+    images, seconds = figures["images"] * trainer.rank.size, figures["seconds"]
     mean = state.loss_sum / state.loss_count
     log.info(
         f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
         f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / seconds:.1f}/s"
-        f"  LR: {learning_rate(state):.3e}  Data: {figures['waited'] / seconds:.0%}  Tokens: {tokens}"
+        f"  LR: {learning_rate(state):.3e}  Data: {figures['waited'] / seconds:.0%}  Tokens: {tokens}/{trainer.opened.num_patches}"
     )
 
 
