@@ -1,7 +1,7 @@
 """Samples a second of one core: our loader against what users would run, from the same JPEGs.
 
 Every leg draws a random-resized crop (0.08 to 1, 3/4 to 4/3, bicubic with antialiasing) and a flip, and gives uint8
-batches; nothing is normalised. Ours gives the K = 144 kept patches and their places (one row: all 196 patches), the
+batches; nothing is normalized. Ours gives the K = 144 kept patches and their places (one row: all 196 patches), the
 others whole 224 px images. All run in the measuring process without workers, so that a core is a core.
 """
 
@@ -110,9 +110,9 @@ def our_batches(shards: Path, arm: Any = "winning", tokens: int = 144, repeats: 
 
 
 def timm_batches(folder: Path, repeats: int = 0, deit: bool = False, prefetcher: bool = True) -> Iterator:
-    """timm's own loader: uint8 images as they leave it for the device, before its prefetcher normalises them.
+    """timm's own loader: uint8 images as they leave it for the device, before its prefetcher normalizes them.
 
-    Without the prefetcher it gives normalised float32 tensors.
+    Without the prefetcher it gives normalized float32 tensors.
     """
     if repeats:
         start_group()

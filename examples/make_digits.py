@@ -1,9 +1,9 @@
-"""Cluttered digits: a small labelled image set in which most patches are useless, and the true masks.
+"""Cluttered digits: a small labeled image set in which most patches are useless, and the true masks.
 
 One of scikit-learn's handwritten digits, enlarged, at one of 25 places on a noisy canvas among dimmer fragments
 of other digits: too small to be read, so that only the whole digit tells the class.
 
-The canonical view (the centred 0.875 of the canvas) is 96 pixels, 6 x 6 patches of 16, and the digit stands on
+The canonical view (the centerd 0.875 of the canvas) is 96 pixels, 6 x 6 patches of 16, and the digit stands on
 exactly 2 x 2 of them: off the grid, a ViT from scratch learns far more slowly.
 
     python examples/make_digits.py --out digits --train 3000 --val 500

@@ -38,7 +38,7 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
     if source.base:
         rows.append(["base", f"{source.base.url}: views, seed and sizes are inherited; images: {common.images}"])
     rows += [
-        ["classes", len(source.classes) or "none: unlabelled"],
+        ["classes", len(source.classes) or "none: unlabeled"],
         ["selector", how],
         ["tickets", f"K = {common.k} of {n} patches ({common.k / n:.1%}){_rate(selector)}" if common.k else "none"],
     ]

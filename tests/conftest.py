@@ -1,4 +1,4 @@
-"""Small labelled image sets and a small selector with saved weights, for every test."""
+"""Small labeled image sets and a small selector with saved weights, for every test."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def one_torch_thread() -> None:
 
 
 def write_image(path: Path, number: int, size: tuple[int, int] = (80, 60)) -> None:
-    """A picture of its own for every number: smooth colours and a bright square."""
+    """A picture of its own for every number: smooth colors and a bright square."""
     rng = np.random.default_rng(number)
     small = Image.fromarray(rng.integers(0, 255, (4, 5, 3), np.uint8))
     image = small.resize(size, Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Small labelled inputs whose files hold no pictures (listing never decodes), and what is listed and read of them."""
+"""Small labeled inputs whose files hold no pictures (listing never decodes), and what is listed and read of them."""
 
 import csv
 import io

@@ -68,7 +68,7 @@ def arguments(photos: Path, weights: Path, flags: list[object]) -> list[object]:
 
 @pytest.fixture(scope="module")
 def reference(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("labelled") / "set"
+    out = tmp_path_factory.mktemp("labeled") / "set"
     mine(*arguments, "--out", out)
     return out
 
@@ -532,7 +532,7 @@ def test_bad_words_are_refused_in_one_line(center_set: Path, photos: Path, tmp_p
     assert "over the mean of a square feature map" in small
 
 
-def test_unlabelled_images_have_no_classes(photos: Path, tmp_path: Path, flags: list[object]) -> None:
+def test_unlabeled_images_have_no_classes(photos: Path, tmp_path: Path, flags: list[object]) -> None:
     (tmp_path / "flat").mkdir()
     for i, path in enumerate(sorted((photos / "val").rglob("*.*"))):
         shutil.copy(path, tmp_path / "flat" / f"{i}{path.suffix}")

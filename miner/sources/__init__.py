@@ -1,4 +1,4 @@
-"""Sources: where labelled images come from. `open_source` takes every form that `data` accepts."""
+"""Sources: where labeled images come from. `open_source` takes every form that `data` accepts."""
 
 import glob
 import os

@@ -51,7 +51,7 @@ class Source:
 
     Attributes:
         spec: as the user wrote it.
-        classes: names in the order of their labels; empty where nothing is labelled.
+        classes: names in the order of their labels; empty where nothing is labeled.
         splits: name -> table of SCHEMA, in natural order of the source paths.
         read: row of such a table -> the file's bytes, and the views that a ticket set gave it, else None; called from
             several threads. A source that keeps files open opens them at need, in each process its own (`Kept`).

@@ -435,8 +435,8 @@ def test_training_names_the_images_that_have_no_label(tmp_path):
     picture = (tmp_path / "x.jpg").read_bytes()
     for split in ("train", "val"):
         bare = {f"bare{i}.jpg": picture for i in range(2)} if split == "train" else {}
-        labelled = {f"s{i}.{e}": d for i in range(4) for e, d in (("jpg", picture), ("cls", b"%d" % (i % 2)))}
-        write_tar(tmp_path / f"{split}.tar", {**labelled, **bare})
+        labeled = {f"s{i}.{e}": d for i in range(4) for e, d in (("jpg", picture), ("cls", b"%d" % (i % 2)))}
+        write_tar(tmp_path / f"{split}.tar", {**labeled, **bare})
     data = f"{tmp_path}/{{train,val}}.tar"
     said = mine("--data", data, "--out", tmp_path / "set", "--method", "center", "--views", 3).output
     assert "train: 2 of 6 images have no label (first: bare0.jpg); training needs labels" in said

@@ -61,7 +61,7 @@ def test_classes_that_are_named_like_splits(tmp_path):
     assert source.classes == ["cat", "test"]
 
 
-def test_a_flat_folder_is_unlabelled(tmp_path):
+def test_a_flat_folder_is_unlabeled(tmp_path):
     source = open_source(str(write_tree(tmp_path, "b.jpg", "a10.png", "a9.webp")), val_share=0)
     assert source.classes == []
     assert labels(source) == {"a9.webp": None, "a10.png": None, "b.jpg": None}
@@ -280,7 +280,7 @@ def test_single_images_stay_in_train(tmp_path):
     assert source.notes == ["no val split: no class has an image to spare for one"]
 
 
-def test_unlabelled_images_are_split_as_one_class(tmp_path):
+def test_unlabeled_images_are_split_as_one_class(tmp_path):
     source = open_source(str(write_tree(tmp_path, *(f"{i}.jpg" for i in range(30)))))
     assert (len(source.splits["train"]), len(source.splits["val"])) == (27, 3)
 

@@ -167,7 +167,7 @@ def test_folders_inside_a_tar_are_part_of_the_key(tmp_path):
     assert keys(open_source(str(tar), val_share=0)) == ["d%2E1/x", "d%2E2/x"]
 
 
-def test_unlabelled_tars_take_labels_from_a_csv(tmp_path):
+def test_unlabeled_tars_take_labels_from_a_csv(tmp_path):
     tar = write_tar(tmp_path / "a.tar", samples(0, 2, jpg="x"))
     assert open_source(str(tar), val_share=0).classes == []
     table = write_csv(tmp_path / "l.csv", [("0000.jpg", "cat"), ("0001.jpg", "ant")])

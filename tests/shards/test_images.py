@@ -30,7 +30,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
 
 def photo(width=80, height=60):
-    """Smooth colours with one sharp edge."""
+    """Smooth colors with one sharp edge."""
     small = Image.fromarray(np.random.default_rng(1).integers(0, 256, (4, 5, 3), np.uint8))
     image = small.resize((width, height), Image.Resampling.BICUBIC)
     image.paste((255, 240, 20), (width // 3, height // 3, width // 2, height // 2))
@@ -53,9 +53,9 @@ def png_chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width, height, depth, colour, rows):
+def png(width, height, depth, color, rows):
     """A PNG by hand, for what Pillow does not write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
@@ -209,7 +209,7 @@ def test_16_bit_colour_keeps_its_high_bytes():
 
 
 def test_the_first_frame_of_an_animation_is_taken():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert decode(data)[0, 0].tolist() == [255, 0, 0]
@@ -302,9 +302,9 @@ def jpeg_2000(depth, mode="RGB"):
         (tiff(8, bytes(6), 6, 1, _339=2), "signed integer pixels have no fixed range"),
         (tiff(32, bytes(24), 6, 1), "32-bit integer pixels have no fixed range"),
         (encode(np.ones((4, 4), np.float32), "TIFF"), "floating-point pixels have no fixed range"),
-        (jpeg_2000(12), "JPEG 2000 of other than 8 bits a colour"),  # Pillow: white comes out black
-        (jpeg_2000(4, "L"), "JPEG 2000 of other than 8 bits a colour"),  # Pillow: white comes out grey
-        (jpeg_2000(128 + 8, "L"), "JPEG 2000 of other than 8 bits a colour"),
+        (jpeg_2000(12), "JPEG 2000 of other than 8 bits a color"),  # Pillow: white comes out black
+        (jpeg_2000(4, "L"), "JPEG 2000 of other than 8 bits a color"),  # Pillow: white comes out grey
+        (jpeg_2000(128 + 8, "L"), "JPEG 2000 of other than 8 bits a color"),
         (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5), "floating-point pixels have no fixed range"),
     ],
 )
@@ -352,14 +352,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-@pytest.mark.parametrize(("depth", "colour", "bytes_a_pixel"), [(16, 0, 2), (8, 6, 4), (8, 0, 1)])
-def test_decoding_costs_the_image_and_its_colours_and_no_second_copy(depth, colour, bytes_a_pixel, tmp_path):
+@pytest.mark.parametrize(("depth", "color", "bytes_a_pixel"), [(16, 0, 2), (8, 6, 4), (8, 0, 1)])
+def test_decoding_costs_the_image_and_its_colours_and_no_second_copy(depth, color, bytes_a_pixel, tmp_path):
     side = 5000
-    row = bytes(1 + side * depth // 8 * {0: 1, 6: 4}[colour])
+    row = bytes(1 + side * depth // 8 * {0: 1, 6: 4}[color])
     packer = zlib.compressobj(1)
     (tmp_path / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0))
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0))
         + png_chunk(b"IDAT", b"".join(packer.compress(row) for _ in range(side)) + packer.flush())
         + png_chunk(b"IEND", b"")
     )
@@ -574,7 +574,7 @@ def test_the_fast_decoder_gives_pillows_pixels(name, monkeypatch):
     data = jpegs()[name]
     fast = images.decode(data)
     taken = images._fast_jpeg(data)
-    assert (taken is not None) == name.startswith("RGB")  # other colour spaces are left to Pillow
+    assert (taken is not None) == name.startswith("RGB")  # other color spaces are left to Pillow
     monkeypatch.setattr(images, "_simplejpeg", lambda: None)
     assert np.array_equal(images.decode(data), fast)
 

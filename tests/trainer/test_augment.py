@@ -1,4 +1,4 @@
-"""Augmentation: timm's draws and colours, geometry left alone, random erasing in view coordinates."""
+"""Augmentation: timm's draws and colors, geometry left alone, random erasing in view coordinates."""
 
 import pickle
 import random
@@ -131,7 +131,7 @@ def test_unknown_policies_are_refused_in_words(text):
 
 @pytest.mark.parametrize(("text", "jitter", "least"), [("", 0.3, 40), ("3a", 0.3, 40), ("3a", 0.0, 10), ("", 0.0, 1)])
 def test_without_geometry_the_augmentation_is_timms_own(text, jitter, least):
-    """Colour jitter where there is no --aa, and beside 3-Augment."""
+    """Color jitter where there is no --aa, and beside 3-Augment."""
     _, timms_own, _ = transforms_imagenet_train(32, auto_augment=text or None, color_jitter=jitter, separate=True)
     augment = ColorAugment(text, jitter, MEAN)
     outputs = set()
@@ -204,7 +204,7 @@ def test_boxes_are_timms(probability, size):
     assert {0.0: erased == 0, 0.25: 20 < erased < 60, 1.0: erased == 150}[probability]
 
 
-def normalised() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def normalized() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images [6, 3, 64, 64], 7 of their 16 patches, and boxes, of which the last two are empty and all."""
     generator = torch.Generator().manual_seed(0)
     images = 10 + torch.rand(6, 3, 64, 64, generator=generator)
@@ -216,7 +216,7 @@ def normalised() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_erasing_kept_patches_is_erasing_the_image_and_then_keeping():
-    images, keep, boxes = normalised()
+    images, keep, boxes = normalized()
     whole = torch.zeros(6, 3, 64, 64)
     for mask, (top, left, height, width) in zip(whole, boxes.tolist(), strict=True):
         mask[:, top : top + height, left : left + width] = 1
@@ -230,7 +230,7 @@ def test_erasing_kept_patches_is_erasing_the_image_and_then_keeping():
 
 
 def test_the_noise_is_a_fresh_standard_normal_for_every_pixel_and_channel():
-    images, _, _ = normalised()
+    images, _, _ = normalized()
     keep = torch.arange(16).expand(6, -1)
     boxes = torch.tensor([[0, 0, 64, 64]]).expand(6, -1)
     patches = patchify(images, 16)
@@ -242,7 +242,7 @@ def test_the_noise_is_a_fresh_standard_normal_for_every_pixel_and_channel():
 
 
 def test_a_box_without_height_erases_nothing():
-    images, keep, _ = normalised()
+    images, keep, _ = normalized()
     patches = gather_patches(patchify(images, 16), keep)
     nothing = torch.zeros(6, 4, dtype=torch.int64)
     assert torch.equal(erase(patches, keep, nothing, 4, 16, torch.Generator()), patches)

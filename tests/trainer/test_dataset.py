@@ -363,7 +363,7 @@ def test_mixing_without_tickets_keeps_raster_order(opened):
     assert batch["keep_indices"].tolist() == [list(range(16))] * 8 and batch["lam"][0] < 1
 
 
-def test_neighbours_mix_two_different_images(opened, stored):
+def test_neighbors_mix_two_different_images(opened, stored):
     feed = dataset(opened, RICH)
     for epoch in range(3):
         pairs = np.array(shown(feed, epoch)[:20])[:, :2].reshape(10, 2, 2)

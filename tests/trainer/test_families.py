@@ -146,8 +146,8 @@ def flags(name: str) -> list[object]:
     ("name", "more", "feed"),
     [
         ("swin_tiny_patch4_window7_224", ["--tokens", 9], "packed into 3 x 3 patches, 48 px"),
-        ("swin_tiny_patch4_window7_224", ["--feed", "zero"], "show the mean colour"),
-        ("test_resnet", [], "show the mean colour"),
+        ("swin_tiny_patch4_window7_224", ["--feed", "zero"], "show the mean color"),
+        ("test_resnet", [], "show the mean color"),
     ],
 )
 @pytest.mark.parametrize("arm", ["winning", "random", "full"])
@@ -315,8 +315,8 @@ def test_lvvit_resumes_to_the_same_weights(tickets, maps, tmp_path, monkeypatch)
 def test_token_labels_and_mixed_pixels_are_refused_and_labels_can_be_left_out(tickets, maps, tmp_path):
     refused = train(tickets, tmp_path, "x", *LVVIT, "--token-labels", maps, plain=True, code=1).output
     assert "expected --mixup 0 --cutmix 0" in refused and "--token-labels none" in refused
-    labelled = train(tickets, tmp_path, "a", *LVVIT, *NO_MIX, "--token-labels", maps, "--epochs", 1, plain=True).output
-    assert f"token labels: of {maps}" in labelled
+    labeled = train(tickets, tmp_path, "a", *LVVIT, *NO_MIX, "--token-labels", maps, "--epochs", 1, plain=True).output
+    assert f"token labels: of {maps}" in labeled
     without = train(tickets, tmp_path, "b", *LVVIT, "--token-labels", "none", "--epochs", 1, plain=True).output
     assert "token labels" not in without
 

@@ -26,7 +26,7 @@ def fields(dense: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def expected(box: tuple[float, ...], grid: tuple[int, int], flip: bool, side: int = 6) -> tuple[Tensor, Tensor]:
-    """By hand: the map is linear in y and x, so a patch's mean is the map at its centre (cells have theirs at +.5)."""
+    """By hand: the map is linear in y and x, so a patch's mean is the map at its center (cells have theirs at +.5)."""
     top, left, height, width = box
     y = top + height * (torch.arange(grid[0]) + 0.5) / grid[0]
     x = left + width * (torch.arange(grid[1]) + 0.5) / grid[1]
@@ -35,7 +35,7 @@ def expected(box: tuple[float, ...], grid: tuple[int, int], flip: bool, side: in
     return (0.8 * rows)[:, None].expand(grid), (0.1 * columns)[None].expand(grid)
 
 
-# Inside the cells' centres (1/12 to 11/12), where bilinear interpolation of a linear map is exact.
+# Inside the cells' centers (1/12 to 11/12), where bilinear interpolation of a linear map is exact.
 BOXES = [(0.1, 0.1, 0.8, 0.8), (0.5, 0.1, 0.3, 0.75), (0.1, 0.6, 0.75, 0.25)]
 
 

@@ -35,7 +35,7 @@ def test_a_cycle_of_repeats_shows_every_image_equally_often_and_epochs_keep_thei
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3, 4])
-def test_neighbours_that_mix_are_of_different_images(repeats):
+def test_neighbors_that_mix_are_of_different_images(repeats):
     samples = epoch_samples(0, 0, (100, 60), repeats)
     pairs = samples[: len(samples) // 2 * 2].reshape(-1, 2, 3)
     assert (pairs[:, 0, :2] != pairs[:, 1, :2]).any(axis=1).all()
@@ -46,7 +46,7 @@ def test_neighbours_that_mix_are_of_different_images(repeats):
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 4])
-def test_neighbours_differ_whatever_number_of_images_is_left_over(repeats):
+def test_neighbors_differ_whatever_number_of_images_is_left_over(repeats):
     for images in range(2 * repeats, 10 * repeats):
         for epoch in range(repeats):
             samples = epoch_samples(0, epoch, (images,), repeats)
@@ -104,7 +104,7 @@ def test_a_cycle_shows_every_image_once_a_repeat_and_no_view_number_twice(shards
 
 @exact
 @given(sizes, seeds, cycles, st.integers(1, 5))
-def test_neighbours_are_of_different_images_wherever_there_are_two(shards, seed, epoch, repeats):
+def test_neighbors_are_of_different_images_wherever_there_are_two(shards, seed, epoch, repeats):
     samples = epoch_samples(seed, epoch, shards, repeats)
     if len(images_of(samples)) > 1:
         assert (samples[:-1, :2] != samples[1:, :2]).any(axis=1).all()

@@ -51,7 +51,7 @@ FAMILIES = {
     "hiera": (HIERA, (96, 32)),
     "cnn": (["--model", "test_resnet", "--drop-path", 0], (64, 16)),
 }
-COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black", "orange"]
+COLORS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black", "orange"]
 NAMES = [f"{place} of 9" for place in range(9)]
 
 
@@ -64,7 +64,7 @@ def write_spots(root: Path, split: str, counts: list[int]) -> None:
             image = Image.fromarray(rng.integers(0, 120, (6, 8, 3), np.uint8)).resize(
                 (160, 120), Image.Resampling.BICUBIC
             )
-            image.paste(COLOURS[place], (x := 34 + 32 * (place % 3), y := 14 + 32 * (place // 3), x + 28, y + 28))
+            image.paste(COLORS[place], (x := 34 + 32 * (place % 3), y := 14 + 32 * (place // 3), x + 28, y + 28))
             image.save(root / split / name / f"{number}.png")
 
 

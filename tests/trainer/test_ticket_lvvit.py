@@ -226,7 +226,7 @@ def test_an_odd_batch_that_is_not_mixed_keeps_its_targets():
 
 
 def test_boxes_have_the_public_codes_distribution():
-    """Against all centres and many lambdas; its sides are even but where the border cuts them."""
+    """Against all centers and many lambdas; its sides are even but where the border cuts them."""
     with seeded("box"):
         boxes = np.stack([draw_box((14, 10)) for _ in range(4000)])
     with seeded("box"):
@@ -239,8 +239,8 @@ def test_boxes_have_the_public_codes_distribution():
     for lam in np.linspace(0, 1, 2001):
         mean = 1.0
         for side in (14, 10):
-            half, centres = int(side * math.sqrt(1 - lam)) // 2, np.arange(side)
-            mean *= (np.minimum(centres + half, side) - np.maximum(centres - half, 0)).mean()
+            half, centers = int(side * math.sqrt(1 - lam)) // 2, np.arange(side)
+            mean *= (np.minimum(centers + half, side) - np.maximum(centers - half, 0)).mean()
         areas.append(mean / 140)
     share = (heights * widths / 140).mean()
     assert abs(share - np.mean(areas)) < 0.015

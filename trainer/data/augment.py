@@ -1,4 +1,4 @@
-"""Augmentation that leaves geometry alone: boxes and flips are mined, colour is free.
+"""Augmentation that leaves geometry alone: boxes and flips are mined, color is free.
 
 timm's own ops and distributions; each draw is seeded by its sample's name, never by a worker or a batch.
 """
@@ -49,12 +49,12 @@ def seeded(*name: object) -> Iterator[None]:
 
 
 class ColorAugment:
-    """timm's RandAugment, AutoAugment or AugMix with drawn geometric operations as the identity; else colour jitter.
+    """timm's RandAugment, AutoAugment or AugMix with drawn geometric operations as the identity; else color jitter.
 
     Args:
         auto_augment: timm's --aa string; empty for none.
         color_jitter: timm's --color-jitter; used where there is no --aa, or 3a, as timm does.
-        mean: of the data, the fill colour of timm's ops.
+        mean: of the data, the fill color of timm's ops.
     Raises:
         TicketSetError: timm knows no such policy.
     """
@@ -138,7 +138,7 @@ def erase(
     """Random erasing (mode pixel) of kept patches, in view coordinates.
 
     Args:
-        patches: [B, K, C*p*p], normalised.
+        patches: [B, K, C*p*p], normalized.
         keep_indices: [B, K].
         boxes: int [B, 4], (top, left, height, width) in pixels of the view.
         generator: of the patches' device.

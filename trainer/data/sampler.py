@@ -32,7 +32,7 @@ def cycle_images(seed: int, cycle: int, shard_sizes: tuple[int, ...]) -> np.ndar
 def epoch_samples(seed: int, epoch: int, shard_sizes: tuple[int, ...], repeats: int = 1) -> np.ndarray:
     """The samples of an epoch in order: int64 [about as many as images, 3], (shard, row, visit).
 
-    `visit` counts an image's views since the first epoch: R a cycle. A sample and its neighbour (2i, 2i + 1)
+    `visit` counts an image's views since the first epoch: R a cycle. A sample and its neighbor (2i, 2i + 1)
     are of different images, so that they can be mixed; the R views of an image lie within 2 R**2 samples.
     """
     cycle, part = divmod(epoch, repeats)
@@ -44,7 +44,7 @@ def epoch_samples(seed: int, epoch: int, shard_sizes: tuple[int, ...], repeats: 
     pattern = np.array([(image, j) for a, b, j in rounds for image in (a, b)])  # [2 R**2, 2]
     whole = len(mine) // group * group
     if repeats > 1 and len(mine) - whole == 1 and whole:
-        whole -= group  # one image alone would be its own neighbour
+        whole -= group  # one image alone would be its own neighbor
     body = mine[:whole].reshape(-1, group, 2)[:, pattern[:, 0]]  # [groups, 2 R**2, 2]
     visits = np.broadcast_to(pattern[:, 1], body.shape[:2])
     rest = np.tile(mine[whole:], (repeats, 1))

@@ -63,7 +63,7 @@ class TicketModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Any:
-        """[B, K, C*p*p] normalised pixels ([B, N, C*p*p] where `wants_all`) and [B, K] row-major places in [0, N).
+        """[B, K, C*p*p] normalized pixels ([B, N, C*p*p] where `wants_all`) and [B, K] row-major places in [0, N).
 
         Where the whole view is `whole_side` pixels and K is all its patches, places count in that view's own grid.
 

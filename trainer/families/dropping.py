@@ -90,7 +90,7 @@ class DroppingViT(TicketViT):
         return final
 
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
-        """As TicketViT's: [B, N, C*p*p] normalised pixels and [B, N] row-major places -> logits [B, classes].
+        """As TicketViT's: [B, N, C*p*p] normalized pixels and [B, N] row-major places -> logits [B, classes].
 
         Raises:
             ValueError: not all patches, though `drops`.
@@ -164,7 +164,7 @@ class DroppingViT(TicketViT):
     def _drop(self, x: Tensor, places: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Keep `count` of the candidates, in the order in which they stand, so that ties go to the lower patch.
 
-        The fused token is the sum of the dropped ones weighted by their scores, which are not normalised anew: small,
+        The fused token is the sum of the dropped ones weighted by their scores, which are not normalized anew: small,
         where little attention went. At the next drop block it is a candidate like any patch: it counts in n, stands
         behind all patches, and is kept, or fused again, by its own score. All this is EViT's code.
         """

@@ -1,7 +1,7 @@
 """TicketLVViT: feed tickets to an LV-ViT, mixed by MixToken where asked for, and its loss on token labels.
 
 The stem's convolutions overlap, so it takes a whole view and tokens are gathered after it. They can carry traces of
-dropped neighbours (`late`, as in Data-LTH's code), or these are blanked before the stem (`early`).
+dropped neighbors (`late`, as in Data-LTH's code), or these are blanked before the stem (`early`).
 
 MixToken (LV-ViT's own CutMix) puts the partner's tokens into a box, after the stem. Here a token of a ticket is a pair:
 the image it comes from (`sources`) and its place. Pixels that may be seen, tokens, lambda and labels all follow from
@@ -26,7 +26,7 @@ from trainer.families.patches import gather_patches, unpatchify
 
 FEEDS = {
     "late": "whole views to the stem, a ticket's tokens after it",
-    "early": "views with dropped patches in the mean colour to the stem, a ticket's tokens after it",
+    "early": "views with dropped patches in the mean color to the stem, a ticket's tokens after it",
 }
 Pair = tuple[Tensor, Tensor]
 
@@ -68,7 +68,7 @@ class TicketLVViT(TicketModel):
     def forward(self, patches: Tensor, keep_indices: Tensor, box: Tensor | None = None) -> Tensor | Pair:
         """
         Args:
-            patches: [B, N, F] normalised pixels of whole views, row-major, not mixed.
+            patches: [B, N, F] normalized pixels of whole views, row-major, not mixed.
             keep_indices: int64 [B, K] places of the tickets; with a box, of the mixed ones (`trainer.data.mixing.mixed_tickets`).
             box: int64 [4], the box of MixToken.
         Returns:
@@ -135,7 +135,7 @@ def sources(keep_indices: Tensor, box: Tensor | None, grid_width: int) -> Tensor
 
 
 def blank_unused(patches: Tensor, keep_indices: Tensor, source: Tensor) -> Tensor:
-    """[B, N, F] -> the same with zeros, the mean colour, where no ticket takes its token from.
+    """[B, N, F] -> the same with zeros, the mean color, where no ticket takes its token from.
 
     An image shows its own kept patches outside the box and those that its partner takes from it inside.
     """

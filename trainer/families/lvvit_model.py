@@ -24,7 +24,7 @@ class ConvStem(PatchEmbed):
     """Three convolutions at half resolution, then patches of the result: the public code's p_emb 4_2.
 
     A token of a 16 px patch sees 29 x 29 px: 7 above and left of its patch, 6 below and right. Gathered after the
-    stem, a token carries traces of its dropped neighbours; to keep them out, blank their pixels before it.
+    stem, a token carries traces of its dropped neighbors; to keep them out, blank their pixels before it.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class TicketViT(TicketModel):
             model.patch_drop = _Slot(model.num_prefix_tokens)
 
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
-        """[B, K, C*p*p] normalised pixels and [B, K] row-major places in [0, N) -> logits [B, classes].
+        """[B, K, C*p*p] normalized pixels and [B, K] row-major places in [0, N) -> logits [B, classes].
 
         In training a distilled model in distilled_training mode gives its pair of logits, as timm's does.
         """

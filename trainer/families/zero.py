@@ -1,4 +1,4 @@
-"""Feed a ticket as an image: dropped patches show the mean colour. For CNNs and other models of whole images.
+"""Feed a ticket as an image: dropped patches show the mean color. For CNNs and other models of whole images.
 
 Nothing is saved by it: it is the paper's control of what a ticket holds, not of what it costs.
 """
@@ -13,13 +13,13 @@ from trainer.families.patches import scatter_patches
 
 
 class TicketZero(TicketModel):
-    """Any timm classifier of images of whole_side pixels; zero is the mean colour, since pixels are normalised.
+    """Any timm classifier of images of whole_side pixels; zero is the mean color, since pixels are normalized.
 
     Raises:
         TicketSetError: a model of images of another size.
     """
 
-    feed = "dropped patches show the mean colour"
+    feed = "dropped patches show the mean color"
 
     def __init__(self, model: Any, grid: tuple[int, int], patch_size: int, whole_side: int) -> None:
         super().__init__()

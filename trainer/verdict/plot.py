@@ -9,8 +9,8 @@ from trainer.verdict.report import Report, lettered
 from trainer.verdict.sentences import RESAMPLED
 
 SIZE, DPI = (12.0, 5.0), 100  # 1200 x 500 pixels
-# Okabe and Ito's colours, told apart by the colour-blind too; an arm always has the same one.
-COLOURS = {
+# Okabe and Ito's colors, told apart by the color-blind too; an arm always has the same one.
+COLORS = {
     "winning": "#0072B2",
     "random": "#D55E00",
     "random-fixed": "#E69F00",
@@ -80,11 +80,11 @@ def _draw_model(report: Report, judge: Judge, axis: Any, protocol: str, number: 
         xs, ys, halves = zip(*found, strict=True)
         arm = groups[0].arm.partition(" +")[0]
         tuned = " +" in groups[0].arm
-        looks = {"color": COLOURS[arm], "marker": MARKERS[index % len(MARKERS)], "markersize": 6}
-        looks |= {"markerfacecolor": "white" if tuned else COLOURS[arm]}
+        looks = {"color": COLORS[arm], "marker": MARKERS[index % len(MARKERS)], "markersize": 6}
+        looks |= {"markerfacecolor": "white" if tuned else COLORS[arm]}
         looks |= {"linestyle": "--" if arm == "full" else style if len(xs) > 1 else "none"}
         if arm == "full":
-            axis.axhline(ys[0], color=COLOURS[arm], linestyle="--", linewidth=1, alpha=0.7)
+            axis.axhline(ys[0], color=COLORS[arm], linestyle="--", linewidth=1, alpha=0.7)
         else:  # arms of one cost stand side by side
             xs = tuple(x + widest * DODGE * (index - (len(lines) - 2) / 2) for x in xs)
         bars = axis.errorbar(xs, ys, yerr=halves, capsize=3, elinewidth=1.2, linewidth=1.6, **looks)
