@@ -72,6 +72,7 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
+        """Of this process."""
         return self.rank.device
 
     def autocast(self) -> torch.autocast:
@@ -248,4 +249,5 @@ def check_finite(bad: int, steps: int, state: State) -> None:
 
 
 def is_better(value: float, best: float | None) -> bool:
+    """Whether a metric beats the best so far; one that is no number never does, unless it is the first."""
     return best is None or (math.isfinite(value) and value > best)

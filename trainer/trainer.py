@@ -237,26 +237,31 @@ class Trainer:
             if (batch := next(batches, None)) is not None:
                 yield batch
 
-    # What train_epoch calls on.
+    # `trainer.engine.Places`, on which train_epoch calls: handed on to the hooks.
 
     def before_step(self, update: int) -> None:
+        """See `Hook.before_step`."""
         for hook in self.hooks:
             hook.before_step(self, update)
 
     def after_update(self, update: int) -> None:
+        """See `Hook.after_update`."""
         for hook in self.hooks:
             hook.after_update(self, update)
 
     def share(self) -> None:
+        """See `Hook.share`; the student's own running averages first."""
         self.rank.share_batch_norm(self.student.model)
         for hook in self.hooks:
             hook.share(self)
 
     def log(self, figures: dict[str, float]) -> None:
+        """See `Hook.log`."""
         for hook in self.hooks:
             hook.log(self, figures)
 
     def save(self) -> None:
+        """See `Hook.save`."""
         for hook in self.hooks:
             hook.save(self)
 

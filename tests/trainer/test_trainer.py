@@ -1,12 +1,15 @@
 """Training as a library call: the same as the command, hooks at their places, and nothing else changed."""
 
 import copy
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from shards.errors import TicketSetError
@@ -15,8 +18,9 @@ from trainer.data.dataset import TicketDataset, ValidationDataset
 from trainer.engine import Stopped
 from trainer.families.patches import normalize
 from trainer.hooks import Epoch, Hook
-from trainer.options import Augment, Recipe, Tickets
+from trainer.options import Augment, Output, Recipe, Tickets
 from trainer.output import checkpoint
+from trainer.output.board import Board
 from trainer.output.folder import RunFolder
 from trainer.trainer import Trainer
 from training import same, weights_of
@@ -210,3 +214,23 @@ def test_the_dataset_needs_no_more_than_a_set(opened):
 def test_errors_name_fields(opened, settings, said):
     with pytest.raises(TicketSetError, match=said):
         trainer(opened, **settings)
+
+
+def test_weights_and_biases_reads_the_events_that_tensorboard_gets(opened, tmp_path, monkeypatch):
+    """W&B itself is not installed here; its init must come before the writer that it watches, and once."""
+    calls: list[dict[str, Any]] = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **given: calls.append({**given, "events": list((tmp_path / "run").glob("events*"))})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    output = Output(wandb_project="tickets")
+    folder = RunFolder(tmp_path / "run", output)
+    trainer(opened, folder, Board(folder, output)).fit()
+    (call,) = calls
+    assert call["sync_tensorboard"] and call["project"] == "tickets" and call["name"] == "run" and not call["events"]
+    assert call["config"]["epochs"] == 2 and call["resume"] == "allow"
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {"train_loss", "lr", "tickets_top1", "all_loss", "random_top5"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("tickets_top1")] == [0, 1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TicketSetError, match=r"pip install 'datalth\[wandb\]'"):
+        Board(folder, output)

@@ -21,6 +21,7 @@ class Claim:
         register_after_fork(self, Claim.close)  # a worker that outlives its run for a moment does not keep the folder
 
     def close(self) -> None:
+        """Let go of the folder."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

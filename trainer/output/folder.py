@@ -143,6 +143,7 @@ class Summary:
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
+        """Write an epoch's row; the first gives the file its columns."""
         self._head = self._head or ",".join(row)
         self._rows.append(",".join(map(str, row.values())))
         self._write()

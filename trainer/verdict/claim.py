@@ -53,6 +53,7 @@ class Claim:
 
     @property
     def differences(self) -> list[Difference]:
+        """Those that were found: a - c, a - b, rival - c."""
         return [found for found in (self.ac, self.ab, self.rival) if found is not None]
 
 

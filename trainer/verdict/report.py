@@ -53,6 +53,7 @@ class Table:
         )
 
     def markdown(self) -> str:
+        """As a Markdown table under its title."""
         lines = [self.head, ["---:" if i in self.right else "---" for i in range(len(self.head))], *self.rows]
         return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -83,6 +84,7 @@ class Report:
         return "\n".join(map(printable, text.split("\n")))  # folders may be called anything
 
     def markdown(self) -> str:
+        """verdict.md."""
         sentences = [f"- **{text}**" for judge in self.judges for text in self.sentences(judge)]
         parts = ["# Verdict: does a ~ c > b hold?", "\n".join(READING), "\n".join(sentences)]
         parts.append("![accuracy against training cost](verdict.png)")
@@ -94,6 +96,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def title(self, judge: Judge) -> str:
+        """Of a model's table: the model, and the sets of its runs."""
         sets = sorted(
             {g.set_id for g in judge.groups if g.set_id} & self.set_names.keys(), key=self.set_names.__getitem__
         )
@@ -196,6 +199,7 @@ class Report:
         return [*notes, *key_notes(self.runs), *(f"left out: {why}" for why in self.left_out)]
 
     def set_name(self, set_id: str | None) -> str:
+        """A short name for a set in this report."""
         return self.set_names[set_id] if set_id else "any"
 
 

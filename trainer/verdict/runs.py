@@ -74,6 +74,7 @@ class Run:
 
     @property
     def seed(self) -> int:
+        """Of its training."""
         return self.args["seed"]
 
     @property

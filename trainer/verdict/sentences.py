@@ -7,6 +7,7 @@ RESAMPLED = "one seed, images resampled: says nothing about other seeds"
 
 
 def interval(estimate: Estimate) -> str:
+    """Its 95 % interval in points."""
     return "unknown" if estimate.low is None else f"{estimate.low:+.2f} to {estimate.high:+.2f}"
 
 
