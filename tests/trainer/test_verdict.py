@@ -488,7 +488,7 @@ def test_starts_without_torch_or_plots() -> None:
 
 def test_a_selectors_run_is_named_for_what_it_is(tmp_path):
     run = write_run(tmp_path / "selector", FLAT["full"], tickets="full", drop_blocks=[3, 6, 9])
-    assert "a ticket selector's run (--drop-blocks), which is of no arm" in verdict(run, code=1)
+    assert "a ticket selector's run (it has drop_blocks), which is of no arm" in verdict(run, code=1)
 
 
 def test_full_runs_of_packed_tickets_are_held_against_tickets_of_their_own_k(tmp_path):

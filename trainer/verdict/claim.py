@@ -34,7 +34,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Claim:
-    """The verdict on one ticket set, K and (with --allow-diff) set of arguments.
+    """The verdict on one ticket set, K and (with `allow_diff`) set of arguments.
 
     Attributes:
         a: the winning group, or None.
@@ -152,7 +152,7 @@ class Judge:
             )
         for group in self.full:
             if "tickets" not in group.protocols:
-                notes.append("full on tickets is n/a: its runs come from several ticket sets or --tokens")
+                notes.append("full on tickets is n/a: its runs come from several ticket sets or K")
         return notes
 
 

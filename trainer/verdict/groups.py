@@ -105,7 +105,7 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str]) -> None:
                 f"{name}: {_text(first.args.get(name))} in {first.folder}, {_text(other.args.get(name))} in {other.folder}"
             )
     if differing:
-        flags = " ".join(f"--allow-diff {name}" for name in differing)
+        flags = " ".join(f"`allow_diff` {name}" for name in differing)
         raise TicketSetError(f"runs of different arguments: {'; '.join(differing.values())} ({flags} lets them differ)")
 
 
@@ -128,7 +128,7 @@ def group_runs(runs: Sequence[Run], allowed: Sequence[str]) -> list[Group]:
         )
         members = by_key.setdefault(key, {})
         if run.seed in members:
-            why = "" if run.set_id else f" ({run.arm} runs of any ticket set and --tokens are trained alike)"
+            why = "" if run.set_id else f" ({run.arm} runs of any ticket set and K are trained alike)"
             raise TicketSetError(
                 f"{run.folder} and {members[run.seed].folder}: the same arm and seed {run.seed} twice{why}; give one of them"
             )

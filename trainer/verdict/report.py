@@ -161,7 +161,7 @@ class Report:
         ]
 
     def where(self, judge: Judge, claim: Claim) -> str:
-        """What a sentence is about: the model, the tickets, K, and what --allow-diff lets differ."""
+        """What a sentence is about: the model, the tickets, K, and what `allow_diff` lets differ."""
         parts = [
             judge.model,
             self.set_name(claim.set_id) if claim.set_id else "",

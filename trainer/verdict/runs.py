@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
     except (TypeError, ValueError, RecursionError) as error:
         raise TicketSetError(f"{path}: expected plain values: {first_line(error)}") from None
     if args.get("drop_blocks"):
-        raise LeftOut(f"{folder}: a ticket selector's run (--drop-blocks), which is of no arm")
+        raise LeftOut(f"{folder}: a ticket selector's run (it has drop_blocks), which is of no arm")
     if args["unmask_epochs"] > args["epochs"]:
         raise TicketSetError(
             f"{path}: unmask_epochs: expected at most epochs, {args['epochs']}, got {args['unmask_epochs']}"
