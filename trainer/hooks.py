@@ -1,4 +1,4 @@
-"""What may come into a training at fixed places: averages, falling keep rates, files, boards; weight masks, regularizers.
+"""What may come into a training at fixed places: averages, falling keep rates, files, figures for others; weight masks, regularizers.
 
     epoch:  before_epoch | before_step, forward and backward, after_update | ... | save | validation | after_epoch
     run:    begin | epochs | at_end

@@ -21,10 +21,10 @@ from trainer.engine import Stopped
 from trainer.hooks import Hook
 from trainer.options import Data, Output, Recipe
 from trainer.output import checkpoint
-from trainer.output.board import Board
 from trainer.output.claim import Claim
+from trainer.output.events import Events
 from trainer.output.folder import ARGUMENTS, RunFolder, check_arguments, find
-from trainer.output.screen import Lines, report
+from trainer.output.progress import Progress, report
 from trainer.ranks import Rank
 from trainer.signals import Signals
 from trainer.trainer import Trainer
@@ -113,8 +113,8 @@ def train(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
         path, newest = rank.on_first(lambda: find(output, default, claim))
         content = checkpoint.read(newest) if newest else None
         folder = RunFolder(path, output, claim)
-        boards = [Board(folder, output)] if output.log_tensorboard or output.wandb_project else []
-        hooks: list[Hook] = [folder, *boards, Lines(folder)]
+        events = [Events(folder, output)] if output.log_tensorboard or output.wandb_project else []
+        hooks: list[Hook] = [folder, *events, Progress(folder)]
         trainer = Trainer(opened, recipe, hooks, rank, lambda: signals.number)
         if output.resume:
             arguments = trainer.arguments()

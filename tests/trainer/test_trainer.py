@@ -20,7 +20,7 @@ from trainer.families.patches import normalize
 from trainer.hooks import Epoch, Hook
 from trainer.options import Augment, Output, Recipe, Tickets
 from trainer.output import checkpoint
-from trainer.output.board import Board
+from trainer.output.events import Events
 from trainer.output.folder import RunFolder
 from trainer.trainer import Trainer
 from training import same, weights_of
@@ -224,7 +224,7 @@ def test_weights_and_biases_reads_the_events_that_tensorboard_gets(opened, tmp_p
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     output = Output(wandb_project="tickets")
     folder = RunFolder(tmp_path / "run", output)
-    trainer(opened, folder, Board(folder, output)).fit()
+    trainer(opened, folder, Events(folder, output)).fit()
     (call,) = calls
     assert call["sync_tensorboard"] and call["project"] == "tickets" and call["name"] == "run" and not call["events"]
     assert call["config"]["epochs"] == 2 and call["resume"] == "allow"
@@ -233,4 +233,4 @@ def test_weights_and_biases_reads_the_events_that_tensorboard_gets(opened, tmp_p
     assert [event.step for event in events.Scalars("tickets_top1")] == [0, 1]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(TicketSetError, match=r"pip install 'datalth\[wandb\]'"):
-        Board(folder, output)
+        Events(folder, output)

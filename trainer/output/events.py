@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 
-class Board(Hook):
+class Events(Hook):
     """Passes an epoch's figures on to TensorBoard; Weights & Biases reads them there, by its own synchronization.
 
     Args:

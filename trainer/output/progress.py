@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("datalth")
 
 
-class Lines(Hook):
+class Progress(Hook):
     """Before the first step what is trained on what, at the end its figures.
 
     Args:
