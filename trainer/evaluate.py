@@ -49,12 +49,14 @@ def evaluate(
     answers = torch.zeros(len(names), images, dtype=torch.int32, device=setup.device)
     for model in models.values():
         model.eval()
+    # On the device and in double: no batch waits for the host, and a sum does not depend on how ranks share the images.
     sums = torch.zeros(len(names), 4, dtype=torch.float64, device=setup.device)  # top1, top5, loss, images
     for batch in batches:
         positions = batch["positions"].tolist()
         random = random_rankings(positions, batch["rankings"].shape[1], setup.machine.seed)
         batch = {name: tensor.to(setup.device, non_blocking=True) for name, tensor in batch.items()}
         patches = setup.normalized(batch["patches"])
+        # A student that packs its tickets into a smaller image sees whole views at that size.
         whole = setup.normalized(batch["whole"]) if "whole" in batch else patches
         for row, (model, protocol) in enumerate(itertools.product(models.values(), protocols)):
             if protocol in ("all", "dropped"):
@@ -63,6 +65,7 @@ def evaluate(
                 keep = (random.to(setup.device) if protocol == "random" else batch["rankings"])[:, :tokens]
                 chosen = patches if model.wants_all else gather_patches(patches, keep)
             with setup.autocast():
+                # A selector in training is shown tickets without dropping from them again.
                 logits = (model if protocol == "dropped" else model.undropped())(chosen, keep).float()
             ranked = best_classes(logits)
             sums[row] += figures(logits, ranked, batch["labels"])

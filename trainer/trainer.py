@@ -69,7 +69,7 @@ class Trainer:
     ) -> None:
         self.opened, self.recipe, self.rank, self._stop = opened, recipe, rank or Rank(), stop
         optimization, machine, tickets = recipe.optimization, recipe.machine, recipe.tickets
-        torch.manual_seed(machine.seed)
+        torch.manual_seed(machine.seed)  # for the student's first weights; steps seed themselves by their place
         self.student = build_student(opened, recipe.model, tickets, recipe.dropping, trained).to(self.rank.device)
         check_student(recipe, self.student)
         views = Views.of(opened, self.student, tickets.resize_to_tokens)
@@ -98,6 +98,7 @@ class Trainer:
         self.state = build_state(self.student, optimization, machine, self.rank, self.lr, self.steps)
         self.setup = Setup.of(self.student, optimization, machine, self.rank)
         self.hooks: list[Hook] = list(hooks)
+        # Before all others: what is saved or tested after an update must have seen it.
         if optimization.model_ema:
             self.hooks.insert(0, Average(self.student.model, optimization.model_ema_decay))
         if recipe.dropping.drop_blocks is not None:
@@ -321,7 +322,7 @@ def build_state(
             min_lr=optimization.min_lr,
             warmup_lr=optimization.warmup_lr,
             warmup_epochs=optimization.warmup_epochs,
-            step_on_epochs=False,
+            step_on_epochs=False,  # a schedule by updates goes on in the middle of an epoch
             updates_per_epoch=steps,
         )
         if scheduler is None:

@@ -26,6 +26,8 @@ def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
     where = {key: name for name in b.shard_names(split) for key in b.ok_keys(name)}
     sums: dict[int, np.ndarray] = {}
     images = only_a = other_views = 0
+    # Shard by shard of `a`, so that memory holds the tickets of one shard and not of both sets: sets of one source by other
+    # seeds or shard sizes have the same keys in other shards.
     for name in a.shard_names(split):
         wanted = a.ok_keys(name)
         partners = _samples(b, {where[key] for key in wanted if key in where}, set(wanted))
@@ -36,7 +38,7 @@ def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
                 continue
             images += 1
             for v in range(min(len(sample.views), len(partner[0]))):
-                if not (sample.views[v] == partner[0][v]).all():
+                if not (sample.views[v] == partner[0][v]).all():  # patches of other boxes are other places
                     other_views += 1
                     continue
                 common = len(np.intersect1d(sample.tickets[v], partner[1][v]))
@@ -44,7 +46,7 @@ def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
                 sums[v] = sums.get(v, np.zeros(3)) + row
     if not images:
         raise TicketSetError(f"diff: {a.url} and {b.url} have no image of split {split} in common")
-    expected = a.k * b.k / a.num_patches
+    expected = a.k * b.k / a.num_patches  # patches in common of two random tickets
     return {
         "split": split,
         "k": [a.k, b.k],

@@ -53,6 +53,7 @@ def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict
     if not hits:
         raise TicketSetError(f"score: no image of split {split} has a mask with an object under {masks}")
     shares = np.array(hits) / np.array(counts)[:, None, None]  # [images, tokens, 2]
+    # Over images, since each has its own object; of one image there is no spread to take.
     stderr = shares[:, :, 0].std(axis=0, ddof=min(1, len(shares) - 1)) / np.sqrt(len(shares))
     return {
         "split": split,
