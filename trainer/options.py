@@ -4,6 +4,7 @@ Names are timm's where timm has the setting; defaults are DeiT's recipe for Imag
 """
 
 import ast
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -255,11 +256,16 @@ class Recipe:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Recipe":
-        """Groups out of names and values, such as a command's; others are left alone.
+        """Groups out of names and values, such as a command's; those of `Output` are left alone.
 
         Raises:
-            TicketSetError: a value that its field does not take, or values that do not go together.
+            TicketSetError: no such name, a value that its field does not take, or values that do not go together.
         """
+        known = [one.name for group in GROUPS for one in fields(group)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise TicketSetError(f"no such setting: {name}{f'; near: {near[0]}' if near else ''}")
         groups = {group.name: group.default_factory for group in fields(cls)}
         return cls(**{name: group_of(group, values) for name, group in groups.items()})
 

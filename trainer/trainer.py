@@ -33,8 +33,6 @@ from trainer.options import Machine, Optimization, Recipe
 from trainer.ranks import Rank
 from trainer.student import build_student
 
-NOTHING_STOPS = lambda: 0
-
 
 class Trainer:
     """Trains a student on a ticket set, and tests it. A function of the recipe: stopped and restored (see
@@ -46,7 +44,7 @@ class Trainer:
         hooks: called at fixed places, see `trainer.hooks`; the average and the falling keep rate that the recipe asks for
             come before them.
         rank: this process among those of the run.
-        stop: a signal's number once this process is asked to stop, else 0.
+        stop: gives a signal's number once this process is asked to stop, else 0.
         trained: it is only tested, so that the weights it starts from must be whole.
     Attributes:
         student: timm's model behind its stem.
@@ -64,7 +62,7 @@ class Trainer:
         recipe: Recipe,
         hooks: Sequence[Hook] = (),
         rank: Rank | None = None,
-        stop: Callable[[], int] = NOTHING_STOPS,
+        stop: Callable[[], int] | None = None,
         trained: bool = False,
     ) -> None:
         self.opened, self.recipe, self.rank, self._stop = opened, recipe, rank or Rank(), stop
@@ -268,7 +266,7 @@ class Trainer:
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks hear it at the same step."""
-        self.stopped_by = self.rank.greatest(self._stop())
+        self.stopped_by = self.rank.greatest(self._stop() if self._stop else 0)
         return bool(self.stopped_by)
 
 
