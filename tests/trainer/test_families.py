@@ -101,7 +101,7 @@ def test_hiera_drops_the_units_that_its_own_mask_leaves_out():
     assert not torch.allclose(student(kept, keep), model(images), atol=1e-3)
     assert torch.equal(student(patches, torch.arange(9).expand(2, -1)), model(images))
     with pytest.raises(
-        TicketSetError, match="3x3 mask units of 32 px, got patches of 16 px; mine with --patch-size 32"
+        TicketSetError, match="3x3 mask units of 32 px, got patches of 16 px; mine with datalth-mine --patch-size 32"
     ):
         TicketHiera(model, 16, 96)
 
@@ -121,7 +121,7 @@ def test_families_are_told_by_timms_class():
         for name in ("resnet50_clip", "convmixer_768_32", "resnest14d", "vgg11", "convnext_atto", "tf_efficientnet_b0"):
             assert family_of(timm.create_model(name)).name == "CNNs"
         for name in ("mixer_s32_224", "xcit_nano_12_p16_224", "gmlp_ti16_224"):
-            with pytest.raises(TicketSetError, match="cannot take tickets. What can, and its --feed: LV-ViT"):
+            with pytest.raises(TicketSetError, match="cannot take tickets. What can, and its `feed`: LV-ViT"):
                 family_of(timm.create_model(name))
     resnet = timm.create_model("test_resnet")
     assert feed_of(resnet, None) == ("zero", TicketZero)

@@ -322,7 +322,7 @@ def test_timms_optimizer_flags_reach_timm(tickets, tmp_path):
 
 def test_a_warmup_as_long_as_the_run_is_said(tickets, tmp_path):
     assert "the learning rate only rises" in train(tickets, tmp_path, "run", "--epochs", 1).output
-    assert "has 3 training views an image; take --repeats 3, or mine with --views 5 or more" in (
+    assert "has 3 training views an image; take --repeats 3, or mine with datalth-mine --views 5 or more" in (
         train(tickets, tmp_path, "r", "--repeats", 4, code=1).output
     )
     assert "leave --tickets random out" in (
