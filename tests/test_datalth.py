@@ -32,7 +32,12 @@ def test_other_names_are_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"), [("", False), ("Sample TicketSet render_view verdict", False), ("TicketViT", True)]
+    ("names", "expected"),
+    [
+        ("", False),
+        ("Sample TicketSet render_view verdict", False),
+        pytest.param("TicketViT", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_door_needs_no_torch(names, expected):
     code = f"import sys, datalth\nfor name in {names.split()!r}: getattr(datalth, name)\nprint('torch' in sys.modules)"

@@ -22,6 +22,8 @@ from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selectio
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Job]:

@@ -20,6 +20,8 @@ from shards.errors import ImageError, TicketSetError
 from shards.reader import TicketSet
 from trainer.cli import main as train
 
+pytestmark = pytest.mark.slow
+
 GNU_TAR = (
     shutil.which("tar")
     and "GNU tar" in subprocess.run(["tar", "--version"], check=True, capture_output=True, text=True).stdout

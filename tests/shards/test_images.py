@@ -302,9 +302,9 @@ def jpeg_2000(depth, mode="RGB"):
         (tiff(8, bytes(6), 6, 1, _339=2), "signed integer pixels have no fixed range"),
         (tiff(32, bytes(24), 6, 1), "32-bit integer pixels have no fixed range"),
         (encode(np.ones((4, 4), np.float32), "TIFF"), "floating-point pixels have no fixed range"),
-        (jpeg_2000(12), "JPEG 2000 of other than 8 bits a color"),  # Pillow: white comes out black
-        (jpeg_2000(4, "L"), "JPEG 2000 of other than 8 bits a color"),  # Pillow: white comes out grey
-        (jpeg_2000(128 + 8, "L"), "JPEG 2000 of other than 8 bits a color"),
+        (jpeg_2000(12), "JPEG 2000 of other than 8 bits a colour"),  # Pillow: white comes out black
+        (jpeg_2000(4, "L"), "JPEG 2000 of other than 8 bits a colour"),  # Pillow: white comes out grey
+        (jpeg_2000(128 + 8, "L"), "JPEG 2000 of other than 8 bits a colour"),
         (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5), "floating-point pixels have no fixed range"),
     ],
 )

@@ -24,6 +24,8 @@ from shards.rows import Rows
 from shards.tar import split_members
 from shards.verify import MAX_PROBLEMS, verify
 
+pytestmark = pytest.mark.slow
+
 HEX = "0" * 64
 
 

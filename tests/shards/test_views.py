@@ -91,12 +91,14 @@ def test_the_flip_says_nothing_of_the_box():
     assert distance(area[views[:, 4] == 0], area[views[:, 4] == 1]) < 1.63 * np.sqrt(4 / DRAWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(500, 375), (60, 400), (9, 7)])
 def test_boxes_are_distributed_as_torchvisions(size):
     ours = image_views(0, "k", DRAWS, *size)[1:, :4]
     assert unlike(ours, torchvision_boxes(size)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [({"scale": (0.12, 1.0)}, "area"), ({"scale": (0.08, 0.75)}, "area"), ({"ratio": (0.8, 1.25)}, "aspect")],

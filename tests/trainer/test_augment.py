@@ -19,6 +19,8 @@ from shards.errors import TicketSetError
 from trainer.data.augment import ColorAugment, erase, erasing_box, seeded
 from trainer.families.patches import gather_patches, patchify
 
+pytestmark = pytest.mark.slow
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 DEIT = "rand-m9-mstd0.5-inc1"
 GEOMETRIC = ("Rotate", "Shear", "Translate")

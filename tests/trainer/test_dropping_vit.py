@@ -17,6 +17,8 @@ from trainer.families.dropping import FUSED, DroppingViT, keep_rate_at
 from trainer.families.patches import patchify
 from trainer.families.vit import TicketViT
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = (1, 3, 4)
 
 

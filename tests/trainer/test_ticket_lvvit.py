@@ -15,6 +15,8 @@ from trainer.families.lvvit import TicketLVViT, blank_unused, sources, ticket_ta
 from trainer.families.lvvit_model import LVViT
 from trainer.families.patches import gather_patches, patchify
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
 GRID, N, K, B, C = (4, 4), 16, 7, 4, 5
 MODES = ("late", "early")

@@ -381,6 +381,7 @@ def mutated(folder: Path, rng: np.random.Generator) -> str:
     return f"{name}: bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_a_runs_files_hold_ends_in_a_verdict_or_a_line(tmp_path: Path, seed: int) -> None:
     """Mutations of one run among sound ones: never a traceback, nothing that acts on a terminal."""
