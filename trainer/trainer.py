@@ -19,6 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from tqdm import tqdm
 
+from miner.models import choose_device
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from trainer.costs import costs
@@ -43,7 +44,7 @@ class Trainer:
         recipe: all settings.
         hooks: called at fixed places, see `trainer.hooks`; the average and the falling keep rate that the recipe asks for
             come before them.
-        rank: this process among those of the run.
+        rank: this process among those of the run, `Rank.start()` under torchrun; None: it is alone.
         stop: gives a signal's number once this process is asked to stop, else 0.
         trained: it is only tested, so that the weights it starts from must be whole.
     Attributes:
@@ -65,7 +66,8 @@ class Trainer:
         stop: Callable[[], int] | None = None,
         trained: bool = False,
     ) -> None:
-        self.opened, self.recipe, self.rank, self._stop = opened, recipe, rank or Rank(), stop
+        self.opened, self.recipe, self._stop = opened, recipe, stop
+        self.rank = rank or Rank(device=choose_device(recipe.machine.device, ("cuda", "cpu")))
         optimization, machine, tickets = recipe.optimization, recipe.machine, recipe.tickets
         torch.manual_seed(machine.seed)  # for the student's first weights; steps seed themselves by their place
         self.student = build_student(opened, recipe.model, tickets, recipe.dropping, trained).to(self.rank.device)
