@@ -209,6 +209,8 @@ def test_the_dataset_needs_no_more_than_a_set(opened):
         ({"keep_rate": 0.5}, "`keep_rate`: of a selector"),
         ({"epochs": 0}, "`epochs` 0: "),
         ({"opt": "nosuch"}, "`opt` nosuch"),
+        ({"device": "nosuch"}, "`device` nosuch"),
+        ({"token": 5}, "no such setting: token; near: tokens"),
     ],
 )
 def test_errors_name_fields(opened, settings, said):
