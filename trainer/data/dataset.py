@@ -124,7 +124,7 @@ class TicketDataset(Dataset[Batch]):
     erase int64 [B, 4]. A step is `micro_batches` of them: ranks times accumulation steps.
 
     Args:
-        opened: the set, or `Rows` of it.
+        opened: the set.
         split: its split.
         tickets: which patches of which views.
         augment: what is done to pixels.
@@ -173,10 +173,6 @@ class TicketDataset(Dataset[Batch]):
 
     def _check(self, opened: TicketSet, split: str) -> None:
         repeats, augment = self.tickets.repeats, self.augment
-        if self.tokens > math.prod(self.views.at(False)[1]):
-            raise TicketSetError(
-                f"`tokens` {self.tokens}: expected at most {opened.num_patches}, the patches of a view"
-            )
         if len(self.rows) < repeats:
             raise TicketSetError(f"`repeats` {repeats}: split {split} has only {len(self.rows)} images")
         views = max(1, opened.manifest.splits[split].views - 1)
