@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import miner.selectors
 from conftest import SELECTOR, mine
 from miner.drop import default_blocks, keep_counts, keep_counts_for
-from miner.models import build_vit, load_weights, patch_size_of, state_hash
+from miner.models import build_vit, load_weights, meta_model, patch_size_of, state_hash
 from miner.selectors import METHODS, Selector, create_selector, register_method
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -574,8 +574,9 @@ def reference_state(seed: int = 3) -> dict[str, Tensor]:
 def test_a_patch_14_vit_serves_a_14x14_grid_at_196_px(tmp_path: Path) -> None:
     name = "vit_small_patch14_dinov2"
     assert patch_size_of(name) == 14 and patch_size_of("deit_small") == 16
-    with torch.device("meta"):
-        shapes = timm.create_model(name, num_classes=0).state_dict()  # 518 px: 37x37 position embeddings
+    shapes = meta_model(
+        lambda: timm.create_model(name, num_classes=0)
+    ).state_dict()  # 518 px: 37x37 position embeddings
     state = {k: torch.randn(v.shape) * 0.02 for k, v in shapes.items()}
     model = build_vit(name, (14, 14), saved(tmp_path / "w.pth", state))
     assert model.patch_embed.img_size == (196, 196) and model.patch_embed.grid_size == (14, 14)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from conftest import mine
+from miner.models import meta_model
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import Rows
@@ -20,7 +21,7 @@ from trainer.cli import main
 from trainer.engine import Stopped
 from trainer.families.hiera import TicketHiera
 from trainer.families.patches import patchify
-from trainer.families.registry import FAMILIES, family_of, feed_of
+from trainer.families.registry import FAMILIES, Family, family_of, feed_of
 from trainer.families.swin import TicketSwin
 from trainer.families.zero import TicketZero
 from trainer.trainer import Trainer
@@ -115,17 +116,20 @@ def test_families_are_told_by_timms_class():
         "hiera_tiny_224": "Hiera",
     }
     assert [family.timm_class for family in FAMILIES] == list(names.values())
-    with torch.device("meta"):
-        for name, timm_class in names.items():
-            assert family_of(timm.create_model(name)).timm_class == timm_class
-        for name in ("resnet50_clip", "convmixer_768_32", "resnest14d", "vgg11", "convnext_atto", "tf_efficientnet_b0"):
-            assert family_of(timm.create_model(name)).name == "CNNs"
-        for name in ("mixer_s32_224", "xcit_nano_12_p16_224", "gmlp_ti16_224"):
-            with pytest.raises(TicketSetError, match="cannot take tickets. What can, and its `feed`: LV-ViT"):
-                family_of(timm.create_model(name))
+
+    def family(name: str) -> Family:
+        return family_of(meta_model(lambda: timm.create_model(name)))
+
+    for name, timm_class in names.items():
+        assert family(name).timm_class == timm_class
+    for name in ("resnet50_clip", "convmixer_768_32", "resnest14d", "vgg11", "convnext_atto", "tf_efficientnet_b0"):
+        assert family(name).name == "CNNs"
+    for name in ("mixer_s32_224", "xcit_nano_12_p16_224", "gmlp_ti16_224"):
+        with pytest.raises(TicketSetError, match="cannot take tickets. What can, and its `feed`: LV-ViT"):
+            family(name)
     resnet = timm.create_model("test_resnet")
     assert feed_of(resnet, None) == ("zero", TicketZero)
-    with pytest.raises(TicketSetError, match="--feed tokens: CNNs take zero"):
+    with pytest.raises(TicketSetError, match="`feed` tokens: CNNs take zero"):
         feed_of(resnet, "tokens")
     for other in ("mixer_b32_224", "xcit_nano_12_p16_224", "coat_lite_tiny"):
         with pytest.raises(

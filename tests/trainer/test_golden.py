@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 
 from training import train
 
@@ -37,6 +38,9 @@ def close(found: list[float], written: list[float]) -> bool:
     return found == pytest.approx(written, rel=1e-4)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31), reason="older timm draws other first weights"
+)
 def test_the_losses_of_twenty_steps_are_those_written_down(center_set, tmp_path):
     steps, trained, tested = losses(center_set, tmp_path)
     assert close(trained, TRAINED), trained

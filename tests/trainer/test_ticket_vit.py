@@ -84,6 +84,8 @@ def test_a_subset_and_its_gradients_equal_selection_after_the_position_embedding
 
 @pytest.mark.parametrize("name", EVAS)
 def test_rope_models_follow_the_places(name):
+    if not timm.is_model(name):
+        pytest.skip("a newer timm's")
     torch.manual_seed(0)
     size = 42 if "patch14" in name else 48
     model = timm.create_model(name, img_size=size, embed_dim=48, depth=2, num_heads=2, num_classes=5).double().eval()
