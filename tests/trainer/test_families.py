@@ -133,7 +133,7 @@ def test_families_are_told_by_timms_class():
         feed_of(resnet, "tokens")
     for other in ("mixer_b32_224", "xcit_nano_12_p16_224", "coat_lite_tiny"):
         with pytest.raises(
-            TicketSetError, match=r"cannot take tickets\. What can, and its --feed: .*Swin: small-dense"
+            TicketSetError, match=r"cannot take tickets\. What can, and its `feed`: .*Swin: small-dense"
         ):
             family_of(timm.create_model(other, num_classes=3))
 
