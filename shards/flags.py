@@ -15,6 +15,7 @@ An error names a field in backquotes, `hflip`; `shards.console.reports_errors` t
 
 import contextlib
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -177,21 +178,29 @@ def _parsing(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Para
     return callback
 
 
+# What a value of a type is. A program's value is kept as it is, so that "3" is no number though click would read it as one.
+_TYPES: dict[Any, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+}
+
+
 def _check(field: Any, hint: Any, value: Any) -> None:
     said, origin = field.metadata, typing.get_origin(hint)
-    if value is None:
+    if value is None or said["parse"]:
         return
-    if origin is typing.Literal:
-        kind: Any = click.Choice(typing.get_args(hint))
-    elif hint is bool:
-        kind = click.BOOL
-    elif said["parse"] or hint is str:
-        return
-    else:
-        kind = said["kind"] or click.types.convert_type(typing.get_args(hint)[0] if origin is tuple else hint)
-    try:
-        for one in value if origin is tuple else (value,):
-            kind.convert(one, None, None)
-    except (click.BadParameter, TypeError) as error:
-        said = error.message if isinstance(error, click.BadParameter) else str(error)
-        raise TicketSetError(f"`{field.name}` {value!r}: {said}") from None
+    if origin is tuple and not isinstance(value, tuple):
+        raise TicketSetError(f"`{field.name}` {value!r}: expected a tuple")
+    item = typing.get_args(hint)[0] if origin is tuple else str if origin is typing.Literal else hint
+    kind = click.Choice(typing.get_args(hint)) if origin is typing.Literal else said["kind"]
+    wanted, words = _TYPES[item]
+    for one in value if origin is tuple else (value,):
+        if not isinstance(one, wanted) or (isinstance(one, bool) and item is not bool):
+            raise TicketSetError(f"`{field.name}` {value!r}: expected {words}")
+        try:
+            if kind is not None:
+                kind.convert(one, None, None)
+        except click.BadParameter as error:
+            raise TicketSetError(f"`{field.name}` {value!r}: {error.message}") from None

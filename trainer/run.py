@@ -162,7 +162,7 @@ def test(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
         mix_token=False,
         model_ema=False,
     )
-    trainer = Trainer(opened, recipe, rank=rank, trained=content is None)
+    trainer = Trainer(opened, recipe, rank=rank, trained=True)
     if newest is not None and content is not None:
         checkpoint.restore_weights(newest, content, trainer)
     report(trainer.state, trainer.evaluate(trainer.protocols)[0])

@@ -94,11 +94,28 @@ def test_help_shows_bounds_defaults_and_metavars():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("share", 2.0), ("share", "much"), ("count", 0), ("how", "move"), ("scale", (1.0, -1.0)), ("loud", "x")],
+    [
+        ("share", 2.0),
+        ("share", "much"),
+        ("count", 0),
+        ("how", "move"),
+        ("scale", (1.0, -1.0)),
+        ("loud", "x"),
+        ("loud", "no"),
+        ("average", 1),
+        ("count", "3"),
+        ("count", True),
+        ("count", 2.0),
+        ("share", "0.5"),
+        ("how", 1),
+        ("split", "train"),
+        ("split", (1,)),
+        ("data", 5),
+    ],
 )
 def test_a_value_that_a_field_does_not_take_is_refused_in_a_program_too(name, value):
     with pytest.raises(TicketSetError, match=f"^`{name}` "):
-        Small("x", **{name: value})
+        Small(**{"data": "x", name: value})
 
 
 def test_errors_name_fields_in_programs_and_flags_on_the_command_line():

@@ -116,6 +116,14 @@ def test_a_library_call_trains_the_commands_weights_and_writes_its_folder(opened
     assert set(results) == {"tickets", "all", "random"}
 
 
+def test_a_call_never_writes_over_a_run_that_is_there(opened, tmp_path):
+    trainer(opened, RunFolder(tmp_path / "run"), epochs=1, warmup_epochs=0).fit()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(TicketSetError, match="run: a run is there already; restore its checkpoint"):
+        trainer(opened, RunFolder(tmp_path / "run"), epochs=1, warmup_epochs=0, seed=1).fit()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
 def test_without_hooks_nothing_is_written_and_the_weights_are_the_same(opened, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained = trainer(opened)

@@ -46,7 +46,7 @@ class RunFolder(Hook):
     """The files of one run, written by rank 0; a run that goes on keeps its args.yaml.
 
     Args:
-        path: of its folder, made where it is missing.
+        path: of its folder, made where it is missing; one with a run in it only goes on from a checkpoint.
         output: what else args.yaml holds.
         claim: a hold on the folder, where there is one to be made or kept, see `Claim`.
     """
@@ -61,7 +61,11 @@ class RunFolder(Hook):
         self.path = trainer.rank.on_first(lambda: self._open(trainer))
 
     def _open(self, trainer: "Trainer") -> Path:
-        if self._claim is None:
+        if self._claim is None:  # a program's; the command has looked before
+            if not trainer.updates and self.path.is_dir() and _is_begun(self.path):
+                raise TicketSetError(
+                    f"{self.path}: a run is there already; restore its checkpoint, or name another folder"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
         elif self._claim.path is None:
             self.path = self._claim.make(self.path, named=bool(self._output.experiment or self._output.resume))
