@@ -121,7 +121,7 @@ def test_unmasked_epochs_and_the_resized_control_train(tickets, tmp_path):
     output = train(tickets, tmp_path, "resize", "--resize-to-tokens", "--tokens", 9, "--epochs", 1).output
     assert "whole views, resized: 9 of 16 tokens" in output
     refused = train(tickets, tmp_path, "odd", "--resize-to-tokens", code=1).output
-    assert "8 is not a square, so that many patches fill no image; use --tokens 4 or 9" in refused
+    assert "8 is not a square; use --tokens 4 or 9" in refused
 
 
 def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):

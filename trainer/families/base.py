@@ -115,7 +115,5 @@ def square_side(tokens: int, num_patches: int, what: str) -> int:
     if side * side != tokens:
         low = int(tokens**0.5)
         near = [str(m * m) for m in (low, low + 1) if m and m * m <= num_patches]
-        raise TicketSetError(
-            f"{what}: {tokens} is not a square, so that many patches fill no image; use `tokens` {' or '.join(near)}"
-        )
+        raise TicketSetError(f"{what}: {tokens} is not a square; use `tokens` {' or '.join(near)}")
     return side
