@@ -71,7 +71,8 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
         folder = Path(setting.work, "mined")
         folder.mkdir()
         write_plan(folder, plan, source, "cpu")
-        mine_shards(Job(plan, source, folder, selection, Labeling(), geometry, machine), plan.shards(), producers)
+        job = Job(plan, source, folder, selection, Labeling(), geometry, machine, Output("mined"))
+        mine_shards(job, plan.shards(), producers)
         shutil.rmtree(folder)
         return total
 

@@ -2,7 +2,8 @@
 
 threads: source.read -> store_image -> render_pixels          miner.reading, a bounded number of images ahead
 main:    batches of views -> device -> producers -> host      batches never cross a shard
-thread:  encode -> tar -> parquet -> JSON                     miner.writer, one shard behind another
+threads: encode                                               miner.writer, beside the device's work
+thread:  tar -> parquet -> JSON                               one shard behind another
 """
 
 import collections
@@ -17,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miner.batcher import Batcher
-from miner.producers import Producer, build_producers
+from miner.producers import Producer, build_models, build_producers
 from miner.producers.producer import Image
 from miner.reading import Shard, read_ahead
-from miner.settings import Geometry, Labeling, Machine, Selection
+from miner.settings import Geometry, Labeling, Machine, Output, Selection
 from miner.sources import Source
 from miner.writer import Writer
 from shards.errors import TicketSetError
@@ -35,17 +36,19 @@ class Job:
         plan: of the whole folder.
         source: listed, with the plan's splits.
         folder: of the ticket set.
-        selection, labeling, geometry: the settings that the producers are built by.
+        selection, labeling, geometry, output: the settings that the producers are built by; no selection: the source's
+            rankings are kept.
         machine: its batch size is the plan's; a device and workers that are not named are chosen where the job arrives.
     """
 
     plan: Plan
     source: Source
     folder: Path
-    selection: Selection
+    selection: Selection | None
     labeling: Labeling
     geometry: Geometry
     machine: Machine
+    output: Output
 
     @property
     def workers(self) -> int:
@@ -60,7 +63,8 @@ class Job:
         """
         classes = tuple(self.source.classes)
         settings = self.selection, self.labeling, self.geometry, self.machine
-        producers = _built(*settings, classes, self.plan.plan_id)
+        models = _built(*settings, classes, self.plan.plan_id)
+        producers = build_producers(models, self.selection, self.output, self.geometry, self.source)
         for producer in producers:
             if producer.identity != getattr(self.plan.common, producer.name):
                 raise TicketSetError(
@@ -71,14 +75,14 @@ class Job:
 
 @functools.lru_cache(maxsize=1)
 def _built(
-    selection: Selection,
+    selection: Selection | None,
     labeling: Labeling,
     geometry: Geometry,
     machine: Machine,
     classes: tuple[str, ...],
     planned: str,  # files under the same names may hold other weights since, and the plan then says so
 ) -> tuple[Producer, ...]:
-    return build_producers(selection, labeling, geometry, machine, classes)
+    return build_models(selection, labeling, geometry, machine, classes)
 
 
 @dataclass
@@ -166,7 +170,7 @@ def mine_shards(
     progress = progress or Progress()
     to_read, to_mine = itertools.tee(shards)
     ahead = read_ahead(job.plan, job.source, producers, to_read, job.workers)
-    writer = Writer(job.plan, job.folder, producers)
+    writer = Writer(job.plan, job.folder, producers, job.workers)
     try:
         for split, number in to_mine:
             images = iter(functools.partial(next, ahead), None)  # up to the mark behind the shard's last
@@ -209,7 +213,7 @@ def _answered(images: Iterator[Image], producers: Sequence[Producer], progress: 
     and with it the bytes, whatever was mined before in this process.
     """
     unfinished: collections.deque[Image] = collections.deque()  # not yet given out
-    batchers = [Batcher(producer) for producer in producers]
+    batchers = [Batcher(producer) for producer in producers if producer.batch_size]
     while True:
         with progress.waiting("read"):
             image = next(images, None)

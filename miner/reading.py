@@ -16,8 +16,9 @@ from miner.plan import shard_rows
 from miner.producers.producer import Image, Producer
 from miner.sources import Source
 from shards.errors import ImageError, is_machine_error
-from shards.images import render_pixels, store_image
-from shards.schema import Plan
+from shards.images import render_pixels, resize_views, store_image
+from shards.ranked import Mosaic, decoded, statistics
+from shards.schema import Plan, PlanCommon
 from shards.views import image_views
 
 Shard = tuple[str, int]  # (split, number)
@@ -52,7 +53,16 @@ def read_ahead(
 def _two_batches(plan: Plan, split: str, producers: Sequence[Producer]) -> int:
     """Images that hold two batches of every producer: one on the device, one being gathered."""
     views = plan.splits[split].views
-    return max(-(-2 * p.batch_size // (1 if p.whole else views)) for p in producers)
+    return max(-(-2 * p.batch_size // (1 if p.whole else views)) for p in producers)  # of those that only encode: 0
+
+
+def _ranked_views(image: Image, pixels: np.ndarray, common: PlanCommon) -> np.ndarray:
+    """Render the views of a set of ranked views; gives them as they will be decoded, uint8 [V, S, S, 3]."""
+    assert common.ranked is not None
+    image.rendered = render_pixels(pixels, image.views, common.img_size)
+    shown = decoded(image.rendered, Mosaic.of(common), common.ranked.quality)
+    image.seen = [statistics(view) for view in shown]
+    return shown
 
 
 def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split: str, row: dict[str, Any]) -> Image:
@@ -69,11 +79,19 @@ def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split:
             drawn = said.scale, said.ratio, said.hflip
             views = image_views(common.seed, row["key"], said.views, width, height, *drawn)
         image.views = views
+        if common.ranked and not common.ranked.decoded:
+            assert source.rankings is not None
+            image.kept = source.rankings.read(row)
+        shown = _ranked_views(image, pixels, common) if common.ranked else None
         everything = np.array([[0, 0, height, width, 0]])
         for producer in producers:
-            if producer.size is not None:
-                boxes = everything if producer.whole else views
-                image.inputs[producer.name] = render_pixels(pixels, boxes, producer.size)
+            if producer.size is None:
+                continue
+            if producer.whole or shown is None:
+                inputs = render_pixels(pixels, everything if producer.whole else views, producer.size)
+            else:
+                inputs = resize_views(shown, producer.size)
+            image.inputs[producer.name] = inputs
     except (ImageError, OSError) as error:
         if is_machine_error(error):  # it would meet any file: nothing that a row should say
             raise

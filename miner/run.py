@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from miner.claim import Claim
 from miner.folder import check_ranks, check_target, remove_set, remove_temporary
 from miner.job import Job, mine_shards
 from miner.plan import base_link, check_unchanged, make_plan, shard_rows, write_plan
-from miner.producers import Producer, build_producers, check_settings, device_of
+from miner.producers import Producer, build_models, build_producers, check_settings, device_of
 from miner.progress import ProgressBar, show_plan, show_summary
 from miner.reading import Shard
 from miner.settings import GROUPS, Geometry, Inputs, Labeling, Machine, Output, Selection
@@ -49,18 +49,21 @@ def mine(
     folder = Path(output.out)
     source = open_source(inputs, geometry.seed)
     geometry = inherit(inputs, output, geometry, source, given)
-    check_settings(selection, labeling, output, machine)
-    device = device_of(selection, labeling, machine)
+    selects = None if keeps_rankings(output, selection, source, given) else selection
+    if selects:
+        check_settings(selects, labeling, output, machine)
+    device = device_of(selects, labeling, machine)
     batch_size = machine.batch_size or default_batch_size(output, device)
     machine = replace(machine, batch_size=batch_size)
     try:
-        producers = build_producers(selection, labeling, geometry, machine, tuple(source.classes))
+        loaded = build_models(selects, labeling, geometry, machine, tuple(source.classes))
+        producers = build_producers(loaded, selects, output, geometry, source)
         identities = {producer.name: producer.identity for producer in producers}
         plan = make_plan(source, inputs, output, geometry, identities, batch_size)
         folder.mkdir(parents=True, exist_ok=True)
         with Claim(folder) as claim, models.compiling():
             whole = settle(claim, output, plan, source, device)
-            job = Job(whole, source, folder, selection, labeling, geometry, machine)
+            job = Job(whole, source, folder, selects, labeling, geometry, machine, output)
             mine_missing(job, plan, producers, output, device)
     except torch.OutOfMemoryError as error:  # the device's; the host's is a MemoryError
         raise TicketSetError(f"`device` {device}: {first_line(error)} Take a smaller `batch_size`") from None
@@ -149,6 +152,12 @@ def inherit(inputs: Inputs, output: Output, geometry: Geometry, source: Source, 
                 f" leave it out"
             )
     return replace(geometry, **inherited)
+
+
+def keeps_rankings(output: Output, selection: Selection, source: Source, given: frozenset[str]) -> bool:
+    """Whether the rankings of a ticket set are kept: it is stored in ranked views, and no other selection was asked for."""
+    asked = selection != Selection() or given & {field.name for field in fields(Selection)}
+    return output.images == "ranked" and source.rankings is not None and not asked
 
 
 def default_batch_size(output: Output, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from shards.schema import MAX_SEED, MAX_SHARD_IMAGES, MAX_SIDE, MAX_STORE_SIDE, 
 
 TRAIN_VIEWS, OTHER_VIEWS = 16, 1
 DEFAULT_SELECTOR = "deit_small"
+DEFAULT_QUALITY = 90  # of ranked views
 NO_RANKINGS = "none"  # as a method: the set has token labels alone
 # A ticket set that is mined from decides these; of the second, giving the same again is no mistake.
 INHERITED, SIZES = frozenset(["inherited"]), frozenset(["size"])
@@ -58,9 +59,19 @@ class Output(Settings):
     """The ticket set that is written."""
 
     out: str = setting(metavar="DIR", help="Folder of the new ticket set; the same command again resumes it.")
-    images: Literal["copy", "link"] = setting(
+    images: Literal["copy", "link", "ranked"] = setting(
         "copy",
-        help="link: from a ticket set, write tickets only and leave the images there; copy: mine them into a whole set.",
+        help="copy: images and tickets; link: from a ticket set, tickets only, images stay there; ranked: views instead of images, patch by patch in ranked order, so that training reads no more than its tickets.",
+    )
+    quality: int | None = setting(
+        None, click.IntRange(1, 100), "JPEG quality of ranked views.", metavar="Q", shown=f"{DEFAULT_QUALITY}"
+    )
+    store_tokens: int | None = setting(
+        None,
+        click.IntRange(min=1),
+        "Best patches stored of each ranked view, rounded up to whole rows; training on others is then no more possible.",
+        metavar="K",
+        shown="all",
     )
     shard_size: int = setting(
         1000, click.IntRange(1, MAX_SHARD_IMAGES), "Images in a shard.", metavar="N", marks=INHERITED
@@ -73,6 +84,11 @@ class Output(Settings):
         super().__post_init__()
         if not self.out:
             raise TicketSetError("`out`: expected a name, got an empty one")
+        for name in ("quality", "store_tokens"):
+            if getattr(self, name) is not None and self.images != "ranked":
+                raise TicketSetError(
+                    f"`{name}`: of ranked views; expected `images` ranked beside it, got {self.images}"
+                )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The last leg of a shard: images that are done -> tar, parquet, JSON, in a thread of its own."""
+"""The last legs of a shard: images that are done are encoded by threads; one more writes them: tar, parquet, JSON."""
 
 import contextlib
 import queue
@@ -9,7 +9,7 @@ from typing import Any
 
 from miner.plan import check_unchanged
 from miner.producers.producer import Image, Producer
-from shards.sample import encode_image
+from shards.sample import Encoded, encode_image
 from shards.schema import Plan, ShardStats
 from shards.writer import ShardWriter
 
@@ -21,10 +21,17 @@ class Writer:
     """A thread that writes shards in the order they are given; at most WAITING_IMAGES wait for it.
 
     While it commits one shard, the images of the next may be given.
+
+    Args:
+        plan: of the folder.
+        folder: of the ticket set.
+        producers: each encodes its members.
+        workers: threads that encode.
     """
 
-    def __init__(self, plan: Plan, folder: Path, producers: Sequence[Producer]) -> None:
+    def __init__(self, plan: Plan, folder: Path, producers: Sequence[Producer], workers: int) -> None:
         self._plan, self._folder, self._producers = plan, folder, producers
+        self._encoders = ThreadPoolExecutor(workers, "encode")
         self._queue: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
         self._thread = ThreadPoolExecutor(1, "write")
         self._shards: list[Future[ShardStats]] = []
@@ -38,7 +45,7 @@ class Writer:
 
     def add(self, image: Image) -> None:
         """Give the next image of the shard."""
-        self._put(image)
+        self._put(self._encoders.submit(self._encode, image))
 
     def commit(self, timing: dict[str, float]) -> None:
         """Say that the shard is whole."""
@@ -56,6 +63,7 @@ class Writer:
         # Not shutdown alone: a join that a second Ctrl-C interrupts takes a running thread for dead (Python 3.11).
         wait(self._shards)
         self._thread.shutdown()
+        self._encoders.shutdown(cancel_futures=True)
 
     def _put(self, item: Any) -> None:
         while True:
@@ -79,24 +87,28 @@ class Writer:
                 while (item := self._queue.get()) is not _END:
                     if item is _ABORT:
                         raise RuntimeError("aborted")
-                    self._add(shard, item)
+                    row, encoded = item.result()
+                    if isinstance(encoded, str):
+                        shard.add_failure(row, encoded)
+                    else:
+                        members, columns = encoded
+                        shard.add(row | columns, members)
                 check_unchanged(self._folder, split, plan_id)
                 return shard.commit(timing)
         except BaseException as error:
             self._error = self._error or error
             raise
 
-    def _add(self, shard: ShardWriter, image: Image) -> None:
+    def _encode(self, image: Image) -> tuple[dict[str, Any], Encoded | str]:
+        """What the row says of any input; and members with further columns, or why it failed."""
         said = image.row
         row = {field: said[field] for field in ("key", "source", "label")}
         row |= {"source_bytes": said["size"], "k": self._plan.common.k}
         if image.error is not None:
-            shard.add_failure(row, image.error)
-            return
+            return row, image.error
         members, columns = encode_image(said["label"], image.stored, self._plan.common.images == "copy")
-        row |= columns
         for producer in self._producers:
-            own, columns = producer.encode(image, image.answers[producer.name])
+            own, further = producer.encode(image, image.answers.get(producer.name, []))
             members |= own
-            row |= columns
-        shard.add(row, members)
+            columns |= further
+        return row, (members, columns)

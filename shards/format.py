@@ -1,12 +1,14 @@
-"""Format 1.1 of a ticket set: names, versions, dtypes, and the bytes of its members.
+"""Format 1.2 of a ticket set: names, versions, dtypes, and the bytes of its members.
 
-A sample of `train-000000.tar` is these tar members, sorted by name (docs/FORMAT.md draws the bytes):
+A sample of `train-000000.tar` is these tar members in this order (docs/FORMAT.md draws the bytes):
 
     KEY.cls           ASCII digits, the label; absent where the image has none
-    KEY.jpg|png|webp  the image; absent in a linked set
+    KEY.jpg|png|webp  the image; absent in a linked set and in one of ranked views
     KEY.labels.npy    [2, T, G, G] uint16, token labels (`shards.token_labels`); only since 1.1, only where they were mined
     KEY.ranking.npy   [V, N] uint8 (uint16 where N > 256), most informative patch first
     KEY.views.npy     [V, 5] int32, columns VIEW_COLUMNS
+    KEY.ranked.bin    the views themselves, patch by patch in ranked order (`shards.ranked`); only since 1.2, and last, so
+                      that all it takes to read a part of it stands before
 
 Every JSON file is written by `canonical_json`, so that equal contents are equal bytes.
 """
@@ -25,8 +27,9 @@ import numpy as np
 from shards.errors import TicketSetError, first_line
 
 KIND = "datalth-ticket-set"
-FORMAT = (1, 1)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
-PLAIN_FORMAT = (1, 0)  # what a set without token labels is written as
+FORMAT = (1, 2)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
+# What a set is written as that holds nothing newer.
+PLAIN_FORMAT, TOKEN_LABELS_FORMAT = (1, 0), (1, 1)
 
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
@@ -35,7 +38,8 @@ OPEN_CLIP_SIZES = "sizes.json"
 INDEX = "index"
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
-RANKING, VIEWS, LABEL, TOKEN_LABELS = "ranking.npy", "views.npy", "cls", "labels.npy"
+RANKING, VIEWS, LABEL, TOKEN_LABELS, RANKED = "ranking.npy", "views.npy", "cls", "labels.npy", "ranked.bin"
+PIXEL_MEMBERS = (*IMAGE_MEMBERS, RANKED)
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip")
 
 

@@ -82,6 +82,20 @@ def decode(data: bytes, exif: str = "ignore") -> np.ndarray:
     return _rgb(*_loaded(data), exif) if pixels is None else pixels
 
 
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] of a baseline JPEG of three colors whose header was checked: the same by Pillow and simplejpeg.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    decoder = _simplejpeg()
+    with _decoding():
+        if decoder is not None:
+            pixels: np.ndarray = decoder.decode_jpeg(data)
+            return pixels
+        return np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]))
+
+
 def render_view(image: bytes, view: np.ndarray, size: int, exif: str) -> np.ndarray:
     """The pixels of one view of a stored image.
 
@@ -126,6 +140,13 @@ def render_pixels(pixels: np.ndarray, views: np.ndarray, size: int) -> np.ndarra
         # torch turns channels-last rows round ten times as fast as numpy copies a view with a negative stride.
         slot[:] = (resized.flip(2) if flip else resized).permute(1, 2, 0).numpy()
     return out
+
+
+def resize_views(views: np.ndarray, size: int) -> np.ndarray:
+    """Whole views uint8 [V, S, S, 3] at another size: uint8 [V, size, size, 3]; as they are where it is the same."""
+    side = views.shape[1]
+    whole = np.array([[0, 0, side, side, 0]])
+    return views if size == side else np.concatenate([render_pixels(view, whole, size) for view in views])
 
 
 @functools.cache

@@ -20,9 +20,10 @@ from shards import format as fmt
 from shards import schema, storage
 from shards.errors import TicketSetError
 from shards.index import read_index
-from shards.sample import Row, Sample, decode, decode_token_labels
+from shards.ranked import Mosaic, Ranked
+from shards.sample import Row, Sample, bytes_before_views, decode, decode_token_labels
 from shards.schema import Manifest
-from shards.tar import split_members
+from shards.tar import member_places, split_members
 
 INDEXED = ["key", "label", "height", "width", "source", "offset", "bytes"]  # columns that `joined` hands on
 EXTENTS = ("offset", "bytes", "base_offset", "base_bytes", "labels_offset", "labels_bytes")
@@ -303,6 +304,8 @@ class SampleReader:
             TicketSetError: as `open`, or a tar is not what the index says.
         """
         opened, base = self._set, self._set.base
+        if opened.manifest.ranked:
+            return self._read_ranked(name, row)
         members, where = self._members(opened, name, row, 0)
         pictured: dict[str, bytes] | None = members
         if base is not None:
@@ -317,6 +320,30 @@ class SampleReader:
             assert held is not None
             labels = decode_token_labels(self._labels.manifest, held, place)
         return decode(row, opened.manifest, name.rpartition("-")[0], members, pictured, labels, where)
+
+    def _read_ranked(self, name: str, row: Row) -> Sample:
+        """One sample of ranked views: what stands before them is read now, views when they are asked for."""
+        opened, (offset, size) = self._set, row.extents[:2]
+        tar, url = self._open(opened, name)
+        where, split = f"{url}: {row.key}", name.rpartition("-")[0]
+        before = min(size, bytes_before_views(opened.manifest, split, row.label is not None))
+        data = tar.read(offset, before)
+        places = member_places(data, row.key, url, size)
+        members = {member: data[start : start + length] for member, (start, length) in places.items()}
+        if fmt.RANKED not in places:
+            raise TicketSetError(f"{where}: expected ranked views last, got {sorted(places)}")
+        start, length = places[fmt.RANKED]
+        first = offset + start
+        count = opened.manifest.splits[split].views
+        read = lambda at, size: tar.read(first + at, size)
+        views = Ranked(Mosaic.of(opened.manifest), data[start:], count, length, read, where)
+        labels = None
+        if self._labels is not None:
+            held, place = members, where
+            if self._labels is self._link:
+                held, place = self._members(self._link, name, row, 4)
+            labels = decode_token_labels(self._labels.manifest, held, place)
+        return decode(row, opened.manifest, split, members, members, labels, where, views)
 
     def _members(self, opened: TicketSet, name: str, row: Row, at: int) -> tuple[dict[str, bytes], str]:
         """The members of a sample in one of its tars, and where they are, for errors. `at`: place of the extent."""

@@ -3,11 +3,13 @@
     KEY.cls, KEY.jpg|png|webp   encode_image         label, width, height, source_*, orientation, transcoded
     KEY.ranking.npy, .views.npy encode_tickets       ticket
     KEY.labels.npy              encode_token_labels
+    KEY.ranked.bin              encode_ranked
 
 Each gives (members, columns of the row). A set may come from anywhere, so `decode` takes nothing on trust.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,10 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shards import format as fmt
-from shards import images, token_labels
+from shards import images, ranked, token_labels
 from shards.errors import ImageError, TicketSetError
 from shards.images import StoredImage
+from shards.ranked import Mosaic, Ranked, Statistics
 from shards.schema import Manifest
+from shards.tar import BLOCK
 
 Encoded = tuple[dict[str, bytes], dict[str, Any]]  # members by name, columns of the row
 
@@ -47,7 +51,7 @@ class Sample:
 
     Attributes:
         key: of the sample.
-        image: encoded, as stored.
+        image: encoded, as stored; empty where there are ranked views instead.
         label: class index; None where the image has none.
         views: int32 [V, 5], columns top, left, height, width, flip.
         rankings: [V, N] patch indices, most informative first; [V, 0] where the set holds token labels alone.
@@ -55,6 +59,8 @@ class Sample:
         size: height and width of the image in the frame that boxes refer to.
         exif: "ignore" or "apply": which frame that is.
         token_labels: uint16 [2, T, G, G] as `shards.token_labels` says; None where neither set nor base has them.
+        ranked: its views, patch by patch in the order of `rankings`, read when they are asked for; None where there is an
+            image instead.
     """
 
     key: str
@@ -66,6 +72,7 @@ class Sample:
     size: tuple[int, int]
     exif: str
     token_labels: np.ndarray | None = None
+    ranked: Ranked | None = None
 
     @property
     def tickets(self) -> np.ndarray:
@@ -77,7 +84,12 @@ class Sample:
 
         Raises:
             ImageError: it cannot be decoded, or is not of the size that the index says.
+            TicketSetError: the set holds ranked views, and no image.
         """
+        if self.ranked is not None:
+            raise TicketSetError(
+                f"{self.key}: expected an image, got a sample of ranked views, which are all that is kept of it"
+            )
         pixels = images.decode(self.image, self.exif)
         if pixels.shape[:2] != self.size:
             (height, width), found = self.size, pixels.shape
@@ -94,8 +106,14 @@ class Sample:
             uint8 [S, S, 3], or [n, S, S, 3] of n numbers.
         Raises:
             ImageError: as `pixels`.
+            TicketSetError: a ranked view that is not whole, or damaged.
         """
-        rendered = images.render_pixels(self.pixels(), self.views[np.atleast_1d(views)], size)
+        numbers = np.atleast_1d(views)
+        if self.ranked is None:
+            rendered = images.render_pixels(self.pixels(), self.views[numbers], size)
+        else:  # of another size than the set's they are resized a second time
+            stored = np.stack([self.ranked.view(int(number), self.rankings[number]) for number in numbers])
+            rendered = images.resize_views(stored, size)
         return rendered[0] if np.ndim(views) == 0 else rendered
 
 
@@ -128,6 +146,26 @@ def encode_tickets(views: np.ndarray, rankings: np.ndarray, k: int) -> Encoded:
     return members, {"ticket": fmt.pack_ticket(rankings[0, :k], n)}
 
 
+def encode_ranked(
+    views: np.ndarray, rankings: np.ndarray, seen: list[Statistics], mosaic: Mosaic, quality: int
+) -> Encoded:
+    """Ranked views instead of an image; see `shards.ranked.encode`."""
+    return {fmt.RANKED: ranked.encode(views, rankings, seen, mosaic, quality)}, {}
+
+
+def bytes_before_views(manifest: Manifest, split: str, labeled: bool) -> int:
+    """Bytes of a sample of ranked views up to the first view: all but the views themselves."""
+    count = manifest.splits[split].views
+    sizes = [1] if labeled else []
+    array = 128  # of a .npy header
+    sizes += [array + count * manifest.num_patches * fmt.ranking_dtype(manifest.num_patches).itemsize]
+    sizes += [array + count * 4 * len(fmt.VIEW_COLUMNS)]
+    if manifest.token_labels:
+        shape = token_labels.shape(len(manifest.classes), manifest.token_labels.grid[0])
+        sizes += [array + 2 * math.prod(shape)]
+    return sum(BLOCK + -(-size // BLOCK) * BLOCK for size in sizes) + BLOCK + count * Mosaic.of(manifest).entry.itemsize
+
+
 def encode_token_labels(probabilities: np.ndarray, classes: np.ndarray) -> Encoded:
     """Token labels, from float and int [T, G, G], likeliest first."""
     return {fmt.TOKEN_LABELS: token_labels.encode(probabilities, classes)}, {}
@@ -141,6 +179,7 @@ def decode(
     pictured: dict[str, bytes] | None,
     labels: np.ndarray | None,
     where: str,
+    views_in_order: Ranked | None = None,
 ) -> Sample:
     """A sample from its members.
 
@@ -152,11 +191,16 @@ def decode(
         pictured: of the tar that holds its image; None where a linked set was opened without images.
         labels: its token labels, by `decode_token_labels`.
         where: for errors.
+        views_in_order: its ranked views, in a set of those.
     Raises:
         TicketSetError: a member is missing, or is not what manifest and index say: rankings that are no
             permutations, boxes outside the image, another label.
     """
-    image = b"" if pictured is None else next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
+    image = (
+        b""
+        if pictured is None or manifest.ranked
+        else next((pictured[m] for m in fmt.IMAGE_MEMBERS if m in pictured), None)
+    )
     # A set of token labels alone has no boxes of its own: those of its base are the same.
     boxes = (members if manifest.k or pictured is None else pictured).get(fmt.VIEWS)
     ranking = members.get(fmt.RANKING) if manifest.k else b""
@@ -175,7 +219,7 @@ def decode(
     else:
         rankings = np.empty((count, 0), np.uint8)
     size = (row.height, row.width)
-    return Sample(row.key, image, row.label, views, rankings, manifest.k, size, manifest.exif, labels)
+    return Sample(row.key, image, row.label, views, rankings, manifest.k, size, manifest.exif, labels, views_in_order)
 
 
 def decode_token_labels(manifest: Manifest, members: dict[str, bytes], where: str) -> np.ndarray:

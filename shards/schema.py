@@ -106,6 +106,23 @@ class LabelerIdentity(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankedViews(Record):
+    """How views are stored patch by patch; see `shards.ranked`.
+
+    Attributes:
+        quality: of the JPEGs.
+        tokens: patches stored of each view, whole rows of the mosaic; N where nothing is cut off.
+        cell: pixels a side of a patch's place in the mosaic.
+        decoded: the selector saw the views as they are stored; else rankings were kept that a set had already.
+    """
+
+    quality: Annotated[int, checks.integer(1, 100)]
+    tokens: Annotated[int, checks.integer(1, 65536)]
+    cell: Annotated[int, checks.integer(1, MAX_SIDE)]
+    decoded: Annotated[bool, checks.one_of(True, False)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting(Record):
     """What plan and manifest both say.
 
@@ -119,6 +136,7 @@ class Setting(Record):
         store_side: pixels of an image's short side, to which larger ones were made smaller.
         seed: of views and order.
         token_labels: who made them; None where there are none.
+        ranked: how views are stored instead of images; None where they are not.
     """
 
     selector: SelectorIdentity
@@ -130,6 +148,7 @@ class Setting(Record):
     store_side: Annotated[int | None, checks.or_null(checks.integer(1, MAX_STORE_SIDE))]
     seed: Annotated[int, checks.integer(0, MAX_SEED)]
     token_labels: Annotated[LabelerIdentity | None, LabelerIdentity.parse] = None
+    ranked: Annotated[RankedViews | None, RankedViews.parse] = None
 
     @property
     def num_patches(self) -> int:
@@ -148,6 +167,13 @@ class Setting(Record):
             )
         if self.k > n:
             raise TicketSetError(f"{where}: k: expected at most {n}, the patches of a view, got {self.k}")
+        ranked = self.ranked
+        if ranked and not (self.k <= ranked.tokens <= n and ranked.tokens % self.grid[1] == 0):
+            raise TicketSetError(
+                f"{where}: ranked: tokens: expected K = {self.k} to N = {n} in rows of {self.grid[1]}, got {ranked.tokens}"
+            )
+        if ranked and not (self.k and self.patch_size <= ranked.cell < self.patch_size + 8 and ranked.cell % 8 == 0):
+            raise TicketSetError(f"{where}: ranked: cell: expected blocks of 8 px round a patch, got {ranked.cell}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +201,7 @@ class PlanCommon(Setting):
         algorithm: raised when the same options give other bytes.
         crop_pct: of view 0.
         interpolation: of views.
-        images: "copy" or "link".
+        images: "copy", "link" or "ranked".
         val_share: of train, for a val split that the source lacks.
         batch_size: views a batch.
         base: set_id of the ticket set that was the source.
@@ -185,7 +211,7 @@ class PlanCommon(Setting):
     algorithm: Annotated[int, checks.integer(1, 1 << 31)]
     crop_pct: Annotated[float, checks.number(0, 1)]
     interpolation: Annotated[str, checks.text(100)]
-    images: Annotated[str, checks.one_of("copy", "link")]
+    images: Annotated[str, checks.one_of("copy", "link", "ranked")]
     val_share: Annotated[float, checks.number(0, 1)]
     batch_size: Annotated[int, checks.integer(1, 1 << 31)]
     base: Annotated[str | None, checks.or_null(_ID)]
@@ -244,7 +270,8 @@ class Plan(Record):
     @classmethod
     def of(cls, common: PlanCommon, splits: dict[str, PlanSplit]) -> "Plan":
         """The plan of some splits, whose plan_ids are set."""
-        version = fmt.FORMAT if common.token_labels else fmt.PLAIN_FORMAT
+        version = fmt.TOKEN_LABELS_FORMAT if common.token_labels else fmt.PLAIN_FORMAT
+        version = fmt.FORMAT if common.ranked else version
         return cls(format=version, plan_id=plan_identity(splits), common=common, splits=splits)
 
     def shards(self) -> list[tuple[str, int]]:
@@ -261,7 +288,7 @@ class Counts(Record):
         samples: inputs that succeeded.
         failed: inputs that did not.
         bytes: of the tars.
-        image_bytes: of the images in them.
+        image_bytes: of the images in them, or of the views stored instead.
     """
 
     shards: Annotated[int, checks.integer(0, MAX_SHARDS)]
@@ -430,7 +457,9 @@ def members_of(setting: Setting, num_classes: int, images: bool) -> dict[str, Me
     if setting.token_labels:
         shape = token_labels.shape(num_classes, setting.token_labels.grid[0])
         members[fmt.TOKEN_LABELS] = Member(dtype="uint16", shape=shape)
-    if images:
+    if setting.ranked:
+        members[fmt.RANKED] = Member(dtype="table and JPEG files", shape=("views", setting.ranked.tokens))
+    elif images:
         members["|".join(fmt.IMAGE_MEMBERS)] = Member(dtype="image file", shape=("height", "width", 3))
     return members
 
@@ -450,7 +479,9 @@ def _check_members(manifest: Manifest, where: str) -> None:
         raise TicketSetError(f"{where}: members: token labels without their model or without classes")
     if (fmt.RANKING in members) != (manifest.k > 0):
         raise TicketSetError(f"{where}: k: expected one above 0 where there are rankings, and only there")
-    known = {fmt.TOKEN_LABELS} & members.keys() | ({fmt.RANKING, fmt.VIEWS} if manifest.k else set())
+    if (fmt.RANKED in members) != (manifest.ranked is not None) or (manifest.ranked and manifest.base):
+        raise TicketSetError(f"{where}: ranked: expected it where ranked views are members, and only there")
+    known = {fmt.TOKEN_LABELS, fmt.RANKED} & members.keys() | ({fmt.RANKING, fmt.VIEWS} if manifest.k else set())
     expected = members_of(manifest, len(manifest.classes), images=False)
     for name in sorted(known):
         said, found = expected[name].to_json(), members[name].to_json() if name in members else {}

@@ -7,6 +7,7 @@ sample is within reach. tarfile would read header after header.
 import re
 from typing import Any
 
+from shards import format as fmt
 from shards.errors import TicketSetError
 
 BLOCK = 512
@@ -15,7 +16,7 @@ _NUMBERS = re.compile(rb"([0-7]{11})\0.{12}([0-7]{6})\0 [0\0]", re.DOTALL)
 
 
 class SampleTarWriter:
-    """Appends samples to anything with `write(bytes)`; equal samples give equal bytes (mtime 0, members sorted)."""
+    """Appends samples to anything with `write(bytes)`; equal samples give equal bytes (mtime 0, members sorted, ranked views last)."""
 
     def __init__(self, file: Any) -> None:
         from webdataset import TarWriter  # imports torch
@@ -27,7 +28,10 @@ class SampleTarWriter:
     def write(self, key: str, members: dict[str, bytes]) -> tuple[int, int]:
         """Append one sample; returns its (offset, bytes) in the tar, headers and padding included."""
         offset = self._tar.tarstream.offset
-        self._tar.write({"__key__": key, **members})
+        for last in (False, True):  # TarWriter sorts what it is given; to readers, one key is one sample
+            some = {member: data for member, data in members.items() if (member == fmt.RANKED) == last}
+            if some:
+                self._tar.write({"__key__": key, **some})
         return offset, self._tar.tarstream.offset - offset
 
     def close(self) -> None:
@@ -43,20 +47,36 @@ def split_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
     Raises:
         TicketSetError: the bytes are not tar members of this key (a truncated or exchanged tar, or another's index).
     """
-    members: dict[str, bytes] = {}
+    return {name: data[start : start + size] for name, (start, size) in member_places(data, key, where).items()}
+
+
+def member_places(data: bytes, key: str, where: str, whole: int | None = None) -> dict[str, tuple[int, int]]:
+    """Where the members of one sample lie.
+
+    Args:
+        data: of its extent, from the beginning.
+        key: of the sample.
+        where: for errors.
+        whole: bytes of the extent, where `data` is only a part of it: the last member may then end outside `data`.
+    Returns:
+        name after `KEY.` -> (first byte, bytes)
+    Raises:
+        TicketSetError: as `split_members`.
+    """
+    members: dict[str, tuple[int, int]] = {}
     position = 0
     while position < len(data):
         header = data[position : position + BLOCK]
         name = header[:100].rstrip(b"\0").decode("ascii", "replace")
         size = _member_size(header)
         start = position + BLOCK
-        if size is None or not name.startswith(key + ".") or start + size > len(data):
+        if size is None or not name.startswith(key + ".") or start + size > (whole or len(data)):
             damaged = " with a header that is damaged, or of no plain file" if size is None and name else ""
             raise TicketSetError(f"{where}: expected a member of {key}, got {name[:100] or 'nothing'!r}{damaged}")
         member = name[len(key) + 1 :]
         if member in members:
             raise TicketSetError(f"{where}: {key}: expected each member once, got {member!r} twice")
-        members[member] = data[start : start + size]
+        members[member] = start, size
         position = start + -(-size // BLOCK) * BLOCK
     return members
 

@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from shards import checks, schema, storage, token_labels
+from shards import checks, ranked, schema, storage, token_labels
 from shards import format as fmt
 from shards.errors import ImageError, TicketSetError, first_line
 from shards.reader import SampleReader, TicketSet, rows_of
@@ -225,21 +225,23 @@ def _check_tar(opened: TicketSet, name: str, stats: schema.ShardStats) -> Iterat
     for row in rows:
         try:
             sample = reader.read(name, row)
+            where = f"{name}.tar: {sample.key}"
+            yield from (f"{where}: {problem}" for problem in _check_sample(opened, sample, tickets[sample.key]))
         except (TicketSetError, OSError) as error:  # no reason to leave out the next
             yield _in_words(opened, error)
-            continue
-        where = f"{name}.tar: {sample.key}"
-        yield from (f"{where}: {problem}" for problem in _check_sample(opened, sample, tickets[sample.key]))
 
 
 def _check_sample(opened: TicketSet, sample: Sample, ticket: bytes | None) -> Iterator[str]:
     """What reading a sample does not look at: its pixels, view 0, and the ticket that its row holds."""
     height, width = sample.size
-    try:
-        sample.pixels()
-    except ImageError as error:
-        yield f"image {error}"
-        return
+    if sample.ranked is not None:
+        yield from ranked.problems(sample.ranked, sample.rankings)
+    else:
+        try:
+            sample.pixels()
+        except ImageError as error:
+            yield f"image {error}"
+            return
     if tuple(sample.views[0]) != canonical_view(width, height):
         yield f"expected the canonical view first, got {sample.views[0].tolist()}"
     expected = fmt.pack_ticket(sample.tickets[0], opened.num_patches) if opened.has_tickets else None
@@ -259,7 +261,7 @@ def _check_totals(opened: TicketSet, shards: list[schema.ShardStats]) -> Iterato
                 yield f"{fmt.MANIFEST}: split {name} has {said} {field}, its shards {total}"
     if set_id(shards) != manifest.set_id:
         yield f"{fmt.MANIFEST}: expected set_id {set_id(shards)[:12]} (its shards), got {manifest.set_id[:12]}"
-    if manifest.base is None:
+    if manifest.base is None and manifest.ranked is None:  # else no plain image set
         for name, content in interop_files(shards).items():
             found, problems = _read(opened, name, checks.parse_json)
             yield from problems

@@ -89,9 +89,9 @@ class ShardWriter:
 
     def add(self, row: dict[str, Any], members: dict[str, bytes]) -> None:
         """Append a sample that succeeded."""
+        self._image_bytes += sum(len(members[m]) for m in fmt.PIXEL_MEMBERS if m in members)
         offset, size = self._tar.write(row["key"], members)
         self._rows.append({**row, "status": "ok", "offset": offset, "bytes": size})
-        self._image_bytes += sum(len(members[m]) for m in fmt.IMAGE_MEMBERS if m in members)
 
     def add_failure(self, row: dict[str, Any], error: str) -> None:
         """Note a sample that failed: a row, and nothing in the tar."""
@@ -187,7 +187,7 @@ def finalize(
         totals=count(shards),
     )
     manifest = replace(manifest, digest=manifest.identity())
-    if base is None:
+    if plan.common.images == "copy":
         _write_interop(folder, shards)
     write_atomic(folder / fmt.MANIFEST, fmt.canonical_json(manifest.to_json()))
     return manifest

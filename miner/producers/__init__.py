@@ -6,23 +6,48 @@ A new kind is a new file, a line in `build_producers`, and its members in `shard
 import torch
 
 from miner.models import choose_device
+from miner.producers.kept import KeptRankings
 from miner.producers.producer import Producer
+from miner.producers.ranked import ranked_pixels
 from miner.producers.rankings import build_rankings, uses_model
 from miner.producers.token_labels import TokenLabels
 from miner.selectors import BLIND
 from miner.settings import Geometry, Labeling, Machine, Output, Selection
+from miner.sources import Source
 from miner.token_labels import build_labeler
 from shards.errors import TicketSetError
 
-__all__ = ["Producer", "build_producers", "check_settings", "device_of"]
+__all__ = ["Producer", "build_models", "build_producers", "check_settings", "device_of"]
 
 
 def build_producers(
-    selection: Selection, labeling: Labeling, geometry: Geometry, machine: Machine, classes: tuple[str, ...]
+    models: tuple[Producer, ...], selection: Selection | None, output: Output, geometry: Geometry, source: Source
 ) -> tuple[Producer, ...]:
-    """The producers that the settings ask for, their models loaded.
+    """All producers of a set: those with models, and those that only hand on or store.
 
     Args:
+        models: of `build_models`.
+        selection: None: the source's rankings are kept.
+    Raises:
+        TicketSetError: the settings ask for views that cannot be stored.
+    """
+    producers = list(models)
+    if selection is None:
+        assert source.rankings is not None
+        producers.insert(0, KeptRankings(source.rankings.selector))
+    if output.images == "ranked":
+        k = producers[0].identity.counts[-1]  # type: ignore[attr-defined]
+        producers.append(ranked_pixels(output, geometry, k, decoded=selection is not None))
+    return tuple(producers)
+
+
+def build_models(
+    selection: Selection | None, labeling: Labeling, geometry: Geometry, machine: Machine, classes: tuple[str, ...]
+) -> tuple[Producer, ...]:
+    """The producers that look at pixels or rank, their models loaded.
+
+    Args:
+        selection: None: nothing ranks, rankings are kept.
         machine: with a batch size.
         classes: of the set.
     Raises:
@@ -31,7 +56,7 @@ def build_producers(
     assert machine.batch_size is not None
     device = device_of(selection, labeling, machine)
     producers: list[Producer] = []
-    if selection.ranks:
+    if selection is not None and selection.ranks:
         producers.append(build_rankings(selection, geometry, machine, device, machine.batch_size))
     if labeling.token_labels is not None:
         name, weights, size = labeling.token_labels, labeling.token_label_weights, labeling.token_label_size
@@ -40,13 +65,13 @@ def build_producers(
     return tuple(producers)
 
 
-def device_of(selection: Selection, labeling: Labeling, machine: Machine) -> torch.device:
+def device_of(selection: Selection | None, labeling: Labeling, machine: Machine) -> torch.device:
     """Where producers compute: the CPU, whatever else there is, where none looks at pixels.
 
     Raises:
         TicketSetError: no such device.
     """
-    blind = selection.method in BLIND and labeling.token_labels is None
+    blind = (selection is None or selection.method in BLIND) and labeling.token_labels is None
     return torch.device("cpu") if blind else choose_device(machine.device)
 
 

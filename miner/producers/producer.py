@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miner.sources.source import Kept
 from shards.images import StoredImage
+from shards.ranked import Statistics
 from shards.record import Record
 from shards.sample import Encoded
 
@@ -30,6 +32,9 @@ class Image:
         views: int32 [V, 5].
         inputs: producer's name -> uint8 [V, S, S, 3], or [1, S, S, 3] of the whole image; none once it has answered, nor
             for one that looks at no pixels.
+        rendered: uint8 [V, S, S, 3] for a set of ranked views, until they are encoded.
+        seen: of each of these as it will be decoded.
+        kept: tickets that the source has already, where they are kept.
         answers: producer's name -> what it said of each view, or of the whole image.
     """
 
@@ -38,7 +43,16 @@ class Image:
     stored: StoredImage = field(init=False)
     views: np.ndarray = field(init=False)
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
+    rendered: np.ndarray | None = None
+    seen: list[Statistics] = field(default_factory=list)
+    kept: Kept | None = None
     answers: dict[str, list[Any]] = field(default_factory=dict)
+
+    def rankings(self) -> np.ndarray:
+        """[V, N], once they are there."""
+        if self.kept is not None:
+            return self.kept.rankings
+        return np.stack([answer.ranking for answer in self.answers["selector"]])
 
 
 Item = tuple[Image, int]  # an image, and the number of a view or WHOLE: a place in a batch
@@ -51,7 +65,7 @@ class Producer(Protocol):
         name: what the plan calls it.
         whole: it looks at the whole image, squashed to a square; else at every view.
         size: S, pixels a side of what it looks at; None: it looks at none.
-        batch_size: items in a batch.
+        batch_size: items in a batch; 0 for one that answers nothing: all it does is to encode.
     """
 
     name: str
@@ -75,6 +89,21 @@ class Producer(Protocol):
 
     def encode(self, image: Image, answers: list[Any]) -> Encoded:
         """Members of the image's sample, and columns of its row of the index."""
+
+
+class Encoder:
+    """A producer, but for its name, identity and `encode`, that answers nothing and looks at no pixels."""
+
+    whole, batch_size = False, 0
+    size: int | None = None
+
+    def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
+        """Never called: there are no batches."""
+        raise NotImplementedError
+
+    def collect(self, batch: list[Item], results: list[np.ndarray]) -> list[Any]:
+        """Never called: there are no batches."""
+        raise NotImplementedError
 
 
 def numbers(producer: Producer, image: Image) -> Iterator[int]:

@@ -82,7 +82,7 @@ class Rankings:
         """All views' rankings and boxes; view 0's ticket, and what its scores say, for the row."""
         first, scores = answers[0]
         assert scores is not None
-        rankings, k = np.stack([answer.ranking for answer in answers]), self._selector.k
+        rankings, k = image.rankings(), self._selector.k
         members, columns = encode_tickets(image.views, rankings, k)
         return members, columns | {"mean_score": float(scores[first[:k]].mean()), "entropy": entropy_bits(scores)}
 

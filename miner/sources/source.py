@@ -8,7 +8,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from shards.checks import CONTROL
 from shards.errors import ImageError, TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
+from shards.schema import SelectorIdentity
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
@@ -45,6 +46,21 @@ SCHEMA = pa.schema(
 Read = Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
 
 
+class Kept(NamedTuple):
+    """Tickets that a ticket set has of one image: rankings [V, N], and what its row of the index says of view 0's scores."""
+
+    rankings: np.ndarray
+    mean_score: float | None
+    entropy: float | None
+
+
+class Rankings(NamedTuple):
+    """Of a ticket set that has rankings: who made them, and row -> those of one image."""
+
+    selector: SelectorIdentity
+    read: Callable[[dict[str, Any]], Kept]
+
+
 @dataclass(frozen=True)
 class Source:
     """A listing, and a way to read one input of it. It can be pickled: another process reads the same bytes.
@@ -54,9 +70,10 @@ class Source:
         classes: names in the order of their labels; empty where nothing is labeled.
         splits: name -> table of SCHEMA, in natural order of the source paths.
         read: row of such a table -> the file's bytes, and the views that a ticket set gave it, else None; called from
-            several threads. A source that keeps files open opens them at need, in each process its own (`Kept`).
+            several threads. A source that keeps files open opens them at need, in each process its own (`Cached`).
         notes: what a person should know of the listing.
         base: the ticket set behind it; its shards, views and seed are then inherited.
+        rankings: that the ticket set has; None where it has none.
         in_order: the images lie far away: keep their order across shards.
         own_val: it has a val split of its own, listed or not.
     """
@@ -67,6 +84,7 @@ class Source:
     read: Read
     notes: list[str] = field(default_factory=list)
     base: TicketSet | None = None
+    rankings: Rankings | None = None
     in_order: bool = False
     own_val: bool = False
 
@@ -75,7 +93,7 @@ class Source:
         return replace(self, splits={name: self.splits[name] for name in splits})
 
 
-class Kept(Generic[T]):
+class Cached(Generic[T]):
     """A function whose last `most` results are kept, open files mostly. Pickled it comes without them."""
 
     def __init__(self, function: Callable[..., T], most: int) -> None:
@@ -86,7 +104,7 @@ class Kept(Generic[T]):
         return self._call(*arguments)
 
     def __reduce__(self) -> Any:
-        return Kept, self._made_of
+        return Cached, self._made_of
 
 
 @dataclass(slots=True)

@@ -14,8 +14,8 @@ import pyarrow as pa
 from miner.sources.archive import REPLACED, Archive, Member, Pieces, member_bytes, open_archive
 from miner.sources.source import (
     MAX_CLASSES,
+    Cached,
     Entry,
-    Kept,
     Source,
     Tally,
     class_names,
@@ -92,7 +92,7 @@ class TarReader:
     def __init__(self, urls: list[str]) -> None:
         self._urls = urls
         self._odd: dict[tuple[int, int], Pieces | str] = {}  # of members that are no plain run of bytes
-        self._open = Kept(storage.open_ranges, 2 if any(map(storage.is_remote, urls)) else 64)
+        self._open = Cached(storage.open_ranges, 2 if any(map(storage.is_remote, urls)) else 64)
 
     def entry(self, source: str, member: Member, container: int, shift: int = 0) -> Entry:
         """The input that a member is, and what this reader has to know of it.

@@ -1,4 +1,4 @@
-"""A finished ticket set as a source: another selector over the same images, views and shards."""
+"""A finished ticket set as a source: another selector over the same images, views and shards, or views of another kind."""
 
 import functools
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from miner.sources.source import SCHEMA, Kept, Source
-from shards import storage
+from miner.sources.source import SCHEMA, Cached, Kept, Rankings, Source
+from shards import format as fmt
+from shards import schema, storage
+from shards.errors import TicketSetError
 from shards.reader import SampleReader, TicketSet, rows_of
 from shards.sample import Row
 
@@ -16,10 +18,11 @@ def ticket_set_source(url: str, base: str | None) -> Source:
     """List a ticket set's samples in stored order. A linked set leads to the set that holds its images.
 
     Raises:
-        TicketSetError: not a finished ticket set.
+        TicketSetError: not a finished ticket set, or one of ranked views.
     """
     opened = TicketSet.open(url, base)
     images = opened.base or opened
+    _require_images(opened)
     shards = [name for split in images.splits for name in images.shard_names(split)]
     splits = {}
     for split in opened.splits:
@@ -30,7 +33,20 @@ def ticket_set_source(url: str, base: str | None) -> Source:
             container = pa.array([shards.index(name)] * len(table), pa.int32())
             tables.append(pa.table([*columns, container, table["base_offset"]], schema=SCHEMA))
         splits[split] = pa.concat_tables(tables)
-    return Source(url, images.classes, splits, _TicketSetReader(images, shards), base=images)
+    rankings = Rankings(opened.manifest.selector, _RankingReader(opened, shards)) if opened.has_tickets else None
+    return Source(url, images.classes, splits, _TicketSetReader(images, shards), base=images, rankings=rankings)
+
+
+def _require_images(opened: TicketSet) -> None:
+    if opened.manifest.ranked is None:
+        return
+    where = storage.join(opened.url, fmt.PLAN)
+    made_of = schema.parse_plan(storage.read_bytes(where, schema.MAX_JSON_BYTES), where).common.base
+    photos = f"the ticket set {made_of[:12]} that it was made of" if made_of else "the photos that it was made of"
+    raise TicketSetError(
+        f"`data` {opened.url}: holds ranked views of {opened.manifest.img_size} px and no photos, which mining needs;"
+        f" expected {photos}"
+    )
 
 
 class _TicketSetReader:
@@ -38,8 +54,8 @@ class _TicketSetReader:
 
     def __init__(self, images: TicketSet, shards: list[str]) -> None:
         self._shards = shards
-        self._reader = SampleReader(images, keep=2 if storage.is_remote(images.url) else 64)
-        self._rows = Kept(functools.partial(_rows_by_key, images), 4)
+        self._reader = SampleReader(images, keep=_open_tars(images))
+        self._rows = Cached(functools.partial(_rows_by_key, images), 4)
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
         name = self._shards[row["container"]]
@@ -47,6 +63,31 @@ class _TicketSetReader:
         return sample.image, sample.views
 
 
-def _rows_by_key(images: TicketSet, name: str) -> dict[str, Row]:
+class _RankingReader:
+    """Rankings of a sample of the set itself, linked or not."""
+
+    def __init__(self, opened: TicketSet, shards: list[str]) -> None:
+        self._shards = shards
+        alone = TicketSet(opened.url, opened.manifest, None)  # the base of a linked set is not looked at
+        self._reader = SampleReader(alone, keep=_open_tars(opened))
+        self._rows = Cached(functools.partial(_rows_by_key, alone), 4)
+        self._scores = Cached(functools.partial(_scores_by_key, alone), 4)
+
+    def __call__(self, row: dict[str, Any]) -> Kept:
+        name, key = self._shards[row["container"]], row["key"]
+        return Kept(self._reader.read(name, self._rows(name)[key]).rankings, *self._scores(name)[key])
+
+
+def _open_tars(opened: TicketSet) -> int:
+    return 2 if storage.is_remote(opened.url) else 64
+
+
+def _rows_by_key(opened: TicketSet, name: str) -> dict[str, Row]:
     """What the index says of a shard's samples."""
-    return {row.key: row for row in rows_of(images.joined(name))}
+    return {row.key: row for row in rows_of(opened.joined(name))}
+
+
+def _scores_by_key(opened: TicketSet, name: str) -> dict[str, tuple[float | None, float | None]]:
+    """Mean score and entropy of a shard's samples, as the index has them."""
+    columns = opened.shard_table(name).select(["key", "mean_score", "entropy"]).to_pydict()
+    return {key: (mean, entropy) for key, mean, entropy in zip(*columns.values(), strict=True)}

@@ -30,7 +30,7 @@ from inputs import open_source
 from miner.cli import main
 from miner.job import Job, Progress, mine_shards
 from miner.plan import make_plan, shard_rows, write_plan
-from miner.producers import Producer, build_producers
+from miner.producers import Producer, build_models
 from miner.producers.producer import Item
 from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import Source
@@ -304,7 +304,7 @@ def small_job(
     """A job by `random` on a 4x4 grid, its producers, and the list they log their batches into."""
     geometry, selection = Geometry(img_size=64, views=views), Selection(method="random", tokens=8)
     machine, output = Machine(batch_size, workers, "cpu"), Output(str(folder), shard_size=shard_size)
-    (rankings,) = build_producers(selection, Labeling(), geometry, machine, tuple(source.classes))
+    (rankings,) = build_models(selection, Labeling(), geometry, machine, tuple(source.classes))
     plan = make_plan(source, Inputs("x"), output, geometry, {rankings.name: rankings.identity}, batch_size)
     folder.mkdir(exist_ok=True)
     write_plan(folder, plan, source, "cpu")
@@ -316,7 +316,7 @@ def small_job(
         return submit(batch)
 
     rankings.submit = logged  # type: ignore[method-assign]
-    return Job(plan, source, folder, selection, Labeling(), geometry, machine), (rankings,), batches
+    return Job(plan, source, folder, selection, Labeling(), geometry, machine, output), (rankings,), batches
 
 
 def well_formed(batches: list[Pairs], shard_of: dict[str, str], batch_size: int) -> bool:

@@ -76,8 +76,8 @@ def test_a_job_that_was_pickled_mines_the_same_bytes_in_a_fresh_process(
 def test_a_call_a_shard_builds_the_model_once(
     evit: list[object], tmp_path: Path, captured: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built, build = [], jobs.build_producers
-    monkeypatch.setattr(jobs, "build_producers", lambda *a: (built.append(a), build(*a))[1])
+    built, build = [], jobs.build_models
+    monkeypatch.setattr(jobs, "build_models", lambda *a: (built.append(a), build(*a))[1])
     mine(*evit, "--out", tmp_path / "set")
     job = elsewhere(captured[0], tmp_path / "again")
     for split, number in reversed(job.plan.shards()):
