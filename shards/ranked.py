@@ -110,12 +110,14 @@ class Mosaic:
         (gh, gw), p = self.grid, self.patch
         return view.reshape(gh, p, gw, p, 3).transpose(0, 2, 1, 3, 4).reshape(-1, p, p, 3)
 
-    def put(self, patches: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-        """Patches in ranked order [N, p, p, 3] -> the view [S, S, 3]."""
+    def put(self, pixels: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+        """All rows that are stored -> the view [S, S, 3], black where the others would be; `ranking` [N] put them in order."""
         (gh, gw), p = self.grid, self.patch
-        raster = np.empty((gh * gw, p, p, 3), np.uint8)
-        raster[ranking] = patches
-        return raster.reshape(gh, gw, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(gh * p, gw * p, 3)
+        view = (np.empty if self.tokens == gh * gw else np.zeros)((gh, p, gw, p, 3), np.uint8)
+        places = view.transpose(0, 2, 1, 3, 4)  # [gh, gw, p, p, 3]
+        best = ranking[: self.tokens].astype(np.intp)
+        places[best // gw, best % gw] = self.take(pixels).reshape(-1, p, p, 3)
+        return view.reshape(gh * p, gw * p, 3)
 
 
 def cell_of(patch_size: int, grid: tuple[int, int]) -> int:
@@ -358,15 +360,15 @@ class Ranked:
         return self.mosaic.take(self.mosaic_pixels(number, tokens)).reshape(-1, p, p, 3)[:tokens]
 
     def view(self, number: int, ranking: np.ndarray) -> np.ndarray:
-        """A whole view: uint8 [S, S, 3].
+        """A view: uint8 [S, S, 3], black where patches are not stored.
 
         Args:
             number: of the view.
             ranking: [N], by which it was stored.
         Raises:
-            TicketSetError: not all of it is stored, table and JPEG do not agree, or it cannot be decoded.
+            TicketSetError: table and JPEG do not agree, or it cannot be decoded.
         """
-        return self.mosaic.put(self.patches(number, len(ranking)), ranking)
+        return self.mosaic.put(self.mosaic_pixels(number), ranking)
 
 
 def problems(ranked: Ranked, rankings: np.ndarray) -> Iterator[str]:
@@ -393,8 +395,7 @@ def problems(ranked: Ranked, rankings: np.ndarray) -> Iterator[str]:
         if entry["zero"]:
             yield f"{where}: expected a zero at the end of its entry, got {entry['zero']}"
         if mosaic.tokens == rankings.shape[1]:
-            p = mosaic.patch
-            whole = mosaic.put(mosaic.take(pixels).reshape(-1, p, p, 3), rankings[number])
+            whole = mosaic.put(pixels, rankings[number])
             if statistics(whole) != ranked.statistics(number):
                 yield f"{where}: expected statistics {statistics(whole)}, got {ranked.statistics(number)}"
         position = ends[-1] + 2

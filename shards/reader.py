@@ -10,7 +10,7 @@ by `shards.sample`.
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -123,6 +123,16 @@ class TicketSet:
     def has_tickets(self) -> bool:
         """Whether there are rankings; a linked set may hold token labels alone."""
         return fmt.RANKING in self.manifest.members
+
+    @property
+    def holds_whole_views(self) -> bool:
+        """Whether any patch of a view can be had; of ranked views the last may be cut off."""
+        return self.stored_tokens == self.num_patches
+
+    @property
+    def stored_tokens(self) -> int:
+        """Patches of a view that can be had, best first: N, but for ranked views that were cut."""
+        return self.manifest.ranked.tokens if self.manifest.ranked else self.num_patches
 
     def require_tickets(self) -> None:
         """
@@ -274,6 +284,8 @@ class SampleReader:
         holders = (token_labels, opened, opened.base)
         self._labels = next((each for each in holders if each is not None and each.has_token_labels), None)
         self._open = functools.lru_cache(keep)(self._open_unchanged)
+        self._mosaic = Mosaic.of(opened.manifest) if opened.manifest.ranked else None
+        self._before = functools.cache(functools.partial(bytes_before_views, opened.manifest))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open tars stay behind when it is sent to another process."""
@@ -294,18 +306,19 @@ class SampleReader:
             if each is not None:
                 self._open(each, name)
 
-    def read(self, name: str, row: Row) -> Sample:
+    def read(self, name: str, row: Row, numbers: Sequence[int] | None = None) -> Sample:
         """One sample.
 
         Args:
             name: of its shard.
             row: of `rows_of(opened.joined(name, token_labels))`.
+            numbers: of the views that will be used: only their boxes and rankings are checked. None: all.
         Raises:
             TicketSetError: as `open`, or a tar is not what the index says.
         """
         opened, base = self._set, self._set.base
-        if opened.manifest.ranked:
-            return self._read_ranked(name, row)
+        if self._mosaic is not None:
+            return self._read_ranked(name, row, self._mosaic, numbers)
         members, where = self._members(opened, name, row, 0)
         pictured: dict[str, bytes] | None = members
         if base is not None:
@@ -319,14 +332,15 @@ class SampleReader:
                 held, place = self._members(self._link, name, row, 4)
             assert held is not None
             labels = decode_token_labels(self._labels.manifest, held, place)
-        return decode(row, opened.manifest, name.rpartition("-")[0], members, pictured, labels, where)
+        split = name.rpartition("-")[0]
+        return decode(row, opened.manifest, split, members, pictured, labels, where, numbers=numbers)
 
-    def _read_ranked(self, name: str, row: Row) -> Sample:
+    def _read_ranked(self, name: str, row: Row, mosaic: Mosaic, numbers: Sequence[int] | None) -> Sample:
         """One sample of ranked views: what stands before them is read now, views when they are asked for."""
         opened, (offset, size) = self._set, row.extents[:2]
         tar, url = self._open(opened, name)
         where, split = f"{url}: {row.key}", name.rpartition("-")[0]
-        before = min(size, bytes_before_views(opened.manifest, split, row.label is not None))
+        before = min(size, self._before(split, row.label is not None))
         data = tar.read(offset, before)
         places = member_places(data, row.key, url, size)
         members = {member: data[start : start + length] for member, (start, length) in places.items()}
@@ -336,14 +350,14 @@ class SampleReader:
         first = offset + start
         count = opened.manifest.splits[split].views
         read = lambda at, size: tar.read(first + at, size)
-        views = Ranked(Mosaic.of(opened.manifest), data[start:], count, length, read, where)
+        views = Ranked(mosaic, data[start:], count, length, read, where)
         labels = None
         if self._labels is not None:
             held, place = members, where
             if self._labels is self._link:
                 held, place = self._members(self._link, name, row, 4)
             labels = decode_token_labels(self._labels.manifest, held, place)
-        return decode(row, opened.manifest, split, members, members, labels, where, views)
+        return decode(row, opened.manifest, split, members, members, labels, where, views, numbers)
 
     def _members(self, opened: TicketSet, name: str, row: Row, at: int) -> tuple[dict[str, bytes], str]:
         """The members of a sample in one of its tars, and where they are, for errors. `at`: place of the extent."""

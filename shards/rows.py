@@ -3,6 +3,8 @@
 Offsets come from the index, so nothing is scanned; remote tars are read from copies (`shards.copies`).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,13 +77,20 @@ class Rows:
         height, width = self.image_sizes[self._starts[shard] + row].tolist()
         return height, width
 
+    def labels_of(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """int64 [n], -1 where there is none."""
+        return self.labels[self._starts[shards] + rows].astype(np.int64)
+
     def label(self, shard: int, row: int) -> int:
         """-1 where there is none."""
         return int(self.labels[self._starts[shard] + row])
 
-    def read(self, shard: int, row: int) -> Sample:
+    def read(self, shard: int, row: int, numbers: Sequence[int] | None = None) -> Sample:
         """One sample.
 
+        Args:
+            shard, row: its place.
+            numbers: of the views that will be used; see `SampleReader.read`.
         Raises:
             TicketSetError: the tar is not what the index says.
         """
@@ -89,7 +98,7 @@ class Rows:
         label, (height, width) = int(self.labels[position]), self.image_sizes[position].tolist()
         place = self._extents[position].tolist()
         said = Row(self.keys[position].as_py(), None if label < 0 else label, height, width, place)
-        return self._reader.read(self._names[shard], said)
+        return self._reader.read(self._names[shard], said, numbers)
 
 
 def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:

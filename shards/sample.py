@@ -106,11 +106,16 @@ class Sample:
             uint8 [S, S, 3], or [n, S, S, 3] of n numbers.
         Raises:
             ImageError: as `pixels`.
-            TicketSetError: a ranked view that is not whole, or damaged.
+            TicketSetError: a ranked view that is damaged, or of which only the best patches are stored.
         """
         numbers = np.atleast_1d(views)
         if self.ranked is None:
             rendered = images.render_pixels(self.pixels(), self.views[numbers], size)
+        elif self.ranked.mosaic.tokens < self.rankings.shape[1]:
+            raise TicketSetError(
+                f"{self.key}: expected whole views, got the best {self.ranked.mosaic.tokens} of {self.rankings.shape[1]}"
+                f" patches of each"
+            )
         else:  # of another size than the set's they are resized a second time
             stored = np.stack([self.ranked.view(int(number), self.rankings[number]) for number in numbers])
             rendered = images.resize_views(stored, size)
@@ -180,6 +185,7 @@ def decode(
     labels: np.ndarray | None,
     where: str,
     views_in_order: Ranked | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Sample:
     """A sample from its members.
 
@@ -192,6 +198,7 @@ def decode(
         labels: its token labels, by `decode_token_labels`.
         where: for errors.
         views_in_order: its ranked views, in a set of those.
+        numbers: of the views whose boxes and rankings are checked; None: all.
     Raises:
         TicketSetError: a member is missing, or is not what manifest and index say: rankings that are no
             permutations, boxes outside the image, another label.
@@ -212,10 +219,10 @@ def decode(
         raise TicketSetError(f"{where}: expected label {row.label} (index) in .cls, got {digits and digits[:20]!r}")
     count = manifest.splits[split].views
     views = fmt.decode_npy(boxes, where)
-    _check_views(views, count, row, where)
+    _check_views(views, count, row, where, numbers)
     if ranking:
         rankings = fmt.decode_npy(ranking, where)
-        _check_rankings(rankings, count, manifest.num_patches, where)
+        _check_rankings(rankings, count, manifest.num_patches, where, numbers)
     else:
         rankings = np.empty((count, 0), np.uint8)
     size = (row.height, row.width)
@@ -244,24 +251,29 @@ def _digits(label: int) -> bytes:
     return str(label).encode("ascii")
 
 
-def _check_views(views: np.ndarray, count: int, row: Row, where: str) -> None:
+def _check_views(views: np.ndarray, count: int, row: Row, where: str, numbers: Sequence[int] | None) -> None:
     if views.dtype != np.int32 or views.shape != (count, len(fmt.VIEW_COLUMNS)):
         raise TicketSetError(
             f"{where}: expected int32 boxes of {count} views, got {views.dtype} of shape {list(views.shape)}"
         )
-    for number, (top, left, height, width, flip) in enumerate(views.tolist()):  # faster than numpy on so few numbers
+    for number in range(count) if numbers is None else numbers:  # faster than numpy on so few numbers
+        top, left, height, width, flip = views[number].tolist()
         inside = 0 <= top <= row.height - height and 0 <= left <= row.width - width
         if not (inside and height > 0 and width > 0 and 0 <= flip <= 1):
             raise TicketSetError(f"{where}: view {number} is not inside the {row.width}x{row.height} image")
 
 
-def _check_rankings(rankings: np.ndarray, count: int, num_patches: int, where: str) -> None:
+def _check_rankings(
+    rankings: np.ndarray, count: int, num_patches: int, where: str, numbers: Sequence[int] | None
+) -> None:
     expected = fmt.ranking_dtype(num_patches)
     if rankings.dtype != expected or rankings.shape != (count, num_patches):
         raise TicketSetError(
             f"{where}: expected {expected} rankings of {count} views and {num_patches} patches, got {rankings.dtype}"
             f" {list(rankings.shape)}"
         )
+    if numbers is not None:
+        rankings, count = rankings[list(numbers)], len(numbers)
     # Mark what each view names, one row of marks a view: a permutation marks the first N. Sorting would take longer.
     most = 1 << 8 * expected.itemsize  # whatever the type can hold, so that no index is outside
     seen = np.zeros(count * most, bool)

@@ -5,6 +5,7 @@ sample is within reach. tarfile would read header after header.
 """
 
 import re
+import zlib
 from typing import Any
 
 from shards import format as fmt
@@ -91,5 +92,7 @@ def _member_size(header: bytes) -> int | None:
     if found is None:
         return None
     size, checksum = found.groups()
-    # The checksum is taken as if its own eight bytes were spaces.
-    return int(size, 8) if sum(header) - sum(header[148:156]) + 8 * 32 == int(checksum, 8) else None
+    # The checksum, a sum of bytes, is taken as if its own eight were spaces. The low half of Adler's is 1 + that sum modulo
+    # a prime, in a tenth of the time that Python sums 512 bytes.
+    found_sum = zlib.adler32(b" " * 8, zlib.adler32(header[156:], zlib.adler32(header[:148]))) & 0xFFFF
+    return int(size, 8) if found_sum == (1 + int(checksum, 8)) % 65521 else None

@@ -143,6 +143,10 @@ class Augment(Settings):
 
     mixup: float = setting(0.8, AMOUNT, "Alpha; 0: off.")
     cutmix: float = setting(1.0, AMOUNT, "Alpha; 0: off.")
+    mixing: Literal["pixels", "patches"] = setting(
+        "pixels",
+        help="pixels: timm's mixup and CutMix of whole views. patches: the best patches of one view and of the other, as many as their share; of ranked views these alone are read. All patches are always mixed by pixels.",
+    )
     mix_token: bool = setting(False, help="LV-ViT's own CutMix, on tokens; with --mixup 0 --cutmix 0.")
     aa: str = setting("rand-m9-mstd0.5-inc1", help="timm's policy; geometric ops leave the view as it is.")
     color_jitter: float = setting(0.4, AMOUNT, "Where there is no --aa.")
@@ -150,7 +154,7 @@ class Augment(Settings):
 
     @property
     def mixes(self) -> bool:
-        """Whether views are mixed by their pixels."""
+        """Whether there is mixup or CutMix."""
         return self.mixup > 0 or self.cutmix > 0
 
     def __post_init__(self) -> None:

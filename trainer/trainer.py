@@ -113,7 +113,9 @@ class Trainer:
     @property
     def protocols(self) -> tuple[str, ...]:
         """Of the last validation; the others take the first two."""
-        return ("all",) if self.recipe.tickets.resize_to_tokens else self.student.protocols
+        if self.recipe.tickets.resize_to_tokens:
+            return ("all",)
+        return self.student.protocols if self.opened.holds_whole_views else ("tickets",)
 
     @property
     def own_protocol(self) -> str:
@@ -294,6 +296,10 @@ def check_student(recipe: Recipe, student: TicketModel) -> None:
         raise TicketSetError(f"`token_labels`: {recipe.model.model} has no use for them; LV-ViT has")
     if recipe.augment.mix_token and "box" not in student.extras:
         raise TicketSetError(f"`mix_token`: {recipe.model.model} has none; it is LV-ViT's")
+    if recipe.augment.mixes and recipe.augment.mixing == "patches" and not student.takes_places_twice:
+        raise TicketSetError(
+            f"`mixing` patches: two views' patches of one place are no ticket for {recipe.model.model}; ViTs take them"
+        )
 
 
 def build_state(

@@ -81,6 +81,13 @@ class ColorAugment:
         """Whether there is anything to do."""
         return self._transform is not None or self._jitter is not None
 
+    @property
+    def prefixable(self) -> bool:
+        return True
+
+    def on_mosaic(self, pixels, cell, patch, seen):
+        return pixels
+
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [S, S, 3] -> uint8 [S, S, 3]; draws from the global generators, see `seeded`."""
         image = Image.fromarray(pixels)

@@ -1,13 +1,15 @@
 """Tickets as a torch dataset: one decode for all views of an image in a batch, only kept patches leave.
 
 A batch is a pure function of (seed, epoch, step, micro-batch): the same on any number of workers and ranks. Augmentation
-and mixing happen here on whole uint8 views; then K patches of each are gathered.
+and mixing happen here on whole uint8 views; then K patches of each are gathered. Of ranked views no more than the first
+patches is read and decoded, where nothing needs the others.
 """
 
 import copy
 import logging
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +19,22 @@ from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 from torch.utils.data import Dataset
 
 from shards.errors import TicketSetError
-from shards.images import render_pixels
+from shards.images import render_pixels, resize_views
+from shards.ranked import Mosaic
 from shards.reader import TicketSet
 from shards.rows import Rows
 from shards.sample import Sample
 from trainer.data.arms import arm_ranking
 from trainer.data.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
 from trainer.data.loader import Batch, batches, pinned
-from trainer.data.mixing import PixelMixing, draw_box, mixed_tickets
+from trainer.data.mixing import PatchMixing, draw_box, mix_pixels, mixed_tickets
 from trainer.data.sampler import batch_positions, epoch_samples, view_of_visit
 from trainer.families.base import TicketModel
 from trainer.options import Augment, Tickets
 
 log = logging.getLogger("datalth")
 Place = tuple[int, int, int]  # epoch, step, micro-batch of the global batch
+Maps = dict[int, dict[str, np.ndarray]]  # by slot of the batch
 DEFAULT_TICKETS, DEFAULT_AUGMENT = Tickets(), Augment()
 
 
@@ -106,8 +110,10 @@ def ticket_size(opened: TicketSet, tickets: Tickets) -> int:
         TicketSetError: a view has not so many patches.
     """
     tokens = tickets.tokens or opened.k
-    if tokens > opened.num_patches:
-        raise TicketSetError(f"`tokens` {tokens}: expected at most {opened.num_patches}, the patches of a view")
+    if tokens > opened.stored_tokens:
+        raise TicketSetError(
+            f"`tokens` {tokens}: expected at most {opened.stored_tokens}, the patches of a view that are stored"
+        )
     return tokens
 
 
@@ -166,13 +172,35 @@ class TicketDataset(Dataset[Batch]):
         self.tokens = math.prod(self.views.at(True)[1]) if self._arm == "full" else ticket_size(opened, tickets)
         self.labeled = self.views.token_labels and token_labels is not False and self.rows.has_token_labels
         self.color = ColorAugment(augment.aa, augment.color_jitter, self.views.mean)
-        self._mixing = PixelMixing(augment, self.views.patch_size) if augment.mixes else None
+        self._count = opened.manifest.splits[split].views
+        self._ranked = Mosaic.of(opened.manifest) if opened.manifest.ranked else None
+        self._always_whole = self._what_needs_whole_views(opened)
         self._check(opened, split)
         samples = -(-len(self.rows) // tickets.repeats) * tickets.repeats
         self.steps = -(-samples // self.global_batch)
 
+    def _what_needs_whole_views(self, opened: TicketSet) -> str:
+        """The setting for which the first patches of a ranking are not enough, in any epoch; empty where they are."""
+        augment, views = self.augment, self.views
+        whole = {
+            f"`tickets` {self._arm}": self._arm != "winning",
+            "a model that is given all patches": views.wants_all,
+            "`mixup` and `cutmix` by pixels (`mixing` patches does without)": augment.mixes
+            and augment.mixing == "pixels",
+            "`mix_token`": augment.mix_token,
+            f"`aa` {augment.aa}": not self.color.prefixable,
+            "views of another size": views.side != opened.manifest.img_size,
+        }
+        return next((name for name, needed in whole.items() if needed), "")
+
     def _check(self, opened: TicketSet, split: str) -> None:
         repeats, augment = self.tickets.repeats, self.augment
+        wanting = self._always_whole or ("`unmask_epochs`" if self.unmask_from is not None else "")
+        if wanting and not opened.holds_whole_views:
+            raise TicketSetError(
+                f"{opened.url}: expected whole views, for {wanting}; it holds the best {opened.stored_tokens} of"
+                f" {opened.num_patches} patches (mined with --store-tokens)"
+            )
         if len(self.rows) < repeats:
             raise TicketSetError(f"`repeats` {repeats}: split {split} has only {len(self.rows)} images")
         views = max(1, opened.manifest.splits[split].views - 1)
@@ -222,41 +250,90 @@ class TicketDataset(Dataset[Batch]):
         """int64 [samples, 3], (shard, row, visit): see trainer.data.sampler."""
         return epoch_samples(self.seed, epoch, self.rows.sizes, self.tickets.repeats)
 
+    def reads_prefixes(self, epoch: int) -> bool:
+        """Whether no more is read of a view in an epoch than the patches that are fed: ranked views allow it."""
+        return self._ranked is not None and not self._needs_whole(epoch)
+
+    def _needs_whole(self, epoch: int) -> str:
+        """What of the settings needs whole views in an epoch; empty where a ranking's first patches are enough."""
+        return self._always_whole or ("`unmask_epochs`" if self.is_whole(epoch) else "")
+
+    def _mixes_patches(self, epoch: int) -> bool:
+        return self.augment.mixes and self.augment.mixing == "patches" and not self.is_whole(epoch)
+
     def __getitem__(self, place: Place) -> Batch:
         epoch, step, micro = place
         samples = self.samples(epoch)
         positions = batch_positions(step, micro, self.batch_size, self.global_batch, len(samples))
         chosen = samples[positions]
-        whole = self.is_whole(epoch)
-        side, grid = self.views.at(whole)
-        with kept_generators():  # saving and restoring them for every sample would cost 60 us each
-            pixels, rankings, maps = self._views(chosen, positions, epoch)
-        labels = np.array([self.rows.label(shard, row) for shard, row, _ in chosen.tolist()])
-        everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
-        keep, mixed = everything if whole else rankings[:, : self.tokens], {}
-        # Of the step, not of the micro-batch: ranks and accumulation steps share one lambda, as one big batch has it.
-        with seeded("mix", self.seed, epoch, step):
-            if self.augment.mix_token:
-                cells = draw_box(grid)
-                keep, lam = mixed_tickets(rankings, cells, grid, keep.shape[1])
-                mixed = {"box": cells, "lam": lam}
-            elif self._mixing:
-                pixels, rankings, mixed = self._mixing(pixels, rankings, whole)
-                keep = keep if whole else rankings[:, : self.tokens]
-        partners = labels[np.arange(len(labels)) ^ 1] if mixed else labels
+        side, grid = self.views.at(self.is_whole(epoch))
+        by_patches = self.reads_prefixes(epoch) or self._mixes_patches(epoch)
+        fed = (self._tickets if by_patches else self._mixed_views)(chosen, positions, epoch, step)
+        labels = self.rows.labels_of(chosen[:, 0], chosen[:, 1])
+        partners = labels[np.arange(len(labels)) ^ 1] if "lam" in fed else labels
         batch = {
-            "patches": gather(pixels, everything if self.views.wants_all else keep, self.views.patch_size),
-            "keep_indices": np.ascontiguousarray(keep, np.int64),
-            "labels": labels.astype(np.int64),
-            "partners": partners.astype(np.int64),
+            "labels": labels,
+            "partners": partners,
             "lam": np.ones(len(labels), np.float32),
             "grid_width": np.full(len(labels), grid[1]),
-            **mixed,
-            **maps,
+            **fed,
         }
         if self.augment.reprob:
             batch["erase"] = self._erasing_boxes(positions, epoch, side)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _mixed_views(self, chosen: np.ndarray, positions: np.ndarray, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """Patches and places out of whole views; mixing is of their pixels, or of their places (MixToken)."""
+        whole = self.is_whole(epoch)
+        side, grid = self.views.at(whole)
+        pixels = np.empty((len(chosen), side, side, 3), np.uint8)
+        rankings = np.empty((len(chosen), grid[0] * grid[1]), np.int64)
+        maps: Maps = {}
+        with kept_generators():  # saving and restoring them for every sample would cost 60 us each
+            for slot, view, ranking in self._views(chosen, positions, epoch, maps):
+                pixels[slot], rankings[slot] = view, ranking
+        everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
+        keep, mixed = everything if whole else rankings[:, : self.tokens], {}
+        with self._mix_generator(epoch, step):
+            if self.augment.mix_token:
+                cells = draw_box(grid)
+                keep, lam = mixed_tickets(rankings, cells, grid, keep.shape[1])
+                mixed = {"box": cells, "lam": lam}
+            elif self.augment.mixes:
+                pixels, rankings, mixed = mix_pixels(self.augment, pixels, rankings, self.views.patch_size, whole)
+                keep = keep if whole else rankings[:, : self.tokens]
+        patches = gather(pixels, everything if self.views.wants_all else keep, self.views.patch_size)
+        return {"patches": patches, "keep_indices": np.ascontiguousarray(keep, np.int64), **mixed, **stacked(maps)}
+
+    def _tickets(self, chosen: np.ndarray, positions: np.ndarray, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """Patches and places out of the best patches of views alone; mixing is of patches."""
+        mixing, count = None, self.tokens
+        if self.augment.mixes:
+            with self._mix_generator(epoch, step):
+                mixing = PatchMixing.draw(self.augment, self.views.side, self.views.patch_size, self.tokens)
+            count = mixing.needed
+        p = self.views.patch_size
+        patches = np.empty((len(chosen), count, 3 * p * p), np.uint8)
+        keep = np.empty((len(chosen), count), np.int64)
+        maps: Maps = {}
+        with kept_generators():
+            if self.reads_prefixes(epoch):
+                for slot, pixels, ranking in self._prefixes(chosen, positions, epoch, count, maps):
+                    assert self._ranked is not None
+                    planar(self._ranked, pixels, patches[slot])
+                    keep[slot] = ranking[:count]
+            else:
+                for slot, view, ranking in self._views(chosen, positions, epoch, maps):
+                    keep[slot] = ranking[:count]
+                    patches[slot] = gather(view[None], keep[slot][None], p)[0]
+        if mixing is None:
+            return {"patches": patches, "keep_indices": keep, **stacked(maps)}
+        views, ranks, lam = mixing.pick(keep)
+        return {"patches": patches[views, ranks], "keep_indices": keep[views, ranks], "lam": lam, **stacked(maps)}
+
+    def _mix_generator(self, epoch: int, step: int) -> AbstractContextManager[None]:
+        """Of the step, not of the micro-batch: ranks and accumulation steps share one lambda, as one big batch has it."""
+        return seeded("mix", self.seed, epoch, step)
 
     def _erasing_boxes(self, positions: np.ndarray, epoch: int, side: int) -> np.ndarray:
         boxes = []
@@ -266,43 +343,56 @@ class TicketDataset(Dataset[Batch]):
                 boxes.append(erasing_box(self.augment.reprob, side))
         return np.array(boxes, np.int64)
 
-    def _views(
-        self, chosen: np.ndarray, positions: np.ndarray, epoch: int
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Augmented pixels uint8 [B, S, S, 3] and the arm's rankings [B, N]; each image is read and decoded once.
-
-        Where they are wanted and there, also token labels of the whole images, and which part of them the views show:
-        see trainer.data.token_labels.cut.
-        """
-        whole = self.is_whole(epoch)
-        size, grid = self.views.at(whole)
-        pixels = np.empty((len(chosen), size, size, 3), np.uint8)
-        rankings = np.empty((len(chosen), grid[0] * grid[1]), np.int64)
-        maps: list[Any] = [None] * len(chosen)
+    def _images(self, chosen: np.ndarray) -> Iterator[tuple[Sample, list[int], list[int], tuple[int, int]]]:
+        """Each image of a batch once, however many of its views stand there: the sample, its slots in the batch, the number
+        of the view in each, and its (shard, row)."""
         slots: dict[tuple[int, int], list[int]] = {}
         for slot, (shard, row, _) in enumerate(chosen.tolist()):
             slots.setdefault((shard, row), []).append(slot)
         for (shard, row), members in slots.items():
-            sample = self.rows.read(shard, row)
             visits = chosen[members, 2].tolist()
-            numbers = [view_of_visit(self.seed, shard, row, visit, len(sample.views)) for visit in visits]
-            rendered = sample.render(numbers, size)
-            for slot, number, view in zip(members, numbers, rendered, strict=True):
+            numbers = [view_of_visit(self.seed, shard, row, visit, self._count) for visit in visits]
+            yield self.rows.read(shard, row, numbers), members, numbers, (shard, row)
+
+    def _views(
+        self, chosen: np.ndarray, positions: np.ndarray, epoch: int, maps: Maps
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each slot of a batch the whole view, augmented, uint8 [S, S, 3], and the arm's ranking [N].
+
+        Where they are wanted and there, also token labels of the whole images, and which part of them the views show, into
+        `maps`: see trainer.data.token_labels.cut.
+        """
+        whole = self.is_whole(epoch)
+        size, grid = self.views.at(whole)
+        arm = "full" if whole else self._arm
+        for sample, slots, numbers, place in self._images(chosen):
+            for slot, number, view in zip(slots, numbers, sample.render(numbers, size), strict=True):
                 name = (self.seed, epoch, int(positions[slot]))
                 if self.color.draws:
                     seed_generators("color", *name)
                     view = self.color(view)
-                pixels[slot] = view
-                if self.labeled:
-                    maps[slot] = self._map(sample, number, self.rows.image_size(shard, row))
-                rankings[slot] = arm_ranking(
-                    "full" if whole else self._arm,
-                    sample.rankings[number],
-                    grid,
-                    fixed_name=f"{self.seed}/{sample.key}/{number}",
-                    fresh_name="/".join(map(str, name)),
-                )
-        return pixels, rankings, {name: np.stack([m[name] for m in maps]) for name in (maps[0] or {})}
+                self._label(maps, slot, sample, number, place)
+                fixed, fresh = f"{self.seed}/{sample.key}/{number}", "/".join(map(str, name))
+                yield slot, view, arm_ranking(arm, sample.rankings[number], grid, fixed_name=fixed, fresh_name=fresh)
+
+    def _prefixes(
+        self, chosen: np.ndarray, positions: np.ndarray, epoch: int, count: int, maps: Maps
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each slot of a batch the rows of the mosaic that hold the view's first patches, augmented, and the ranking."""
+        for sample, slots, numbers, place in self._images(chosen):
+            assert sample.ranked is not None and self._ranked is not None
+            for slot, number in zip(slots, numbers, strict=True):
+                pixels = sample.ranked.mosaic_pixels(number, count)
+                if self.color.draws:
+                    seed_generators("color", self.seed, epoch, int(positions[slot]))
+                    cell, seen = self._ranked.cell, sample.ranked.statistics(number)
+                    pixels = self.color.on_mosaic(pixels, cell, self.views.patch_size, seen)
+                self._label(maps, slot, sample, number, place)
+                yield slot, pixels, sample.rankings[number]
+
+    def _label(self, maps: Maps, slot: int, sample: Sample, number: int, place: tuple[int, int]) -> None:
+        if self.labeled:
+            maps[slot] = self._map(sample, number, self.rows.image_size(*place))
 
     def _map(self, sample: Sample, number: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
         """Token labels of one image of (height, width) pixels, and the place of a view in it."""
@@ -350,24 +440,49 @@ class ValidationDataset(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         size = self.batch_size
         positions = self._positions[number * size : (number + 1) * size]
-        samples = [self.rows.read(*self.rows.locate(int(p))) for p in positions]
+        samples = [self.rows.read(*self.rows.locate(int(p)), [0]) for p in positions]
         sizes = {"patches": self.views.side}
         if self.views.whole_side != self.views.side:
             sizes["whole"] = self.views.whole_side
-        images = [sample.pixels() for sample in samples]
+        shown = [self._shown(sample, list(sizes.values())) for sample in samples]
         return {
-            **{name: self._patches(images, samples, side) for name, side in sizes.items()},
+            **{
+                name: self._patches(np.stack(views))
+                for name, views in zip(sizes, zip(*shown, strict=True), strict=True)
+            },
             "rankings": torch.from_numpy(np.stack([s.rankings[0] for s in samples]).astype(np.int64)),
             "labels": torch.from_numpy(self.rows.labels[positions].astype(np.int64)),
             "positions": torch.from_numpy(positions),
         }
 
-    def _patches(self, images: list[np.ndarray], samples: list[Sample], side: int) -> torch.Tensor:
-        """All patches of each sample's view 0 at a size; `images` are decoded."""
-        views = [render_pixels(image, s.views[:1], side)[0] for image, s in zip(images, samples, strict=True)]
-        everything = np.arange((side // self.views.patch_size) ** 2)
-        keep = np.tile(everything, (len(samples), 1))
-        return torch.from_numpy(gather(np.stack(views), keep, self.views.patch_size))
+    def _shown(self, sample: Sample, sides: list[int]) -> list[np.ndarray]:
+        """View 0 of a sample, decoded once, at several sizes; patches that are not stored are black, and not tested on."""
+        if sample.ranked is None:
+            pixels = sample.pixels()
+            return [render_pixels(pixels, sample.views[:1], side)[0] for side in sides]
+        view = sample.ranked.view(0, sample.rankings[0])
+        return [resize_views(view[None], side)[0] for side in sides]
+
+    def _patches(self, views: np.ndarray) -> torch.Tensor:
+        """All patches of whole views [B, S, S, 3] in raster order."""
+        everything = np.arange((views.shape[1] // self.views.patch_size) ** 2)
+        return torch.from_numpy(gather(views, np.tile(everything, (len(views), 1)), self.views.patch_size))
+
+
+def stacked(maps: Maps) -> dict[str, np.ndarray]:
+    """What was collected by slots, by names."""
+    return {name: np.stack([maps[slot][name] for slot in sorted(maps)]) for name in (maps[0] if maps else {})}
+
+
+def planar(mosaic: Mosaic, pixels: np.ndarray, out: np.ndarray) -> None:
+    """The first patches of a mosaic's rows into uint8 [K, 3*p*p], in the order of a stem's weights, as `gather` has them."""
+    p, width = mosaic.patch, mosaic.grid[1]
+    cells = mosaic.take(pixels).transpose(0, 1, 4, 2, 3)  # [rows, gw, 3, p, p]
+    patches = out.reshape(-1, 3, p, p)
+    full = len(patches) // width
+    patches[: full * width].reshape(full, width, 3, p, p)[:] = cells[:full]
+    if rest := len(patches) % width:
+        patches[full * width :] = cells[full, :rest]
 
 
 def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:

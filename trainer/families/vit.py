@@ -38,6 +38,7 @@ class TicketViT(TicketModel):
         self.grid = tuple(model.patch_embed.grid_size)
         self.patch_size = model.patch_embed.patch_size[0]
         self.whole_side = self.grid[0] * self.patch_size
+        self.takes_places_twice = not _is_eva(model)  # which scatters patches over a view
         if _is_eva(model):
             model.patch_drop = _Slot(model.num_prefix_tokens)
 
