@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feeds import PLAIN, RICH, dataset, equal
 from timm.data.mixup import Mixup, mixup_target
 
 from conftest import mine
@@ -19,31 +20,11 @@ from shards.sample import Sample
 from shards.views import center_ranking
 from trainer.data.augment import seeded
 from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
-from trainer.data.loader import Batch
 from trainer.data.sampler import epoch_samples, view_of_visit
 from trainer.families.patches import gather_patches, patchify
-from trainer.options import ARMS, Augment, Tickets, group_of
+from trainer.options import ARMS
 
 CPU = torch.device("cpu")
-PLAIN: dict[str, Any] = {"tickets": "winning", "tokens": 6, "repeats": 1, "aa": "", "color_jitter": 0.0, "reprob": 0.0,
-                         "mixup": 0.0, "cutmix": 0.0, "batch_size": 8, "seed": 0}  # fmt: skip
-RICH = {
-    **PLAIN,
-    "tickets": "random",
-    "repeats": 3,
-    "aa": "rand-m9-mstd0.5-inc1",
-    "reprob": 0.5,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-}
-
-
-def dataset(opened: TicketSet, settings: dict[str, Any], **changes: Any) -> TicketDataset:
-    """Of the train split; `settings` are of tickets and augmentation, and what else the dataset takes."""
-    values = {**settings, **changes}
-    tickets, augment = group_of(Tickets, values), group_of(Augment, values)
-    rest = {name: value for name, value in values.items() if name not in {**vars(tickets), **vars(augment)}}
-    return TicketDataset(opened, "train", tickets=tickets, augment=augment, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +49,6 @@ def stored(folder: Path) -> dict[tuple[int, int], Sample]:
         for shard, name in enumerate(opened.shard_names("train"))
         for row, sample in enumerate(opened.stream_shard(name))
     }
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    assert a.keys() == b.keys()
-    return all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def shown(feed: TicketDataset, epoch: int) -> list[tuple[int, int, int]]:
