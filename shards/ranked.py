@@ -113,11 +113,17 @@ class Mosaic:
     def put(self, pixels: np.ndarray, ranking: np.ndarray) -> np.ndarray:
         """All rows that are stored -> the view [S, S, 3], black where the others would be; `ranking` [N] put them in order."""
         (gh, gw), p = self.grid, self.patch
-        view = (np.empty if self.tokens == gh * gw else np.zeros)((gh, p, gw, p, 3), np.uint8)
-        places = view.transpose(0, 2, 1, 3, 4)  # [gh, gw, p, p, 3]
-        best = ranking[: self.tokens].astype(np.intp)
-        places[best // gw, best % gw] = self.take(pixels).reshape(-1, p, p, 3)
-        return view.reshape(gh * p, gw * p, 3)
+        if self.cell != p:
+            pixels = np.ascontiguousarray(self.take(pixels).transpose(0, 2, 1, 3, 4))
+        black = self.rows * p * gw  # of rows of p pixels, the one behind the last that is stored
+        lines = pixels.reshape(-1, 3 * p)
+        if self.tokens < gh * gw:
+            lines = np.concatenate([lines, np.zeros((1, 3 * p), np.uint8)])
+        slots: np.ndarray = np.full(gh * gw, -1)
+        slots[ranking[: self.tokens]] = np.arange(self.tokens)
+        slots = slots.reshape(gh, 1, gw)
+        places = np.where(slots < 0, black, (slots // gw * p + np.arange(p)[:, None]) * gw + slots % gw)  # [gh, p, gw]
+        return lines.view(f"V{3 * p}")[:, 0][places].view(np.uint8).reshape(gh * p, gw * p, 3)
 
 
 def cell_of(patch_size: int, grid: tuple[int, int]) -> int:

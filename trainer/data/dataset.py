@@ -26,6 +26,7 @@ from shards.rows import Rows
 from shards.sample import Sample
 from trainer.data.arms import arm_ranking
 from trainer.data.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
+from trainer.data.cutting import first_patches, gather
 from trainer.data.loader import Batch, batches, pinned
 from trainer.data.mixing import PatchMixing, draw_box, mix_pixels, mixed_tickets
 from trainer.data.sampler import batch_positions, epoch_samples, view_of_visit
@@ -320,7 +321,7 @@ class TicketDataset(Dataset[Batch]):
             if self.reads_prefixes(epoch):
                 for slot, pixels, ranking in self._prefixes(chosen, positions, epoch, count, maps):
                     assert self._ranked is not None
-                    planar(self._ranked, pixels, patches[slot])
+                    first_patches(pixels, self._ranked, patches[slot])
                     keep[slot] = ranking[:count]
             else:
                 for slot, view, ranking in self._views(chosen, positions, epoch, maps):
@@ -472,29 +473,6 @@ class ValidationDataset(Dataset[Batch]):
 def stacked(maps: Maps) -> dict[str, np.ndarray]:
     """What was collected by slots, by names."""
     return {name: np.stack([maps[slot][name] for slot in sorted(maps)]) for name in (maps[0] if maps else {})}
-
-
-def planar(mosaic: Mosaic, pixels: np.ndarray, out: np.ndarray) -> None:
-    """The first patches of a mosaic's rows into uint8 [K, 3*p*p], in the order of a stem's weights, as `gather` has them."""
-    p, width = mosaic.patch, mosaic.grid[1]
-    cells = mosaic.take(pixels).transpose(0, 1, 4, 2, 3)  # [rows, gw, 3, p, p]
-    patches = out.reshape(-1, 3, p, p)
-    full = len(patches) // width
-    patches[: full * width].reshape(full, width, 3, p, p)[:] = cells[:full]
-    if rest := len(patches) % width:
-        patches[full * width :] = cells[full, :rest]
-
-
-def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:
-    """Kept patches of whole views: uint8 [B, S, S, 3] and [B, K] -> [B, K, 3*p*p] in the order of a stem's weights.
-
-    trainer.families.patches on numpy and in one go: dropped patches are never copied.
-    """
-    b, s, _, c = pixels.shape
-    side = s // patch_size
-    cells = pixels.reshape(b, side, patch_size, side, patch_size, c).transpose(0, 1, 3, 5, 2, 4)
-    kept = cells[np.arange(b)[:, None], keep // side, keep % side]  # [B, K, c, p, p]
-    return kept.reshape(b, keep.shape[1], -1)
 
 
 def loader(dataset: Any, places: Iterable[Any], workers: int, device: torch.device) -> Generator[Batch, None, None]:
