@@ -18,6 +18,7 @@ from trainer.data.mixing import PatchMixing
 from trainer.data.sampler import epoch_samples, view_of_visit
 from trainer.families.patches import gather_patches, patchify
 from trainer.options import ARMS
+from trainer.verdict.report import verdict
 from training import train
 
 PATCHES = {**PLAIN, "mixup": 0.8, "cutmix": 1.0, "mixing": "patches"}
@@ -180,6 +181,7 @@ def test_a_cut_set_trains_and_is_tested_on_tickets_alone(cut, tmp_path):
     assert "tickets" in result.output
     header = (tmp_path / "run" / "summary.csv").read_text().splitlines()[0]
     assert "tickets" in header and "all_" not in header and "random" not in header
+    assert [group.protocols for group in verdict([tmp_path / "run"]).judges[0].groups] == [("tickets",)]
     refused = train(Path(cut.url), tmp_path, "no", "--unmask-epochs", 1, *flags, code=1)
     assert "--unmask-epochs" in refused.output and len(refused.output.strip().splitlines()) == 1
 
