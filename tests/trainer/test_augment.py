@@ -3,6 +3,7 @@
 import pickle
 import random
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,12 @@ import timm.data.auto_augment as timm_aa
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data.auto_augment import AutoAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 
 from shards.errors import TicketSetError
+from shards.ranked import Mosaic, statistics
 from trainer.data.augment import ColorAugment, erase, erasing_box, seeded
 from trainer.families.patches import gather_patches, patchify
 
@@ -162,6 +165,11 @@ def test_augmentations_travel_to_spawned_workers():
             pixels = augment(PIXELS)
         with seeded(3):
             assert (copy(PIXELS) == pixels).all()
+        if augment.prefixable:
+            with seeded(3):
+                pixels = augment.on_mosaic(PIXELS, 16, 16, statistics(PIXELS))
+            with seeded(3):
+                assert (copy.on_mosaic(PIXELS, 16, 16, statistics(PIXELS)) == pixels).all()
 
 
 def test_seeded_draws_depend_on_every_part_of_the_name():
@@ -183,6 +191,160 @@ def test_seeding_leaves_accelerators_alone(monkeypatch):
     assert not seeds
     torch.manual_seed(0)  # negative control
     assert seeds == [0]
+
+
+# The first patches of a ranked view.
+
+POLICIES = [DEIT, "rand-m9", "rand-m9-inc1-t3a", "v0", "v0r", "original", "originalr", "3a"]
+FILTERS = {"Sharpness": 1, "SharpnessIncreasing": 1, "GaussianBlur": 6, "GaussianBlurRand": 6}  # and how far they reach
+MOSAICS = [Mosaic((4, 4), 16, 16, 16), Mosaic((4, 4), 14, 16, 16)]
+K = 8
+
+
+class Prefix:
+    """A smooth view whose darkest and brightest patches are ranked last, and the mosaic of its first K."""
+
+    def __init__(self, mosaic: Mosaic, seed: int) -> None:
+        rng, p, side = np.random.default_rng(seed), mosaic.patch, 4 * mosaic.patch
+        coarse = Image.fromarray(rng.integers(40, 110, (5, 5, 3), np.uint8)).resize((side, side))
+        self.view = np.clip(np.asarray(coarse) + rng.normal(0, 4, (side, side, 3)), 0, 255).astype(np.uint8)
+        self.view[-p:, : 3 * p] = self.view[-p:, : 3 * p] // 2 + 90
+        self.view[-p:, -p:] //= 4
+        self.mosaic, self.ranking, self.seed = mosaic, np.append(rng.permutation(12), [12, 13, 14, 15]), seed
+        self.pixels = mosaic.lay(mosaic.cut(self.view)[self.ranking[:K]])
+
+    def by_ranking(self, augment: ColorAugment) -> np.ndarray:
+        """[K, p, p, 3]: the whole view augmented, then its patches."""
+        with seeded(self.seed):
+            return self.mosaic.cut(augment(self.view))[self.ranking[:K]].astype(int)
+
+    def by_prefix(self, augment: ColorAugment) -> np.ndarray:
+        with seeded(self.seed):
+            return self._patches(
+                augment.on_mosaic(self.pixels, self.mosaic.cell, self.mosaic.patch, statistics(self.view))
+            )
+
+    def as_if_a_view(self, augment: ColorAugment) -> np.ndarray:
+        """What is wrong with mosaics: strangers beside each other, and statistics of the prefix alone."""
+        with seeded(self.seed):
+            return self._patches(augment(self.pixels))
+
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
+        return self.mosaic.take(pixels).reshape(K, self.mosaic.patch, self.mosaic.patch, 3).astype(int)
+
+
+def only(text: str, *names: str) -> ColorAugment:
+    """An augmentation that does these operations of a policy, one after the other, always."""
+    augment = ColorAugment(text, 0.0, MEAN)
+    for transform in (augment._transform, *augment._on_prefix):
+        every = {op.name: op for op in operations(transform)}
+        for name in names:
+            every[name].prob = 1.0
+        transform.__class__ = AutoAugment  # draws from one
+        transform.policy = [[every[name] for name in names]]
+    return augment
+
+
+def names_of(text: str, filters: bool) -> list[str]:
+    found = {op.name for op in operations(ColorAugment(text, 0.0, MEAN)._transform)}
+    return sorted(n for n in found if (n in FILTERS) == filters and n != "Equalize")
+
+
+def apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean absolute difference."""
+    return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
+
+
+@pytest.mark.parametrize("mosaic", MOSAICS, ids=["16", "14 in 16"])
+@pytest.mark.parametrize(("text", "name"), [(text, name) for text in POLICIES for name in names_of(text, False)])
+def test_operations_on_a_prefix_are_those_on_the_whole_view(text, name, mosaic):
+    augment, alone = only(text, name), 0
+    for prefix in (Prefix(mosaic, seed) for seed in range(6)):
+        assert (prefix.by_prefix(augment) == prefix.by_ranking(augment)).all()
+        alone += (prefix.as_if_a_view(augment) != prefix.by_ranking(augment)).any()
+    assert alone == (6 if name.startswith(("Contrast", "AutoContrast")) else 0)
+
+
+@pytest.mark.parametrize("mosaic", MOSAICS, ids=["16", "14 in 16"])
+@pytest.mark.parametrize(("text", "name"), [(text, name) for text in POLICIES for name in names_of(text, True)])
+def test_filters_see_each_patch_as_if_its_edges_went_on(text, name, mosaic):
+    augment, reach = only(text, name), FILTERS[name]
+    found, strangers = [], []
+    for prefix in (Prefix(mosaic, seed) for seed in range(6)):
+        patches, whole = prefix.by_prefix(augment), prefix.by_ranking(augment)
+        inner = (slice(None), slice(reach, -reach), slice(reach, -reach))
+        assert (patches[inner] == whole[inner]).all()  # what a filter sees there is all in the patch
+        found.append((patches, whole))
+        strangers.append((prefix.as_if_a_view(augment), whole))
+        edge = 1 if name.startswith("Sharpness") else 0  # which Pillow does not sharpen; its blur lets edges go on
+        for patch, original in zip(patches, mosaic.cut(prefix.view)[prefix.ranking[:K]], strict=True):
+            with seeded(prefix.seed):
+                alone = augment(np.pad(original, ((edge, edge), (edge, edge), (0, 0)), "edge"))
+            assert (patch == alone[edge : len(alone) - edge, edge : len(alone) - edge]).all()
+    assert 0 < apart(found) < 0.7 * apart(strangers)
+
+
+@pytest.mark.parametrize("text", ["v0", "original", DEIT])
+def test_equalize_goes_by_the_patches_that_are_there(text):
+    """Nearly: two pixels of the view's extremes are among them."""
+    pairs = [
+        (prefix.by_prefix(augment), prefix.as_if_a_view(augment))
+        for augment in [only(text, "Equalize")]
+        for prefix in (Prefix(Mosaic((4, 4), 64, 64, 16), seed) for seed in range(6))
+    ]
+    assert apart(pairs) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("first", "bound"),
+    [("Invert", 0.0), ("AutoContrast", 0.6), ("BrightnessIncreasing", 0.6), ("ColorIncreasing", 0.6), ("SharpnessIncreasing", 1.2)],
+)  # fmt: skip
+def test_contrast_after_another_operation_goes_by_what_came_of_the_whole_view(first, bound):
+    augment = only(DEIT, first, "ContrastIncreasing")
+    prefixes = [Prefix(MOSAICS[0], seed) for seed in range(12)]
+    whole = [prefix.by_ranking(augment) for prefix in prefixes]
+    found = apart(zip((prefix.by_prefix(augment) for prefix in prefixes), whole, strict=True))
+    alone = apart(zip((prefix.as_if_a_view(augment) for prefix in prefixes), whole, strict=True))
+    assert found <= bound < alone
+
+
+@pytest.mark.parametrize("first", ["Invert", "BrightnessIncreasing", "ContrastIncreasing", "PosterizeIncreasing"])
+def test_autocontrast_finds_the_extremes_of_the_view_after_a_curve(first):
+    augment = only(DEIT, first, "AutoContrast")
+    for prefix in (Prefix(MOSAICS[0], seed) for seed in range(6)):
+        assert (prefix.by_prefix(augment) == prefix.by_ranking(augment)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "jitter", "equal"),
+    [(DEIT, 0.0, 0.8), ("v0", 0.0, 0.69), ("original", 0.0, 0.45), ("3a", 0.3, 0.25), ("", 0.4, 0.6)],
+)
+def test_a_prefix_draws_what_the_whole_view_draws(text, jitter, equal):
+    augment = ColorAugment(text, jitter, MEAN)
+    assert augment.prefixable
+    found, alone = [], []
+    for seed in range(100):
+        prefix = Prefix(MOSAICS[0], seed)
+        with seeded(seed):
+            augment(prefix.view)
+            after = random.random(), np.random.random(), float(torch.rand(()))
+        with seeded(seed):
+            augment.on_mosaic(prefix.pixels, 16, 16, statistics(prefix.view))
+            assert (random.random(), np.random.random(), float(torch.rand(()))) == after
+        found.append((prefix.by_prefix(augment), prefix.by_ranking(augment)))
+        alone.append((prefix.as_if_a_view(augment), found[-1][1]))
+    same, wrong = (np.mean([(a == b).all() for a, b in pairs]) for pairs in (found, alone))
+    assert wrong <= equal < same
+
+
+def test_a_prefix_that_nothing_is_done_to_is_as_it_was():
+    prefix = Prefix(MOSAICS[0], 0)
+    for augment in (ColorAugment("", 0.0, MEAN), only(DEIT, "Rotate")):
+        assert augment.on_mosaic(prefix.pixels, 16, 16, statistics(prefix.view)) is prefix.pixels
+
+
+def test_chains_of_augmix_need_whole_views():
+    assert not ColorAugment("augmix-m3", 0.0, MEAN).prefixable
 
 
 # Random erasing.
