@@ -7,7 +7,6 @@ views; the others whole 224 px images. All run in the measuring process without 
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def measure(setting: Setting) -> Part:
         "ours, all patches": leg(our_batches(setting.shards, arm="full", tokens=196), LAP),
         "ours, repeats 3": leg(our_batches(setting.shards, repeats=3), LAP),
         "ours, DeiT": leg(our_batches(setting.shards, **DEIT), LAP),
-        **{f"ranked, {name}": leg(batches, LAP) for name, batches in ranked_batches(setting.ranked, part).items()},
+        **{f"ranked, {name}": leg(batches, LAP) for name, batches in ranked_batches(setting.ranked).items()},
         "timm": leg(timm_batches(setting.pictures), LAP),
         "timm, float32 tensors": leg(timm_batches(setting.pictures, prefetcher=False), LAP),
         "timm, repeats 3": leg(timm_batches(setting.pictures, repeats=3), LAP),
@@ -85,8 +84,7 @@ def rows(part: Part) -> list[Row]:
     found += [row("ranked, random K = 144", "timm", None), row("ranked, K = 144", "ours", None)]
     found += [row("ranked, repeats 3", "ranked, K = 144", 1.0), row("ranked, repeats 3", "timm, repeats 3", None)]
     found.append(row("ranked, DeiT", "timm, DeiT", 3.0, note))
-    mixed = "ranked, DeiT mixed by patches"
-    return [*found, row(mixed, "timm, DeiT", None, note)] if mixed in part.laps else found
+    return [*found, row("ranked, DeiT mixed by patches", "timm, DeiT", None, note)]
 
 
 def leg(batches: Iterator[int], count: int) -> Leg:
@@ -118,17 +116,14 @@ def our_batches(shards: Path, arm: Any = "winning", tokens: int = 144, repeats: 
     return endless(make)
 
 
-def ranked_batches(shards: Path, part: Part) -> dict[str, Iterator]:
+def ranked_batches(shards: Path) -> dict[str, Iterator]:
     """Of a set of ranked views, by name."""
     found = {f"K = {tokens}": our_batches(shards, tokens=tokens) for tokens in (144, 96, 48)}
     found["all patches"] = our_batches(shards, arm="full", tokens=196)
     found["random K = 144"] = our_batches(shards, arm="random")
     found["repeats 3"] = our_batches(shards, repeats=3)
     found["DeiT"] = our_batches(shards, **DEIT)
-    if "mixing" in [one.name for one in fields(Augment)]:
-        found["DeiT mixed by patches"] = our_batches(shards, **DEIT, mixing="patches")
-    else:
-        part.skip("ranked, DeiT mixed by patches", "there is no such setting")
+    found["DeiT mixed by patches"] = our_batches(shards, **DEIT, mixing="patches")
     return found
 
 

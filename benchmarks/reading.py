@@ -103,14 +103,16 @@ def samples(folder: Path) -> Read:
 
 def tickets(folder: Path) -> Read:
     """Of every sample its rankings and the ticket of one view, in an epoch's order; nothing is decoded."""
-    dataset = TicketDataset(TicketSet.open(str(folder)), tickets=Tickets(repeats=1))
+    opened = TicketSet.open(str(folder))
+    dataset, views = TicketDataset(opened, tickets=Tickets(repeats=1)), opened.manifest.splits["train"].views
     order = dataset.samples(0).tolist()
 
     def read() -> tuple[int, int]:
         total = 0
         for shard, row, visit in order:
-            sample = dataset.rows.read(shard, row)
-            number = 1 + visit % (len(sample.views) - 1)
+            number = 1 + visit % (views - 1)
+            sample = dataset.rows.read(shard, row, [number])
+            assert sample.ranked is not None
             total += len(sample.ranked.jpeg(number, TOKENS))
         return len(order), total
 
