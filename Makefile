@@ -18,6 +18,7 @@ demo: .venv/installed ## Mine tickets, train on them, judge: the whole story in 
 results: .venv/installed ## The study of docs/RESULTS.md; some hours; goes on where it was interrupted
 	$(BIN)/python examples/study.py results --out $(RESULTS)
 	$(BIN)/python examples/study.py families --out $(RESULTS)
+	$(BIN)/python examples/study.py ranked --out $(RESULTS)
 
 quick: .venv/installed ## Run the quick tests, under a minute
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -13,7 +13,9 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import click
 
-PARTS = ("step", "families", "memory", "loader", "selector", "mining", "scaling", "size", "cold", "epoch")
+PARTS = (
+    "step", "families", "memory", "loader", "reading", "selector", "mining", "scaling", "size", "cold", "epoch"
+)  # fmt: skip
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,7 +30,8 @@ PARTS = ("step", "families", "memory", "loader", "selector", "mining", "scaling"
     help="Of a virtual environment with litdata, mosaicml-streaming and torchvision; they pin older packages.",
 )
 def main(parts: tuple[str, ...], data: Path | None, images: int, rounds: int, peers: str | None) -> None:
-    """Measure PARTs, all of them by default: step, families, memory, loader, selector, mining, scaling, size, cold, epoch.
+    """Measure PARTs, all of them by default: step, families, memory, loader, reading, selector, mining, scaling, size,
+    cold, epoch.
 
     `report` measures nothing and prints the table of the results that lie in benchmarks/results.
     """

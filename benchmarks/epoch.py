@@ -1,4 +1,4 @@
-"""Seconds an epoch, data and all: datalth's loader and step against timm's own, from the same shards, DeiT's recipe.
+"""Seconds an epoch, data and all: datalth's loader and step against timm's own, from the same pictures, DeiT's recipe.
 
 timm's side is its training loop written from its factories: the wds/ reader on our shards, its loader with RandAugment,
 random erasing, and mixup and CutMix in the collate function; dense. Both on one core, without worker processes, in
@@ -30,12 +30,22 @@ WANTED = (">=", 1.35)
 
 
 def measure(setting: Setting) -> Part:
-    opened = TicketSet.open(str(setting.shards))
-    legs: dict[str, Leg] = {"ours": our_steps(opened), "timm": timm_steps(opened)}
+    opened, ranked = (TicketSet.open(str(folder)) for folder in (setting.shards, setting.ranked))
+    legs: dict[str, Leg] = {"ours": our_steps(opened, TOKENS), "timm": timm_steps(opened)}
+    legs |= {f"ranked, K = {tokens}": our_steps(ranked, tokens) for tokens in (144, 98)}
     note = f"batch {BATCH}, {STEPS} steps a round: an epoch is more of the same"
     part = Part(laps=turns(legs, setting.rounds), notes=[note])
     part.rows = [
         Row("epoch, deit_tiny, r = 0.9, images/s", "timm dense", *speedup(part.laps["ours"], part.laps["timm"]), WANTED)
+    ]
+    part.rows += [
+        Row(
+            f"epoch from ranked views, deit_tiny, K = {tokens}, images/s",
+            "timm dense",
+            *speedup(laps, part.laps["timm"]),
+        )
+        for tokens in (144, 98)
+        for laps in [part.laps[f"ranked, K = {tokens}"]]
     ]
     return part
 
@@ -47,9 +57,9 @@ def build(classes: int) -> tuple[Any, Any, Any]:
     return model, optimizer, ModelEmaV3(model, decay=0.99996, use_warmup=True)
 
 
-def our_steps(opened: TicketSet) -> Leg:
+def our_steps(opened: TicketSet, tokens: int) -> Leg:
     model, optimizer, ema = build(len(opened.classes))
-    tickets = Tickets(tokens=TOKENS, repeats=1)
+    tickets = Tickets(tokens=tokens, repeats=1)
     dataset = TicketDataset(opened, tickets=tickets, augment=Augment(**DEIT), batch_size=BATCH, seed=0)
     setup = Setup(Optimization(), Machine(seed=0), Rank(), MEAN, STD, len(opened.classes))
     scaler = torch.amp.GradScaler("cpu", enabled=False)

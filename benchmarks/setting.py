@@ -36,12 +36,23 @@ class Setting:
     @functools.cached_property
     def shards(self) -> Path:
         """The pictures' ticket set: 16 views of r = .9; nothing here depends on which patches are in a ticket."""
-        return mine(self.pictures, self.work / "shards", "--val-share", "0")
+        return mine(self.pictures, self.work / "shards")
+
+    @functools.cached_property
+    def ranked(self) -> Path:
+        """The same tickets, with ranked views in place of the pictures."""
+        return rank(self.shards, self.work / "ranked")
 
 
 def mine(data: Path, out: Path, *flags: str) -> Path:
     """datalth-mine with the model-free method."""
-    run("miner.cli", "--data", str(data), "--out", str(out), "--method", "center", *flags)
+    run("miner.cli", "--data", str(data), "--out", str(out), "--method", "center", "--val-share", "0", *flags)
+    return out
+
+
+def rank(tickets: Path, out: Path, *flags: str) -> Path:
+    """A ticket set's views, stored by the rankings that it has."""
+    run("miner.cli", "--data", str(tickets), "--out", str(out), "--images", "ranked", *flags)
     return out
 
 

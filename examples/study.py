@@ -3,6 +3,7 @@
     python examples/study.py demo --out .demo         # minutes; what `make demo` runs
     python examples/study.py results --out .results   # an hour and more; run again, it goes on
     python examples/study.py families --out .results  # another hour
+    python examples/study.py ranked --out .results    # two hours
 
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 
-from trainer.verdict.statistics import mean, pooled
+from trainer.verdict.statistics import Estimate, difference, mean, pooled
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -40,6 +41,8 @@ MODELS: dict[str, list[Any]] = {  # name: timm's model, its arguments, flags
     "cnn": ["test_resnet", []],
     "hiera": ["hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]],
 }
+LONGER = ["--epochs", 40]  # on random crops, where digits stand off the grid
+PICTURES = 3000  # of the training split
 CROPS = ["--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--hflip", 0]
 Job = tuple[str, Path, Sequence[object]]  # name of the run, ticket set, further flags
 
@@ -247,8 +250,7 @@ def other_models(out: Path, digits: Path, seeds: range) -> None:
         judge(runs, [job[0] for job in jobs], out / "families" / name)
     lines = ["| family | K | a | b | c | a - c | a - b | loss of a, first to last epoch | its MACs, of dense |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|", *(row(out, name) for name in MODELS)]
-    (out / "families.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    click.echo("\n" + (out / "families.md").read_text(encoding="utf-8"))
+    write_table(out / "families.md", lines)
 
 
 def row(out: Path, name: str) -> str:
@@ -278,29 +280,119 @@ def family(name: str, arm: str, seed: int) -> list[object]:
 
 
 def views(out: Path, digits: Path, seeds: range) -> None:
-    """Random crops of half the area and more, 40 epochs, K = 14: V - 1 stored views an image are trained on in turn."""
-    runs, longer = out / "runs", ["--epochs", 40]
+    """K = 14, 40 epochs: V - 1 stored views an image are trained on in turn."""
     stored = (2, 4, 8, 16)
+    crops(out, digits, stored)
+    names = {count: [f"views-{count}-{seed}" for seed in seeds] for count in stored}
+    train(out / "runs", [(names[count][seed], out / f"tickets-{count}", ["--seed", seed, *LONGER])
+                         for seed in seeds for count in stored])  # fmt: skip
+    found = measured(out / "runs", names)
+    lines = ["| V | trained on | tickets | all |", "|---:|---:|---:|---:|"]
+    for count in stored:
+        texts = [plus_minus(mean(one[count], pooled([*one.values()]))) for one in found]
+        lines.append(f"| {count} | {count - 1} | {' | '.join(texts)} |")
+    write_table(out / "views.md", lines)
+
+
+def crops(out: Path, digits: Path, stored: Sequence[int]) -> list[object]:
+    """Sets of random crops, half the area and more, as base-V; links with a selector's tickets, tickets-V.
+
+    Returns:
+        Flags of the selector: one for all, trained on the 15 training views of base-16.
+    """
     for count in stored:
         mine(out / f"base-{count}", "--data", digits, "--method", "center", "--tokens", 14, "--views", count, *CROPS)
-    train(runs, [("views-selector", out / "base-16", ["--tickets", "full", "--seed", 0, *longer])])
-    weights = runs / "views-selector" / "model_best.safetensors"
+    train(out / "runs", [("views-selector", out / "base-16", ["--tickets", "full", "--seed", 0, *LONGER])])
+    weights = out / "runs" / "views-selector" / "model_best.safetensors"
+    selection = ["--method", "rollout", "--selector", SELECTOR, "--weights", weights, "--tokens", 14]
     for count in stored:
-        mine(out / f"tickets-{count}", "--data", out / f"base-{count}", "--images", "link", "--method", "rollout",
-             "--selector", SELECTOR, "--weights", weights, "--tokens", 14)  # fmt: skip
-    names = {count: [f"views-{count}-{seed}" for seed in seeds] for count in stored}
-    train(runs, [(names[count][seed], out / f"tickets-{count}", ["--seed", seed, *longer])
-                 for seed in seeds for count in stored])  # fmt: skip
-    found = {count: [figures(runs / name) for name in names[count]] for count in stored}
-    protocols = ("tickets", "all")
-    samples = {p: [np.array([run[p] for run in found[count]]) for count in stored] for p in protocols}
-    lines = ["| V | trained on | tickets | all |", "|---:|---:|---:|---:|"]
-    for place, count in enumerate(stored):
-        cells = [mean(samples[p][place], pooled(samples[p])) for p in protocols]
-        texts = [f"{cell.value:.1f} ±{cell.half or float('nan'):.1f}" for cell in cells]
-        lines.append(f"| {count} | {count - 1} | {' | '.join(texts)} |")
-    (out / "views.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    click.echo("\n" + (out / "views.md").read_text(encoding="utf-8"))
+        mine(out / f"tickets-{count}", "--data", out / f"base-{count}", "--images", "link", *selection)
+    return selection
+
+
+@main.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of `results`, or a new one.")
+@click.option("--seeds", default=3, show_default=True, help="Of every set.")
+def ranked(out: Path, seeds: int) -> None:
+    """Views stored by their ranking against copied pictures: what it costs in accuracy. Mixing by patches."""
+    stored, qualities = (4, 8, 16), (85, 90, 95)
+    selection = crops(out, pictures(out), stored)
+    sets = {(count, "copy"): (out / f"tickets-{count}", f"views-{count}") for count in stored}
+    for count, quality in itertools.product(stored, qualities):
+        tickets = out / f"ranked-{count}-{quality}"
+        mine(tickets, "--data", out / f"base-{count}", "--images", "ranked", "--quality", quality, *selection)
+        sets[count, str(quality)] = (tickets, tickets.name)
+    mixed = {mixing: f"mixing-{mixing}" for mixing in ("pixels", "patches")}
+    jobs: list[Job] = []
+    for seed in range(seeds):
+        at = ["--seed", seed, *LONGER]
+        jobs += [(f"{name}-{seed}", tickets, at) for tickets, name in sets.values()]
+        mixing = ["--mixup", 0.8, "--cutmix", 1.0, "--mixing"]
+        jobs += [(f"{name}-{seed}", out / "ranked-16-90", [*mixing, how, *at]) for how, name in mixed.items()]
+    train(out / "runs", jobs)
+    accuracy_of_sets(out, sets, seeds)
+    found = measured(out / "runs", {how: [f"{name}-{seed}" for seed in range(seeds)] for how, name in mixed.items()})
+    lines = ["| mixing | tickets | minus pixels | all | minus pixels |", "|---|---:|---:|---:|---:|"]
+    for how in mixed:
+        lines.append(f"| {how} | {' | '.join(against(found, [how], ['pixels']))} |")
+    write_table(out / "mixing.md", lines)
+
+
+def accuracy_of_sets(out: Path, sets: dict[tuple[int, str], tuple[Path, str]], seeds: int) -> None:
+    """The table of `ranked`; sets: (V, copy or a quality): its folder, and the name of its runs."""
+    found = measured(
+        out / "runs", {key: [f"{name}-{seed}" for seed in range(seeds)] for key, (_, name) in sets.items()}
+    )
+    lines = ["| V | images | kB a picture | its tickets in copy's | tickets | minus copy | all | minus copy |"]
+    lines.append("|---:|---|---:|---:|---:|---:|---:|---:|")
+    for count, kind in sets:
+        folder, link = sets[count, kind][0], sets[count, "copy"][0]
+        tars = (out / f"base-{count}" if folder == link else folder).glob("train-*.tar")
+        size = sum(tar.stat().st_size for tar in tars) / PICTURES / 1000
+        cells = [f"{size:.1f}", f"{agreement(folder, link):.1%}", *against(found, [(count, kind)], [(count, "copy")])]
+        lines.append(f"| {count} | {kind} | {' | '.join(cells)} |")
+    counts, kinds = (list(dict.fromkeys(part)) for part in zip(*sets, strict=True))
+    copies = [(count, "copy") for count in counts]
+    for name, some in [*((kind, [kind]) for kind in kinds), ("85 to 95", kinds[1:])]:  # more runs, narrower intervals
+        cells = against(found, [*itertools.product(counts, some)], copies)
+        lines.append(f"| all | {name} | | | {' | '.join(cells)} |")
+    write_table(out / "ranked.md", lines)
+
+
+def agreement(first: Path, second: Path) -> float:
+    """Share of the patches of training tickets that stand in both sets' tickets, over all views."""
+    command = [str(BIN / "datalth-shards"), "diff", str(first), str(second), "--split", "train", "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return float(np.mean([view["overlap"] for view in json.loads(done.stdout)["views"]]))
+
+
+def measured(runs: Path, groups: dict[Any, list[str]]) -> list[dict[Any, np.ndarray]]:
+    """Top-1 of the runs of each group, [seeds]: on tickets, and on all patches."""
+    found = {group: [figures(runs / name) for name in names] for group, names in groups.items()}
+    return [{group: np.array([run[p] for run in all_]) for group, all_ in found.items()} for p in ("tickets", "all")]
+
+
+def against(found: list[dict[Any, np.ndarray]], ours: list[Any], theirs: list[Any]) -> list[str]:
+    """Cells: top-1 of some groups together and its distance to others', under each protocol."""
+    cells = []
+    for samples in found:
+        spread = pooled([*samples.values()])
+        first, second = (np.concatenate([samples[group] for group in groups]) for groups in (ours, theirs))
+        cells += [
+            plus_minus(mean(first, spread)),
+            "" if ours == theirs else plus_minus(difference(first, second, spread), "+"),
+        ]
+    return cells
+
+
+def plus_minus(estimate: Estimate, sign: str = "") -> str:
+    """A figure and half its interval."""
+    return f"{estimate.value:{sign}.1f} ±{estimate.half or float('nan'):.1f}"
+
+
+def write_table(path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    click.echo("\n" + path.read_text(encoding="utf-8"))
 
 
 def figures(run: Path) -> dict[str, float]:
