@@ -50,8 +50,7 @@ def mine(
     source = open_source(inputs, geometry.seed)
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
-    if selects:
-        check_settings(selects, labeling, output, machine)
+    check_settings(selects, labeling, output, machine)
     device = device_of(selects, labeling, machine)
     batch_size = machine.batch_size or default_batch_size(output, device)
     machine = replace(machine, batch_size=batch_size)

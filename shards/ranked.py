@@ -165,7 +165,7 @@ def encode(
         quality: of the JPEGs, 1 to 100.
         known: statistics of each view as `decoded` gives it, from one who has looked at it.
     Raises:
-        ImageError: more bytes than a table can say.
+        TicketSetError: more bytes than a table can say.
     """
     table = np.zeros(len(views), mosaic.entry)
     parts, position = [b""], table.nbytes
@@ -175,7 +175,9 @@ def encode(
         ends = [match.start() for match in _MARKER.finditer(data, header.size)]
         assert len(ends) == mosaic.rows, "a restart marker behind each row, and the end"
         if position + len(data) >= 1 << 32:
-            raise ImageError(f"too large: expected less than 4 GiB of ranked views, got {position + len(data)} bytes")
+            raise TicketSetError(
+                f"`views`: expected less than 4 GiB a sample, got {position + len(data)} bytes of ranked views; take fewer"
+            )
         if known:
             said = known[number]
         elif mosaic.tokens == ranking.size:  # what was just encoded is all of the view

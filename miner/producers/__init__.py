@@ -71,27 +71,34 @@ def device_of(selection: Selection | None, labeling: Labeling, machine: Machine)
     Raises:
         TicketSetError: no such device.
     """
-    blind = (selection is None or selection.method in BLIND) and labeling.token_labels is None
-    return torch.device("cpu") if blind else choose_device(machine.device)
+    return torch.device("cpu") if _is_blind(selection, labeling) else choose_device(machine.device)
 
 
-def check_settings(selection: Selection, labeling: Labeling, output: Output, machine: Machine) -> None:
+def _is_blind(selection: Selection | None, labeling: Labeling) -> bool:
+    return (selection is None or selection.method in BLIND) and labeling.token_labels is None
+
+
+def check_settings(selection: Selection | None, labeling: Labeling, output: Output, machine: Machine) -> None:
     """Refuse an unknown method before weights are loaded, and settings that nothing would look at.
 
+    Args:
+        selection: None: rankings are kept.
     Raises:
         TicketSetError: see above.
     """
-    method = selection.method
-    unused = {} if selection.ranks and uses_model(selection) else {
-        "selector": selection.selector, "weights": selection.weights, "drop_blocks": selection.drop_blocks,
+    asked = selection or Selection()
+    method = asked.method
+    unused = {} if selection and asked.ranks and uses_model(asked) else {
+        "selector": asked.selector, "weights": asked.weights, "drop_blocks": asked.drop_blocks,
         "torchcompile": machine.torchcompile,
     }  # fmt: skip
-    if method in BLIND and labeling.token_labels is None:
+    if _is_blind(selection, labeling):
         unused["amp"] = machine.amp
+    why = f"`method` {method} uses no model" if selection else "the rankings of `data` are kept, without a model"
     for name, value in unused.items():
         if value:
-            raise TicketSetError(f"`{name}`: `method` {method} uses no model; leave it out")
-    if selection.ranks:
+            raise TicketSetError(f"`{name}`: {why}; leave it out")
+    if asked.ranks:
         return
     for name in ("keep_rate", "tokens"):
         if getattr(selection, name) is not None:
