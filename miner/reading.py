@@ -61,7 +61,11 @@ def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split:
     common, said = plan.common, plan.splits[split]
     image = Image(row)
     try:
-        data, views = source.read(row)
+        if common.ranked is None or common.ranked.decoded:
+            data, views = source.read(row)
+        else:
+            assert source.tickets is not None
+            data, views, image.kept = source.tickets.read(row)
         if row["size"] < 0 or source.base:
             row["size"] = len(data)
         image.stored, pixels = store_image(data, common.exif, common.store_side)
@@ -72,9 +76,6 @@ def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split:
         image.views = views
         if common.ranked:
             image.rendered = render_pixels(pixels, views, common.img_size)
-            if not common.ranked.decoded:
-                assert source.rankings is not None
-                image.kept = source.rankings.read(row)
         everything = np.array([[0, 0, height, width, 0]])
         for producer in producers:
             if producer.size is None:

@@ -16,6 +16,7 @@ from miner.settings import Geometry, Labeling, Machine, Output, Selection
 from miner.sources import Source
 from miner.token_labels import build_labeler
 from shards.errors import TicketSetError
+from shards.schema import SelectorIdentity
 
 __all__ = ["Producer", "build_models", "build_producers", "check_settings", "device_of"]
 
@@ -33,11 +34,12 @@ def build_producers(
     """
     producers = list(models)
     if selection is None:
-        assert source.rankings is not None
-        producers.insert(0, KeptRankings(source.rankings.selector))
+        assert source.tickets is not None
+        producers.insert(0, KeptRankings(source.tickets.selector))
     if output.images == "ranked":
-        k = producers[0].identity.counts[-1]  # type: ignore[attr-defined]
-        producers.append(ranked_pixels(output, geometry, k, decoded=selection is not None))
+        selector = producers[0].identity
+        assert isinstance(selector, SelectorIdentity), "of views without rankings there is no order"
+        producers.append(ranked_pixels(output, geometry, selector.counts[-1], decoded=selection is not None))
     return tuple(producers)
 
 

@@ -54,11 +54,11 @@ class Kept(NamedTuple):
     entropy: float | None
 
 
-class Rankings(NamedTuple):
-    """Of a ticket set that has rankings: who made them, and row -> those of one image."""
+class Tickets(NamedTuple):
+    """Of a ticket set that has some: who ranked, and a `Read` that gives them, too."""
 
     selector: SelectorIdentity
-    read: Callable[[dict[str, Any]], Kept]
+    read: Callable[[dict[str, Any]], tuple[bytes, np.ndarray, Kept]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Source:
             several threads. A source that keeps files open opens them at need, in each process its own (`Cached`).
         notes: what a person should know of the listing.
         base: the ticket set behind it; its shards, views and seed are then inherited.
-        rankings: that the ticket set has; None where it has none.
+        tickets: of the ticket set itself, which may be linked to `base`; None where it has none.
         in_order: the images lie far away: keep their order across shards.
         own_val: it has a val split of its own, listed or not.
     """
@@ -84,7 +84,7 @@ class Source:
     read: Read
     notes: list[str] = field(default_factory=list)
     base: TicketSet | None = None
-    rankings: Rankings | None = None
+    tickets: Tickets | None = None
     in_order: bool = False
     own_val: bool = False
 
