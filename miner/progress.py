@@ -60,14 +60,17 @@ def _ranked_views(plan: Plan, source: Source) -> list[list[object]]:
     common, ranked = plan.common, plan.common.ranked
     if ranked is None:
         return []
-    n, size_ = common.num_patches, common.selector.input_size
+    n = common.num_patches
     stored = f"all {n}" if ranked.tokens == n else f"the best {ranked.tokens} of {n}"
     rows: list[list[object]] = [["ranked views", f"{stored} patches of a view, JPEG quality {ranked.quality}"]]
+    mined = "mined on the pixels that are stored"
     if not ranked.decoded:
-        rows.append(["", f"rankings are kept from {source.spec}"])
-    if size_:  # else the selector looked at no pixels
-        kept = "mined on undecoded pixels: on those stored here a few patches may rank differently"
-        rows.append(["", "mined on the pixels that are stored" if ranked.decoded else kept])
+        assert source.tickets is not None
+        same = common.token_labels and common.token_labels == source.tickets.labeler
+        rows.append(["", f"rankings{' and token labels' if same else ''} are kept from {source.spec}"])
+        mined = "mined on undecoded pixels: on those stored here a few patches may rank differently"
+    if common.selector.input_size:  # else the selector looked at no pixels
+        rows.append(["", mined])
     return rows
 
 

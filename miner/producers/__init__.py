@@ -6,7 +6,7 @@ A new kind is a new file, a line in `build_producers`, and its members in `shard
 import torch
 
 from miner.models import choose_device
-from miner.producers.kept import KeptRankings
+from miner.producers.kept import KeptRankings, KeptTokenLabels
 from miner.producers.producer import Producer
 from miner.producers.ranked import ranked_pixels
 from miner.producers.rankings import build_rankings, uses_model
@@ -28,14 +28,17 @@ def build_producers(
 
     Args:
         models: of `build_models`.
-        selection: None: the source's rankings are kept.
+        selection: None: the source's rankings are kept, and its token labels where no others are asked for.
     Raises:
         TicketSetError: the settings ask for views that cannot be stored.
     """
     producers = list(models)
     if selection is None:
-        assert source.tickets is not None
-        producers.insert(0, KeptRankings(source.tickets.selector))
+        kept = source.tickets
+        assert kept is not None
+        producers.insert(0, KeptRankings(kept.selector))
+        if kept.labeler and not models:  # else others are asked for
+            producers.append(KeptTokenLabels(kept.labeler))
     if output.images == "ranked":
         selector = producers[0].identity
         assert isinstance(selector, SelectorIdentity), "of views without rankings there is no order"

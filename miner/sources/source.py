@@ -17,7 +17,7 @@ from shards.checks import CONTROL
 from shards.errors import ImageError, TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
-from shards.schema import SelectorIdentity
+from shards.schema import LabelerIdentity, SelectorIdentity
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
@@ -47,17 +47,19 @@ Read = Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
 
 
 class Kept(NamedTuple):
-    """Tickets that a ticket set has of one image: rankings [V, N], and what its row of the index says of view 0's scores."""
+    """What a ticket set has of one image: rankings [V, N], token labels, and what its row says of view 0's scores."""
 
     rankings: np.ndarray
+    token_labels: np.ndarray | None
     mean_score: float | None
     entropy: float | None
 
 
 class Tickets(NamedTuple):
-    """Of a ticket set that has some: who ranked, and a `Read` that gives them, too."""
+    """Of a ticket set that has some: who ranked, who made token labels, if any, and a `Read` that gives them, too."""
 
     selector: SelectorIdentity
+    labeler: LabelerIdentity | None
     read: Callable[[dict[str, Any]], tuple[bytes, np.ndarray, Kept]]
 
 

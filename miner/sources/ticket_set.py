@@ -33,7 +33,8 @@ def ticket_set_source(url: str, base: str | None) -> Source:
             container = pa.array([shards.index(name)] * len(table), pa.int32())
             tables.append(pa.table([*columns, container, table["base_offset"]], schema=SCHEMA))
         splits[split] = pa.concat_tables(tables)
-    tickets = Tickets(opened.manifest.selector, _TicketReader(opened, shards)) if opened.has_tickets else None
+    labeler = opened.manifest.token_labels or images.manifest.token_labels
+    tickets = Tickets(opened.manifest.selector, labeler, _TicketReader(opened, shards)) if opened.has_tickets else None
     return Source(url, images.classes, splits, _ImageReader(images, shards), base=images, tickets=tickets)
 
 
@@ -86,7 +87,8 @@ class _TicketReader(_Samples):
 
     def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray, Kept]:
         name, sample = self.find(row)
-        return sample.image, sample.views, Kept(sample.rankings, *self._scores(name)[row["key"]])
+        kept = Kept(sample.rankings, sample.token_labels, *self._scores(name)[row["key"]])
+        return sample.image, sample.views, kept
 
 
 def _rows_by_key(opened: TicketSet, name: str) -> dict[str, Row]:

@@ -430,7 +430,15 @@ def test_token_labels_are_those_of_the_photos(sets: Path, tmp_path: Path) -> Non
         assert np.array_equal(ranked[key].token_labels, sample.token_labels)
         assert np.array_equal(ranked[key].rankings, sample.rankings)
         assert not np.array_equal(kept[key].rankings, sample.rankings)
-    for name in ("kept", "ranked"):
+    # Of a set that has them, and of one that is linked, they are kept beside the rankings.
+    mine("--data", tmp_path / "copy", "--images", "link", "--method", "center", "--out", tmp_path / "link")
+    for source, name in (("copy", "both"), ("link", "of-base")):
+        output = mine("--data", tmp_path / source, *RANKED, "--out", tmp_path / name).output
+        assert f"rankings and token labels are kept from {tmp_path / source}" in output
+        found = samples(tmp_path / name, "val")
+        assert all(np.array_equal(found[key].token_labels, expected[key].token_labels) for key in expected)
+        assert TicketSet.open(str(tmp_path / name)).manifest.token_labels is not None
+    for name in ("kept", "ranked", "both", "of-base"):
         inspect("verify", tmp_path / name, "--deep")
 
 
