@@ -22,6 +22,7 @@ Examples:
   datalth-mine --data photos --out tickets
   datalth-mine --data imagenet --out shards --keep-rate 0.8 --amp
   datalth-mine --data shards --images link --keep-rate 0.7 --out shards-r.7
+  datalth-mine --data shards --images ranked --out shards-ranked
   datalth-mine --data shards --images link --method none --token-labels dm_nfnet_f6 --out shards-labels
   torchrun --no-python --nproc-per-node 8 datalth-mine --data imagenet --out shards
 """

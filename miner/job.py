@@ -52,7 +52,7 @@ class Job:
 
     @property
     def workers(self) -> int:
-        """Threads that read and decode."""
+        """Threads that read and decode, and as many that encode."""
         return self.machine.workers or min(os.cpu_count() or 1, 16)
 
     def producers(self) -> tuple[Producer, ...]:

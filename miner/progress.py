@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from miner.job import Progress
 from miner.sources import Source
@@ -21,6 +22,7 @@ from shards.storage import is_remote
 
 LOG_SECONDS = 15  # between plain log lines
 MEGAPIXELS_TO_RECOMMEND = 2.0
+QUALITIES, BITS = (1, 50, 75, 85, 90, 95, 100), (0.5, 1.0, 1.5, 2.0, 2.6, 3.8, 8.0)  # a pixel of photos, 4:4:4
 
 
 def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list[str]) -> None:
@@ -40,6 +42,7 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
     rows += [
         ["classes", len(source.classes) or "none: unlabeled"],
         ["selector", how],
+        *_ranked_views(plan, source),
         ["tickets", f"K = {common.k} of {n} patches ({common.k / n:.1%}){_rate(selector)}" if common.k else "none"],
     ]
     if labels := common.token_labels:
@@ -52,13 +55,32 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
     click.echo(as_flags(table([[str(v) for v in row] for row in rows])))
 
 
+def _ranked_views(plan: Plan, source: Source) -> list[list[object]]:
+    """What is stored of each view, and which pixels its ranking is of."""
+    common, ranked = plan.common, plan.common.ranked
+    if ranked is None:
+        return []
+    n = common.num_patches
+    stored = f"all {n}" if ranked.tokens == n else f"the best {ranked.tokens} of {n}"
+    rows: list[list[object]] = [["ranked views", f"{stored} patches of a view, JPEG quality {ranked.quality}"]]
+    mined = "mined on the pixels that are stored"
+    if not ranked.decoded:
+        assert source.tickets is not None
+        same = common.token_labels and common.token_labels == source.tickets.labeler
+        rows.append(["", f"rankings{' and token labels' if same else ''} are kept from {source.spec}"])
+        mined = "mined on undecoded pixels: on those stored here a few patches may rank differently"
+    if common.selector.input_size:  # else the selector looked at no pixels
+        rows.append(["", mined])
+    return rows
+
+
 def _rate(selector: SelectorIdentity) -> str:
     rate, stages = selector.keep_rate, len(selector.counts)
     return "" if rate is None else f", keep rate {rate:g} at each of {stages} stages"
 
 
 def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
-    """Images as they are, and per sample the ranking, the views, the token labels and their tar blocks."""
+    """Images as they are or ranked views, and per sample the ranking, the boxes, the token labels and their tar blocks."""
     total, common = 0, plan.common
     for name in mined:
         split, listed = plan.splits[name], source.splits[name]
@@ -69,6 +91,9 @@ def expected_bytes(plan: Plan, source: Source, mined: list[str]) -> int:
         if common.images == "copy":
             known = [s for s in listed["size"].to_pylist() if s > 0]
             images = round(statistics.fmean(known)) + 768 if known else 0
+        if ranked := common.ranked:
+            bits = np.interp(ranked.quality, QUALITIES, BITS)
+            images = split.views * round(ranked.tokens * ranked.cell**2 * bits / 8) + 768
         total += split.images * (members + images)
     return total
 

@@ -56,21 +56,16 @@ def _two_batches(plan: Plan, split: str, producers: Sequence[Producer]) -> int:
     return max(-(-2 * p.batch_size // (1 if p.whole else views)) for p in producers)  # of those that only encode: 0
 
 
-def _ranked_views(image: Image, pixels: np.ndarray, common: PlanCommon) -> np.ndarray:
-    """Render the views of a set of ranked views; gives them as they will be decoded, uint8 [V, S, S, 3]."""
-    assert common.ranked is not None
-    image.rendered = render_pixels(pixels, image.views, common.img_size)
-    shown = decoded(image.rendered, Mosaic.of(common), common.ranked.quality)
-    image.seen = [statistics(view) for view in shown]
-    return shown
-
-
 def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split: str, row: dict[str, Any]) -> Image:
     """Everything that one image needs before a device sees it: one read, one decode."""
     common, said = plan.common, plan.splits[split]
     image = Image(row)
     try:
-        data, views = source.read(row)
+        if common.ranked is None or common.ranked.decoded:
+            data, views = source.read(row)
+        else:
+            assert source.tickets is not None
+            data, views, image.kept = source.tickets.read(row)
         if row["size"] < 0 or source.base:
             row["size"] = len(data)
         image.stored, pixels = store_image(data, common.exif, common.store_side)
@@ -79,21 +74,30 @@ def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split:
             drawn = said.scale, said.ratio, said.hflip
             views = image_views(common.seed, row["key"], said.views, width, height, *drawn)
         image.views = views
-        if common.ranked and not common.ranked.decoded:
-            assert source.rankings is not None
-            image.kept = source.rankings.read(row)
-        shown = _ranked_views(image, pixels, common) if common.ranked else None
+        if common.ranked:
+            image.rendered = render_pixels(pixels, views, common.img_size)
         everything = np.array([[0, 0, height, width, 0]])
         for producer in producers:
             if producer.size is None:
                 continue
-            if producer.whole or shown is None:
-                inputs = render_pixels(pixels, everything if producer.whole else views, producer.size)
+            if producer.whole:
+                inputs = render_pixels(pixels, everything, producer.size)
+            elif common.ranked:
+                inputs = resize_views(_decoded(image, common), producer.size)
             else:
-                inputs = resize_views(shown, producer.size)
+                inputs = render_pixels(pixels, views, producer.size)
             image.inputs[producer.name] = inputs
     except (ImageError, OSError) as error:
         if is_machine_error(error):  # it would meet any file: nothing that a row should say
             raise
         image.error = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
     return image
+
+
+def _decoded(image: Image, common: PlanCommon) -> np.ndarray:
+    """The ranked views of an image as a student will see them, uint8 [V, S, S, 3]; what is seen of them is noted."""
+    assert common.ranked is not None and image.rendered is not None
+    mosaic, quality = Mosaic.of(common), common.ranked.quality
+    shown = np.stack([decoded(view, mosaic, quality) for view in image.rendered])
+    image.statistics = [statistics(view) for view in shown]
+    return shown

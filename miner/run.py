@@ -50,8 +50,7 @@ def mine(
     source = open_source(inputs, geometry.seed)
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
-    if selects:
-        check_settings(selects, labeling, output, machine)
+    check_settings(selects, labeling, output, machine)
     device = device_of(selects, labeling, machine)
     batch_size = machine.batch_size or default_batch_size(output, device)
     machine = replace(machine, batch_size=batch_size)
@@ -157,7 +156,7 @@ def inherit(inputs: Inputs, output: Output, geometry: Geometry, source: Source, 
 def keeps_rankings(output: Output, selection: Selection, source: Source, given: frozenset[str]) -> bool:
     """Whether the rankings of a ticket set are kept: it is stored in ranked views, and no other selection was asked for."""
     asked = selection != Selection() or given & {field.name for field in fields(Selection)}
-    return output.images == "ranked" and source.rankings is not None and not asked
+    return output.images == "ranked" and source.tickets is not None and not asked
 
 
 def default_batch_size(output: Output, device: torch.device) -> int:

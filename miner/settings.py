@@ -61,7 +61,7 @@ class Output(Settings):
     out: str = setting(metavar="DIR", help="Folder of the new ticket set; the same command again resumes it.")
     images: Literal["copy", "link", "ranked"] = setting(
         "copy",
-        help="copy: images and tickets; link: from a ticket set, tickets only, images stay there; ranked: views instead of images, patch by patch in ranked order, so that training reads no more than its tickets.",
+        help="copy: images and tickets; link: from a ticket set, tickets only, images stay there; ranked: views instead of images, patch by patch in ranked order, so that training reads no more than its tickets (of a ticket set, rankings are kept unless a selector is asked for).",
     )
     quality: int | None = setting(
         None, click.IntRange(1, 100), "JPEG quality of ranked views.", metavar="Q", shown=f"{DEFAULT_QUALITY}"
@@ -69,7 +69,7 @@ class Output(Settings):
     store_tokens: int | None = setting(
         None,
         click.IntRange(min=1),
-        "Best patches stored of each ranked view, rounded up to whole rows; training on others is then no more possible.",
+        "Best patches stored of each ranked view, rounded up to whole rows; others cannot be trained on.",
         metavar="K",
         shown="all",
     )
@@ -228,7 +228,7 @@ class Machine(Settings):
     workers: int | None = setting(
         None,
         click.IntRange(min=1),
-        "Threads that read and decode.",
+        "Threads that read and decode, and as many that encode.",
         metavar="N",
         short="-j",
         shown="cores, 16 at most",

@@ -14,11 +14,12 @@ from shards.schema import Plan, ShardStats
 from shards.writer import ShardWriter
 
 WAITING_IMAGES = 64
+WAITING_BYTES = 256 << 20  # of ranked views that are not yet encoded
 _END, _ABORT = object(), object()  # in the queue, behind a shard's images
 
 
 class Writer:
-    """A thread that writes shards in the order they are given; at most WAITING_IMAGES wait for it.
+    """A thread that writes shards in the order they are given; at most WAITING_IMAGES wait for it and its encoders.
 
     While it commits one shard, the images of the next may be given.
 
@@ -32,7 +33,7 @@ class Writer:
     def __init__(self, plan: Plan, folder: Path, producers: Sequence[Producer], workers: int) -> None:
         self._plan, self._folder, self._producers = plan, folder, producers
         self._encoders = ThreadPoolExecutor(workers, "encode")
-        self._queue: queue.Queue[Any] = queue.Queue(WAITING_IMAGES)
+        self._queue: queue.Queue[Any] = queue.Queue(_most_waiting(plan, workers))
         self._thread = ThreadPoolExecutor(1, "write")
         self._shards: list[Future[ShardStats]] = []
         self._error: BaseException | None = None
@@ -112,3 +113,11 @@ class Writer:
             members |= own
             columns |= further
         return row, (members, columns)
+
+
+def _most_waiting(plan: Plan, workers: int) -> int:
+    """Images: ranked views take megabytes each until they are encoded, and may be the slowest leg."""
+    if plan.common.ranked is None:
+        return WAITING_IMAGES
+    pixels = max(split.views for split in plan.splits.values()) * plan.common.img_size**2
+    return min(WAITING_IMAGES, max(workers, WAITING_BYTES // (3 * pixels)))

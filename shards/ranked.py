@@ -92,23 +92,25 @@ class Mosaic:
         """Rows that hold the first `tokens` patches."""
         return -(-tokens // self.grid[1])
 
-    def lay(self, patches: np.ndarray) -> np.ndarray:
-        """Patches [n, p, p, 3] in order -> pixels [rows * cell, gw * cell, 3]; n makes whole rows."""
-        if self.cell > self.patch:
-            beyond = (0, self.cell - self.patch)
-            patches = np.pad(patches, ((0, 0), beyond, beyond, (0, 0)), "edge")
-        cells = patches.reshape(-1, self.grid[1], self.cell, self.cell, 3)
-        return cells.transpose(0, 2, 1, 3, 4).reshape(-1, self.width, 3)
+    def lay(self, view: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+        """Patches of a view [S, S, 3] in the order of a ranking [n], whole rows -> pixels [rows * cell, gw * cell, 3]."""
+        gw, p = self.grid[1], self.patch
+        strips = view.reshape(-1, 3 * p)  # a patch's own pixel rows: p of them, gw strips apart
+        first = ranking.astype(np.intp).reshape(-1, 1, gw)
+        first = first // gw * (p * gw) + first % gw
+        laid = strips.take(first + gw * np.arange(p)[:, None], axis=0).reshape(-1, p, gw, p, 3)
+        if beyond := self.cell - p:
+            laid = np.pad(laid, ((0, 0), (0, beyond), (0, 0), (0, beyond), (0, 0)), "edge")
+        return laid.reshape(-1, self.width, 3)
 
     def take(self, pixels: np.ndarray) -> np.ndarray:
-        """The inverse of `lay`, as a view of the pixels: [rows, gw, p, p, 3]."""
+        """The patches that lie in pixels, [rows, gw, p, p, 3]: no copy."""
         cells = pixels.reshape(-1, self.cell, self.grid[1], self.cell, 3).transpose(0, 2, 1, 3, 4)
         return cells[:, :, : self.patch, : self.patch]
 
-    def cut(self, view: np.ndarray) -> np.ndarray:
-        """A view [S, S, 3] -> its patches in raster order [N, p, p, 3]."""
-        (gh, gw), p = self.grid, self.patch
-        return view.reshape(gh, p, gw, p, 3).transpose(0, 2, 1, 3, 4).reshape(-1, p, p, 3)
+    def bare(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels without what fills up the cells, [rows * p, gw * p, 3]; of patches in raster order: the view."""
+        return self.take(pixels).transpose(0, 2, 1, 3, 4).reshape(-1, self.grid[1] * self.patch, 3)
 
     def put(self, pixels: np.ndarray, ranking: np.ndarray) -> np.ndarray:
         """All rows that are stored -> the view [S, S, 3], black where the others would be; `ranking` [N] put them in order."""
@@ -142,66 +144,67 @@ def cell_of(patch_size: int, grid: tuple[int, int]) -> int:
     return cell
 
 
-def decoded(views: np.ndarray, mosaic: Mosaic, quality: int) -> np.ndarray:
-    """The views [V, S, S, 3] as their JPEGs will give them: what the selector is shown.
+def decoded(view: np.ndarray, mosaic: Mosaic, quality: int) -> np.ndarray:
+    """A view [S, S, 3] as its JPEG will give it: what the selector is shown.
 
     Encoding goes block by block, so that it does not matter that the patches have no order yet.
     """
-    out = np.empty_like(views)
-    tall = mosaic.grid[0] * mosaic.cell
-    step = max(1, _JPEG_SIDE // tall)  # views a JPEG, of one width, one below the other
-    for first in range(0, len(views), step):
-        some = views[first : first + step]
-        patches = np.concatenate([mosaic.cut(view) for view in some])
-        pixels = decode_jpeg(_encode(mosaic.lay(patches), quality, mosaic.cell // BLOCK))
-        for slot, raster in zip(
-            out[first : first + step], pixels.reshape(len(some), tall, mosaic.width, 3), strict=True
-        ):
-            slot[:] = mosaic.take(raster).transpose(0, 2, 1, 3, 4).reshape(slot.shape)
-    return out
+    raster = np.arange(mosaic.grid[0] * mosaic.grid[1])
+    return mosaic.bare(decode_jpeg(_encode(mosaic.lay(view, raster), mosaic, quality)))
 
 
 def statistics(view: np.ndarray) -> Statistics:
-    """Of a view uint8 [S, S, 3]; the mean is rounded as Pillow's ImageEnhance.Contrast rounds it."""
+    """Of pixels uint8 [H, W, 3], in whatever order; the mean is rounded as Pillow's ImageEnhance.Contrast rounds it."""
     gray = int(np.asarray(Image.fromarray(view).convert("L")).mean() + 0.5)
-    low, high = view.min(axis=(0, 1)), view.max(axis=(0, 1))
+    # One axis after the other: over both at once numpy goes number by number, fifty times as slowly.
+    low, high = view.min(axis=0).min(axis=0), view.max(axis=0).max(axis=0)
     return Statistics(gray, tuple(low.tolist()), tuple(high.tolist()))
 
 
-def encode(views: np.ndarray, rankings: np.ndarray, seen: list[Statistics], mosaic: Mosaic, quality: int) -> bytes:
+def encode(
+    views: np.ndarray, rankings: np.ndarray, mosaic: Mosaic, quality: int, known: list[Statistics] | None = None
+) -> bytes:
     """The member.
 
     Args:
         views: uint8 [V, S, S, 3] as they were rendered.
         rankings: [V, N].
-        seen: of each view, as `decoded` gives it.
         mosaic: how patches are laid out; those beyond its `tokens` are left out.
         quality: of the JPEGs, 1 to 100.
+        known: statistics of each view as `decoded` gives it, from one who has looked at it.
     Raises:
-        ImageError: more bytes than a table can say.
+        TicketSetError: more bytes than a table can say.
     """
     table = np.zeros(len(views), mosaic.entry)
     parts, position = [b""], table.nbytes
-    for entry, view, ranking, (gray, low, high) in zip(table, views, rankings, seen, strict=True):
-        data = _encode(mosaic.lay(mosaic.cut(view)[ranking[: mosaic.tokens]]), quality, mosaic.cell // BLOCK)
+    for number, (entry, view, ranking) in enumerate(zip(table, views, rankings, strict=True)):
+        data = _encode(mosaic.lay(view, ranking[: mosaic.tokens]), mosaic, quality)
         header = read_header(data, mosaic, "ranked view")
         ends = [match.start() for match in _MARKER.finditer(data, header.size)]
         assert len(ends) == mosaic.rows, "a restart marker behind each row, and the end"
         if position + len(data) >= 1 << 32:
-            raise ImageError(f"too large: expected less than 4 GiB of ranked views, got {position + len(data)} bytes")
+            raise TicketSetError(
+                f"`views`: expected less than 4 GiB a sample, got {position + len(data)} bytes of ranked views; take fewer"
+            )
+        if known:
+            said = known[number]
+        elif mosaic.tokens == ranking.size:  # what was just encoded is all of the view
+            said = statistics(mosaic.bare(decode_jpeg(data)))
+        else:
+            said = statistics(decoded(view, mosaic, quality))
         entry["start"], entry["ends"] = position, [position + end for end in ends]
-        entry["gray"], entry["low"], entry["high"] = gray, low, high
+        entry["gray"], entry["low"], entry["high"] = said
         parts.append(data)
         position += len(data)
     parts[0] = table.tobytes()
     return b"".join(parts)
 
 
-def _encode(pixels: np.ndarray, quality: int, restart_rows: int) -> bytes:
+def _encode(pixels: np.ndarray, mosaic: Mosaic, quality: int) -> bytes:
     """A baseline JPEG with the standard Huffman tables: of one quality and size, all headers are the same bytes."""
     image, options = (
         Image.fromarray(pixels),
-        {"quality": quality, "subsampling": 0, "restart_marker_rows": restart_rows},
+        {"quality": quality, "subsampling": 0, "restart_marker_rows": mosaic.cell // BLOCK},
     )
     if not hasattr(os, "memfd_create"):
         out = io.BytesIO()

@@ -152,10 +152,10 @@ def encode_tickets(views: np.ndarray, rankings: np.ndarray, k: int) -> Encoded:
 
 
 def encode_ranked(
-    views: np.ndarray, rankings: np.ndarray, seen: list[Statistics], mosaic: Mosaic, quality: int
+    views: np.ndarray, rankings: np.ndarray, mosaic: Mosaic, quality: int, known: list[Statistics] | None = None
 ) -> Encoded:
     """Ranked views instead of an image; see `shards.ranked.encode`."""
-    return {fmt.RANKED: ranked.encode(views, rankings, seen, mosaic, quality)}, {}
+    return {fmt.RANKED: ranked.encode(views, rankings, mosaic, quality, known)}, {}
 
 
 def bytes_before_views(manifest: Manifest, split: str, labeled: bool) -> int:

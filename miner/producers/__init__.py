@@ -6,7 +6,7 @@ A new kind is a new file, a line in `build_producers`, and its members in `shard
 import torch
 
 from miner.models import choose_device
-from miner.producers.kept import KeptRankings
+from miner.producers.kept import KeptRankings, KeptTokenLabels
 from miner.producers.producer import Producer
 from miner.producers.ranked import ranked_pixels
 from miner.producers.rankings import build_rankings, uses_model
@@ -16,6 +16,7 @@ from miner.settings import Geometry, Labeling, Machine, Output, Selection
 from miner.sources import Source
 from miner.token_labels import build_labeler
 from shards.errors import TicketSetError
+from shards.schema import SelectorIdentity
 
 __all__ = ["Producer", "build_models", "build_producers", "check_settings", "device_of"]
 
@@ -27,17 +28,21 @@ def build_producers(
 
     Args:
         models: of `build_models`.
-        selection: None: the source's rankings are kept.
+        selection: None: the source's rankings are kept, and its token labels where no others are asked for.
     Raises:
         TicketSetError: the settings ask for views that cannot be stored.
     """
     producers = list(models)
     if selection is None:
-        assert source.rankings is not None
-        producers.insert(0, KeptRankings(source.rankings.selector))
+        kept = source.tickets
+        assert kept is not None
+        producers.insert(0, KeptRankings(kept.selector))
+        if kept.labeler and not models:  # else others are asked for
+            producers.append(KeptTokenLabels(kept.labeler))
     if output.images == "ranked":
-        k = producers[0].identity.counts[-1]  # type: ignore[attr-defined]
-        producers.append(ranked_pixels(output, geometry, k, decoded=selection is not None))
+        selector = producers[0].identity
+        assert isinstance(selector, SelectorIdentity), "of views without rankings there is no order"
+        producers.append(ranked_pixels(output, geometry, selector.counts[-1], decoded=selection is not None))
     return tuple(producers)
 
 
@@ -71,27 +76,34 @@ def device_of(selection: Selection | None, labeling: Labeling, machine: Machine)
     Raises:
         TicketSetError: no such device.
     """
-    blind = (selection is None or selection.method in BLIND) and labeling.token_labels is None
-    return torch.device("cpu") if blind else choose_device(machine.device)
+    return torch.device("cpu") if _is_blind(selection, labeling) else choose_device(machine.device)
 
 
-def check_settings(selection: Selection, labeling: Labeling, output: Output, machine: Machine) -> None:
+def _is_blind(selection: Selection | None, labeling: Labeling) -> bool:
+    return (selection is None or selection.method in BLIND) and labeling.token_labels is None
+
+
+def check_settings(selection: Selection | None, labeling: Labeling, output: Output, machine: Machine) -> None:
     """Refuse an unknown method before weights are loaded, and settings that nothing would look at.
 
+    Args:
+        selection: None: rankings are kept.
     Raises:
         TicketSetError: see above.
     """
-    method = selection.method
-    unused = {} if selection.ranks and uses_model(selection) else {
-        "selector": selection.selector, "weights": selection.weights, "drop_blocks": selection.drop_blocks,
+    asked = selection or Selection()
+    method = asked.method
+    unused = {} if selection and asked.ranks and uses_model(asked) else {
+        "selector": asked.selector, "weights": asked.weights, "drop_blocks": asked.drop_blocks,
         "torchcompile": machine.torchcompile,
     }  # fmt: skip
-    if method in BLIND and labeling.token_labels is None:
+    if _is_blind(selection, labeling):
         unused["amp"] = machine.amp
+    why = f"`method` {method} uses no model" if selection else "the rankings of `data` are kept, without a model"
     for name, value in unused.items():
         if value:
-            raise TicketSetError(f"`{name}`: `method` {method} uses no model; leave it out")
-    if selection.ranks:
+            raise TicketSetError(f"`{name}`: {why}; leave it out")
+    if asked.ranks:
         return
     for name in ("keep_rate", "tokens"):
         if getattr(selection, name) is not None:

@@ -33,7 +33,7 @@ class Image:
         inputs: producer's name -> uint8 [V, S, S, 3], or [1, S, S, 3] of the whole image; none once it has answered, nor
             for one that looks at no pixels.
         rendered: uint8 [V, S, S, 3] for a set of ranked views, until they are encoded.
-        seen: of each of these as it will be decoded.
+        statistics: of each of these as it will be decoded; None where no producer looks at it so.
         kept: tickets that the source has already, where they are kept.
         answers: producer's name -> what it said of each view, or of the whole image.
     """
@@ -44,7 +44,7 @@ class Image:
     views: np.ndarray = field(init=False)
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
     rendered: np.ndarray | None = None
-    seen: list[Statistics] = field(default_factory=list)
+    statistics: list[Statistics] | None = None
     kept: Kept | None = None
     answers: dict[str, list[Any]] = field(default_factory=dict)
 

@@ -23,7 +23,7 @@ class RankedPixels(Encoder):
         """All views, each in the order that its sample's ranking.npy says."""
         assert image.rendered is not None
         rendered, image.rendered = image.rendered, None  # by far the most of what an image holds
-        return encode_ranked(rendered, image.rankings(), image.seen, self._mosaic, self.identity.quality)
+        return encode_ranked(rendered, image.rankings(), self._mosaic, self.identity.quality, image.statistics)
 
 
 def ranked_pixels(output: Output, geometry: Geometry, k: int, decoded: bool) -> RankedPixels:

@@ -22,7 +22,7 @@ from shards.schema import SelectorIdentity
 from shards.views import view_seed
 
 
-class Ranked(NamedTuple):
+class Answer(NamedTuple):
     """Of one view: its ranking [N], and of view 0 the scores [N]."""
 
     ranking: np.ndarray
@@ -53,8 +53,8 @@ class Rankings:
         rankings, scores = self._selector.rank_and_score(pixels, seeds)
         return rankings.to(torch.int32), scores.float()
 
-    def collect(self, batch: list[Item], results: list[np.ndarray]) -> list[Ranked]:
-        """A `Ranked` of every view.
+    def collect(self, batch: list[Item], results: list[np.ndarray]) -> list[Answer]:
+        """An `Answer` of every view.
 
         Raises:
             TicketSetError: a ranking that is no permutation, a score that is no number.
@@ -74,11 +74,11 @@ class Rankings:
             )
         small = rankings.astype(fmt.ranking_dtype(n))
         return [
-            Ranked(ranking, score.copy() if number == 0 else None)
+            Answer(ranking, score.copy() if number == 0 else None)
             for (_, number), ranking, score in zip(batch, small, scores, strict=True)
         ]
 
-    def encode(self, image: Image, answers: list[Ranked]) -> Encoded:
+    def encode(self, image: Image, answers: list[Answer]) -> Encoded:
         """All views' rankings and boxes; view 0's ticket, and what its scores say, for the row."""
         first, scores = answers[0]
         assert scores is not None

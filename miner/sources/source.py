@@ -17,7 +17,7 @@ from shards.checks import CONTROL
 from shards.errors import ImageError, TicketSetError
 from shards.keys import natural_sorted, unique_keys
 from shards.reader import TicketSet
-from shards.schema import SelectorIdentity
+from shards.schema import LabelerIdentity, SelectorIdentity
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
@@ -47,18 +47,20 @@ Read = Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
 
 
 class Kept(NamedTuple):
-    """Tickets that a ticket set has of one image: rankings [V, N], and what its row of the index says of view 0's scores."""
+    """What a ticket set has of one image: rankings [V, N], token labels, and what its row says of view 0's scores."""
 
     rankings: np.ndarray
+    token_labels: np.ndarray | None
     mean_score: float | None
     entropy: float | None
 
 
-class Rankings(NamedTuple):
-    """Of a ticket set that has rankings: who made them, and row -> those of one image."""
+class Tickets(NamedTuple):
+    """Of a ticket set that has some: who ranked, who made token labels, if any, and a `Read` that gives them, too."""
 
     selector: SelectorIdentity
-    read: Callable[[dict[str, Any]], Kept]
+    labeler: LabelerIdentity | None
+    read: Callable[[dict[str, Any]], tuple[bytes, np.ndarray, Kept]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Source:
             several threads. A source that keeps files open opens them at need, in each process its own (`Cached`).
         notes: what a person should know of the listing.
         base: the ticket set behind it; its shards, views and seed are then inherited.
-        rankings: that the ticket set has; None where it has none.
+        tickets: of the ticket set itself, which may be linked to `base`; None where it has none.
         in_order: the images lie far away: keep their order across shards.
         own_val: it has a val split of its own, listed or not.
     """
@@ -84,7 +86,7 @@ class Source:
     read: Read
     notes: list[str] = field(default_factory=list)
     base: TicketSet | None = None
-    rankings: Rankings | None = None
+    tickets: Tickets | None = None
     in_order: bool = False
     own_val: bool = False
 

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from miner.sources.source import SCHEMA, Cached, Kept, Rankings, Source
+from miner.sources.source import SCHEMA, Cached, Kept, Source, Tickets
 from shards import format as fmt
 from shards import schema, storage
 from shards.errors import TicketSetError
 from shards.reader import SampleReader, TicketSet, rows_of
-from shards.sample import Row
+from shards.sample import Row, Sample
 
 
 def ticket_set_source(url: str, base: str | None) -> Source:
@@ -33,8 +33,9 @@ def ticket_set_source(url: str, base: str | None) -> Source:
             container = pa.array([shards.index(name)] * len(table), pa.int32())
             tables.append(pa.table([*columns, container, table["base_offset"]], schema=SCHEMA))
         splits[split] = pa.concat_tables(tables)
-    rankings = Rankings(opened.manifest.selector, _RankingReader(opened, shards)) if opened.has_tickets else None
-    return Source(url, images.classes, splits, _TicketSetReader(images, shards), base=images, rankings=rankings)
+    labeler = opened.manifest.token_labels or images.manifest.token_labels
+    tickets = Tickets(opened.manifest.selector, labeler, _TicketReader(opened, shards)) if opened.has_tickets else None
+    return Source(url, images.classes, splits, _ImageReader(images, shards), base=images, tickets=tickets)
 
 
 def _require_images(opened: TicketSet) -> None:
@@ -49,37 +50,45 @@ def _require_images(opened: TicketSet) -> None:
     )
 
 
-class _TicketSetReader:
-    """Image and views of a sample of the set that holds the images."""
+class _Samples:
+    """The samples of a set, by the rows of its source.
 
-    def __init__(self, images: TicketSet, shards: list[str]) -> None:
-        self._shards = shards
-        self._reader = SampleReader(images, keep=_open_tars(images))
-        self._rows = Cached(functools.partial(_rows_by_key, images), 4)
-
-    def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
-        name = self._shards[row["container"]]
-        sample = self._reader.read(name, self._rows(name)[row["key"]])
-        return sample.image, sample.views
-
-
-class _RankingReader:
-    """Rankings of a sample of the set itself, linked or not."""
+    Args:
+        opened: the set.
+        shards: names that the rows' containers stand for.
+    """
 
     def __init__(self, opened: TicketSet, shards: list[str]) -> None:
         self._shards = shards
-        alone = TicketSet(opened.url, opened.manifest, None)  # the base of a linked set is not looked at
-        self._reader = SampleReader(alone, keep=_open_tars(opened))
-        self._rows = Cached(functools.partial(_rows_by_key, alone), 4)
-        self._scores = Cached(functools.partial(_scores_by_key, alone), 4)
+        of_a_shard = 1 if opened.base is None else 2
+        self._reader = SampleReader(opened, keep=2 * of_a_shard if storage.is_remote(opened.url) else 64)
+        self._rows = Cached(functools.partial(_rows_by_key, opened), 4)
 
-    def __call__(self, row: dict[str, Any]) -> Kept:
-        name, key = self._shards[row["container"]], row["key"]
-        return Kept(self._reader.read(name, self._rows(name)[key]).rankings, *self._scores(name)[key])
+    def find(self, row: dict[str, Any]) -> tuple[str, Sample]:
+        """The name of its shard, and the sample."""
+        name = self._shards[row["container"]]
+        return name, self._reader.read(name, self._rows(name)[row["key"]])
 
 
-def _open_tars(opened: TicketSet) -> int:
-    return 2 if storage.is_remote(opened.url) else 64
+class _ImageReader(_Samples):
+    """Image and views of a sample of the set that holds the images."""
+
+    def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
+        _, sample = self.find(row)
+        return sample.image, sample.views
+
+
+class _TicketReader(_Samples):
+    """Image, views and tickets of a sample of a set, linked or not."""
+
+    def __init__(self, opened: TicketSet, shards: list[str]) -> None:
+        super().__init__(opened, shards)
+        self._scores = Cached(functools.partial(_scores_by_key, opened), 4)
+
+    def __call__(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray, Kept]:
+        name, sample = self.find(row)
+        kept = Kept(sample.rankings, sample.token_labels, *self._scores(name)[row["key"]])
+        return sample.image, sample.views, kept
 
 
 def _rows_by_key(opened: TicketSet, name: str) -> dict[str, Row]:

@@ -45,8 +45,10 @@ def main() -> int:
 
 def torture(root: Path, seconds: float, seed: int, only: str | None) -> int:
     watch, sets = Watch(), make_sets(root / "sets")
-    miner, trainer = mining(root / "sets/photos", root / "mining"), training(sets["plain"], root / "training")
-    full = [disk for disk in (Full(miner, 120_000), Full(trainer, 900_000)) if disk.possible()]
+    copy, ranked = (mining(root / "sets/photos", root / images, images) for images in ("copy", "ranked"))
+    trainer = training(sets["plain"], root / "training")
+    disks = Full(copy, 120_000), Full(ranked, 200_000), Full(trainer, 900_000)
+    full = [disk for disk in disks if disk.possible()]
     if not full:
         print("full disks: left out, this user may not mount one")
 
@@ -60,7 +62,7 @@ def torture(root: Path, seconds: float, seed: int, only: str | None) -> int:
         "forged sets": forged,
         "odd images": lambda rng: image_case(watch, rng, root / "odd"),
         "odd tars": lambda rng: tar_case(watch, rng, root / "odd"),
-        "dying": lambda rng: rng.choice([miner, trainer]).case(rng),
+        "dying": lambda rng: rng.choice([copy, ranked, trainer]).case(rng),
         "full disks": lambda rng: rng.choice(full).case(rng),
     }
     faults = 0

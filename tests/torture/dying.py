@@ -178,7 +178,7 @@ class Full:
         os._exit(0)
 
 
-def mining(photos: Path, root: Path) -> Killed:
+def mining(photos: Path, root: Path, images: str) -> Killed:
     """datalth-mine: the bytes are equal."""
     root.mkdir()
     flags = [
@@ -194,9 +194,16 @@ def mining(photos: Path, root: Path) -> Killed:
         "3",
         "-j",
         "2",
+        "--images",
+        images,
     ]
     return Killed(
-        "dying miner", "miner.cli", lambda out: [*flags, "--out", str(out)], contents, lambda a, b: a == b, root
+        f"dying miner ({images})",
+        "miner.cli",
+        lambda out: [*flags, "--out", str(out)],
+        contents,
+        lambda a, b: a == b,
+        root,
     )
 
 
