@@ -23,13 +23,18 @@ from PIL import Image
 
 from shards.errors import ImageError, TicketSetError
 from shards.images import decode_jpeg
-from shards.schema import MAX_SIDE, Setting
+from shards.schema import MAX_MOSAIC_PIXELS, Setting
 
 BLOCK = 8  # pixels of a JPEG's own blocks
 MAX_RESTART = (1 << 16) - 1  # blocks between two restart markers, as a JPEG can say it
 END = b"\xff\xd9"
 _JPEG_SIDE = 65_500
 _MARKER = re.compile(rb"\xff[^\0\xff]")  # in a scan: 0 stands behind a byte that only looks like one
+# How every scan begins: the three components together, all of their coefficients. Behind it, no byte is a header's.
+_SCAN = bytes.fromhex("ffda 000c 03 0100 0211 0311 003f00")
+_FRAME = struct.Struct(">BHHB9s")  # bits, height, width, components, and of each its number, sampling, table
+_FULL_CHROMA = bytes.fromhex("011100 021101 031101")
+_TABLES = {0xDB, 0xC4, 0xE0}  # quantization, Huffman, JFIF
 
 
 class Statistics(NamedTuple):
@@ -72,6 +77,11 @@ class Mosaic:
         """Pixels of a row."""
         return self.grid[1] * self.cell
 
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of a row: what is between two restart markers."""
+        return self.cell // BLOCK * self.width // BLOCK
+
     @functools.cached_property
     def entry(self) -> np.dtype:
         """An entry of the table, little-endian; places are bytes from the member's beginning.
@@ -79,14 +89,8 @@ class Mosaic:
         start: of the view's JPEG. ends: behind each row of patches, where its restart marker stands, or the end marker.
         gray, low, high: `Statistics`. zero: fills up four bytes.
         """
-        fields = [
-            ("start", "<u4"),
-            ("ends", "<u4", (self.rows,)),
-            ("gray", "u1"),
-            ("low", "u1", (3,)),
-            ("high", "u1", (3,)),
-        ]
-        return np.dtype([*fields, ("zero", "u1")])
+        places = [("start", "<u4"), ("ends", "<u4", (self.rows,))]
+        return np.dtype([*places, ("gray", "u1"), ("low", "u1", (3,)), ("high", "u1", (3,)), ("zero", "u1")])
 
     def rows_of(self, tokens: int) -> int:
         """Rows that hold the first `tokens` patches."""
@@ -110,27 +114,34 @@ class Mosaic:
         (gh, gw), p = self.grid, self.patch
         return view.reshape(gh, p, gw, p, 3).transpose(0, 2, 1, 3, 4).reshape(-1, p, p, 3)
 
-    def put(self, patches: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-        """Patches in ranked order [N, p, p, 3] -> the view [S, S, 3]."""
+    def join(self, patches: np.ndarray) -> np.ndarray:
+        """The inverse of `cut`: patches in raster order [N, p, p, 3] -> the view [S, S, 3]."""
         (gh, gw), p = self.grid, self.patch
-        raster = np.empty((gh * gw, p, p, 3), np.uint8)
-        raster[ranking] = patches
-        return raster.reshape(gh, gw, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(gh * p, gw * p, 3)
+        return patches.reshape(gh, gw, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(gh * p, gw * p, 3)
+
+    def put(self, patches: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+        """The first patches in ranked order [n, p, p, 3] -> the view [S, S, 3], gray where it lacks one."""
+        raster = np.full((len(ranking), self.patch, self.patch, 3), 128, np.uint8)
+        raster[ranking[: len(patches)]] = patches
+        return self.join(raster)
 
 
 def cell_of(patch_size: int, grid: tuple[int, int]) -> int:
     """Pixels a side of a patch's place in a mosaic: the patch in whole blocks; one of 14 px is filled up to 16.
 
     Raises:
-        TicketSetError: patches that leave more of a block empty, or rows too large for a JPEG.
+        TicketSetError: patches that leave more of a block empty, or views too large for a JPEG that readers take.
     """
     cell = 16 if patch_size == 14 else patch_size
     if cell % BLOCK:
         raise TicketSetError(
             f"`patch_size` {patch_size}: expected multiples of {BLOCK} px, or 14, to store ranked views"
         )
-    if cell * cell * grid[1] // BLOCK**2 > MAX_RESTART or cell * max(grid) > min(_JPEG_SIDE, 2 * MAX_SIDE):
-        raise TicketSetError(f"`patch_size` {patch_size}: a row of {grid[1]} patches is too large for a JPEG")
+    whole = Mosaic(grid, patch_size, cell, grid[0] * grid[1])
+    if whole.row_blocks > MAX_RESTART or whole.tokens * cell**2 > MAX_MOSAIC_PIXELS:
+        raise TicketSetError(
+            f"`patch_size` {patch_size}: {grid[0]} rows of {grid[1]} patches are too large to be stored as ranked views"
+        )
     return cell
 
 
@@ -141,15 +152,14 @@ def decoded(views: np.ndarray, mosaic: Mosaic, quality: int) -> np.ndarray:
     """
     out = np.empty_like(views)
     tall = mosaic.grid[0] * mosaic.cell
-    step = max(1, _JPEG_SIDE // tall)  # views a JPEG, of one width, one below the other
+    # Views a JPEG, of one width, one below the other.
+    step = max(1, min(_JPEG_SIDE // tall, MAX_MOSAIC_PIXELS // (tall * mosaic.width)))
     for first in range(0, len(views), step):
         some = views[first : first + step]
         patches = np.concatenate([mosaic.cut(view) for view in some])
         pixels = decode_jpeg(_encode(mosaic.lay(patches), quality, mosaic.cell // BLOCK))
-        for slot, raster in zip(
-            out[first : first + step], pixels.reshape(len(some), tall, mosaic.width, 3), strict=True
-        ):
-            slot[:] = mosaic.take(raster).transpose(0, 2, 1, 3, 4).reshape(slot.shape)
+        for number, raster in enumerate(pixels.reshape(len(some), tall, mosaic.width, 3), first):
+            out[number] = mosaic.join(mosaic.take(raster))
     return out
 
 
@@ -170,31 +180,27 @@ def encode(views: np.ndarray, rankings: np.ndarray, seen: list[Statistics], mosa
         mosaic: how patches are laid out; those beyond its `tokens` are left out.
         quality: of the JPEGs, 1 to 100.
     Raises:
-        ImageError: more bytes than a table can say.
+        TicketSetError: more bytes than a table can say.
     """
     table = np.zeros(len(views), mosaic.entry)
-    parts, position = [b""], table.nbytes
+    parts, position = [], table.nbytes
     for entry, view, ranking, (gray, low, high) in zip(table, views, rankings, seen, strict=True):
         data = _encode(mosaic.lay(mosaic.cut(view)[ranking[: mosaic.tokens]]), quality, mosaic.cell // BLOCK)
-        header = read_header(data, mosaic, "ranked view")
-        ends = [match.start() for match in _MARKER.finditer(data, header.size)]
+        ends = _row_ends(data)
         assert len(ends) == mosaic.rows, "a restart marker behind each row, and the end"
         if position + len(data) >= 1 << 32:
-            raise ImageError(f"too large: expected less than 4 GiB of ranked views, got {position + len(data)} bytes")
-        entry["start"], entry["ends"] = position, [position + end for end in ends]
+            raise TicketSetError("expected less than 4 GiB of ranked views a sample; store fewer, or at less `quality`")
+        entry["start"], entry["ends"] = position, [position + end for end, _ in ends]
         entry["gray"], entry["low"], entry["high"] = gray, low, high
         parts.append(data)
         position += len(data)
-    parts[0] = table.tobytes()
-    return b"".join(parts)
+    return b"".join([table.tobytes(), *parts])
 
 
 def _encode(pixels: np.ndarray, quality: int, restart_rows: int) -> bytes:
     """A baseline JPEG with the standard Huffman tables: of one quality and size, all headers are the same bytes."""
-    image, options = (
-        Image.fromarray(pixels),
-        {"quality": quality, "subsampling": 0, "restart_marker_rows": restart_rows},
-    )
+    image = Image.fromarray(pixels)
+    options = {"quality": quality, "subsampling": 0, "restart_marker_rows": restart_rows}
     if not hasattr(os, "memfd_create"):
         out = io.BytesIO()
         image.save(out, "JPEG", **options)
@@ -205,57 +211,44 @@ def _encode(pixels: np.ndarray, quality: int, restart_rows: int) -> bytes:
         return os.pread(file.fileno(), file.tell(), 0)
 
 
-class Header(NamedTuple):
-    """Of a view's JPEG, up to its scan: bytes, where in them the frame's height stands, and that height in pixels."""
-
-    size: int
-    height_at: int
-    height: int
+def _row_ends(data: bytes) -> list[tuple[int, bytes]]:
+    """(place, marker) of each marker in a JPEG's scan."""
+    return [(match.start(), match.group()) for match in _MARKER.finditer(data, _scan_of(data))]
 
 
-_FRAME = struct.Struct(">BHHB9s")
-_FULL_CHROMA = b"\1\x11\0\2\x11\1\3\x11\1"  # three components, each at full resolution
-_TABLES = {0xDB, 0xC4, 0xE0}  # quantization, Huffman, JFIF
+def _scan_of(data: bytes) -> int:
+    """Where a JPEG's scan begins; somewhere in what is no such JPEG."""
+    return data.find(_SCAN) + len(_SCAN)
 
 
-def read_header(data: bytes, mosaic: Mosaic, where: str) -> Header:
-    """Read a JPEG's header and refuse any but what `encode` writes, before a decoder is given it.
+@functools.lru_cache(maxsize=1024)  # a set's headers are all the same bytes
+def _header(head: bytes, mosaic: Mosaic, rows: int) -> bytes:
+    """The header of a view's JPEG, up to its scan, with the height of its first rows.
 
     Raises:
-        TicketSetError: it is another kind of JPEG, or of another width or restart interval.
+        TicketSetError: it is not what `encode` writes; so no decoder is given any other.
     """
-    position, frame, restart = 2, None, None
-    while data[position : position + 1] == b"\xff" and len(data) >= position + 4:
-        code, size = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
-        body = data[position + 4 : position + 2 + size]
+    frame, restart, position, end = None, None, 2, len(head) - len(_SCAN)
+    while position < end and head[position] == 0xFF:
+        code, size = head[position + 1], int.from_bytes(head[position + 2 : position + 4], "big")
+        body = head[position + 4 : position + 2 + size]
         if code == 0xC0 and frame is None and len(body) == _FRAME.size:
-            frame = (position + 5, *_FRAME.unpack(body))
+            frame, height_at = _FRAME.unpack(body), position + 5
         elif code == 0xDD and restart is None:
             restart = int.from_bytes(body, "big")
-        elif code == 0xDA or code not in _TABLES:
+        elif code not in _TABLES:
             break
         position += 2 + size
-    if data[:2] != b"\xff\xd8" or frame is None or data[position : position + 2] != b"\xff\xda":
-        raise TicketSetError(f"{where}: expected the header of a baseline JPEG, got another")
-    height_at, bits, height, width, count, components = frame
-    found = (bits, width, count, components, restart)
-    if found != (8, mosaic.width, 3, _FULL_CHROMA, mosaic.cell**2 * mosaic.grid[1] // BLOCK**2):
+    if head[:2] != b"\xff\xd8" or frame is None or position != end or head[end:] != _SCAN:
+        raise TicketSetError("expected the header of a baseline JPEG of three colors, got another")
+    bits, height, width, count, components = frame
+    said, tall = (bits, count, components, width, height, restart), mosaic.rows * mosaic.cell
+    if said != (8, 3, _FULL_CHROMA, mosaic.width, tall, mosaic.row_blocks):
         raise TicketSetError(
-            f"{where}: expected a JPEG {mosaic.width} px wide, 4:4:4, with a restart marker behind each row of patches, got"
-            f" {width} px, {restart} blocks between markers"
+            f"expected a JPEG of {mosaic.width}x{tall} px, 4:4:4, {mosaic.row_blocks} blocks between restart markers,"
+            f" got {width}x{height} px, {restart} blocks"
         )
-    return Header(position + 2 + size, height_at, height)
-
-
-@functools.lru_cache(maxsize=4)
-def _known(mosaic: Mosaic) -> list[tuple[bytes, Header]]:
-    """The header that was read last: those of a set are all alike, so that one comparison takes the place of reading."""
-    return []
-
-
-@functools.lru_cache(maxsize=256)
-def _of_height(header: bytes, height_at: int, height: int) -> bytes:
-    return header[:height_at] + height.to_bytes(2, "big") + header[height_at + 2 :]
+    return head[:height_at] + (rows * mosaic.cell).to_bytes(2, "big") + head[height_at + 2 :]
 
 
 class Ranked:
@@ -301,8 +294,7 @@ class Ranked:
         Raises:
             TicketSetError: so many are not stored, or table and JPEG do not agree.
         """
-        mosaic = self.mosaic
-        rows = mosaic.rows if tokens is None else mosaic.rows_of(tokens)
+        mosaic, rows = self.mosaic, self._rows(tokens)
         if rows > mosaic.rows:
             raise TicketSetError(
                 f"{self._where}: expected at most {mosaic.tokens} patches, all that is stored of a view, got {tokens}"
@@ -320,18 +312,12 @@ class Ranked:
             raise TicketSetError(
                 f"{self._where}: view {number}: expected row {rows - 1} to end at byte {end}; the table is of other bytes"
             )
-        known = _known(mosaic)
-        if not known or not data.startswith(known[0][0]):
-            header = read_header(data, mosaic, f"{self._where}: view {number}")
-            if header.height != mosaic.rows * mosaic.cell:
-                raise TicketSetError(
-                    f"{self._where}: view {number}: expected a JPEG of {mosaic.rows * mosaic.cell} px height, got {header.height}"
-                )
-            known[:] = [(data[: header.size], header)]
-        head, header = known[0]
-        if rows == mosaic.rows:
-            return data
-        return b"".join((_of_height(head, header.height_at, rows * mosaic.cell), memoryview(data)[len(head) : -2], END))
+        scan = _scan_of(data)
+        try:
+            head = _header(data[:scan], mosaic, rows)
+        except TicketSetError as error:
+            raise TicketSetError(f"{self._where}: view {number}: {error}") from None
+        return b"".join((head, memoryview(data)[scan:-2], END))
 
     def mosaic_pixels(self, number: int, tokens: int | None = None) -> np.ndarray:
         """uint8 [rows * cell, gw * cell, 3]: the rows that hold the first patches, or all.
@@ -339,14 +325,16 @@ class Ranked:
         Raises:
             TicketSetError: as `jpeg`, or it cannot be decoded.
         """
-        data = self.jpeg(number, tokens)
-        rows = self.mosaic.rows if tokens is None else self.mosaic.rows_of(tokens)
+        data, rows = self.jpeg(number, tokens), self._rows(tokens)
         try:
             pixels = decode_jpeg(data)
         except ImageError as error:
             raise TicketSetError(f"{self._where}: view {number}: {error}") from None
         assert pixels.shape == (rows * self.mosaic.cell, self.mosaic.width, 3), "the header was checked"
         return pixels
+
+    def _rows(self, tokens: int | None) -> int:
+        return self.mosaic.rows if tokens is None else self.mosaic.rows_of(tokens)
 
     def patches(self, number: int, tokens: int) -> np.ndarray:
         """The first patches of a view in ranked order: uint8 [tokens, p, p, 3].
@@ -372,11 +360,14 @@ class Ranked:
 def problems(ranked: Ranked, rankings: np.ndarray) -> Iterator[str]:
     """What is wrong with a member that reading a part of it need not see; for `verify`.
 
+    Of views that are not stored whole, of the statistics only what the stored patches refute is found.
+
     Raises:
         TicketSetError: a view that cannot be read at all.
     """
     mosaic, data = ranked.mosaic, ranked.data()
     table = np.frombuffer(data, mosaic.entry, len(ranked))
+    marks = [bytes((0xFF, 0xD0 + row % 8)) for row in range(mosaic.rows - 1)] + [END]
     position = table.nbytes
     for number, entry in enumerate(table):
         where = f"ranked view {number}"
@@ -384,19 +375,18 @@ def problems(ranked: Ranked, rankings: np.ndarray) -> Iterator[str]:
         if start != position:
             yield f"{where}: expected to begin at byte {position}, got {start}"
             return
-        pixels = ranked.mosaic_pixels(number)
-        header = read_header(data[start : start + 4096], mosaic, where)
-        found = [(m.start(), m.group()) for m in _MARKER.finditer(data, start + header.size, ends[-1] + 2)]
-        marks = [bytes((0xFF, 0xD0 + row % 8)) for row in range(mosaic.rows - 1)] + [END]
-        if found != list(zip(ends, marks, strict=True)):
+        patches = ranked.patches(number, mosaic.tokens)
+        position = ends[-1] + len(END)
+        if _row_ends(data[start:position]) != [(end - start, mark) for end, mark in zip(ends, marks, strict=True)]:
             yield f"{where}: its rows end elsewhere than the table says"
         if entry["zero"]:
             yield f"{where}: expected a zero at the end of its entry, got {entry['zero']}"
-        if mosaic.tokens == rankings.shape[1]:
-            p = mosaic.patch
-            whole = mosaic.put(mosaic.take(pixels).reshape(-1, p, p, 3), rankings[number])
-            if statistics(whole) != ranked.statistics(number):
-                yield f"{where}: expected statistics {statistics(whole)}, got {ranked.statistics(number)}"
-        position = ends[-1] + 2
+        said, found = ranked.statistics(number), statistics(mosaic.put(patches, rankings[number]))
+        if mosaic.tokens < rankings.shape[1]:
+            low, high = patches.min(axis=(0, 1, 2)), patches.max(axis=(0, 1, 2))
+            lows, highs = np.minimum(low, said.low), np.maximum(high, said.high)
+            found = Statistics(said.gray, tuple(lows.tolist()), tuple(highs.tolist()))
+        if found != said:
+            yield f"{where}: expected statistics {found}, got {said}"
     if position != len(data):
         yield f"ranked views: expected {position} bytes, got {len(data)}"
