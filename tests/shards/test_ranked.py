@@ -1,8 +1,10 @@
-"""Ranked views: the first patches are the first bytes, whatever decodes them, and a forged member is refused in a line."""
+"""Ranked views: the first patches are the first bytes, whatever decodes them; a forged member is refused in a line."""
 
 import io
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps, ImageStat
+from test_readme import ROOT, blocks
 
 from shards import images
 from shards.errors import TicketSetError
 from shards.images import render_views
 from shards.ranked import END, Mosaic, Ranked, cell_of, decoded, encode, problems, statistics
 from shards.reader import TicketSet
-from test_readme import ROOT, blocks
 
 QUALITY = 90
 Change = Callable[[bytearray, Mosaic], object]
@@ -323,17 +325,17 @@ def test_a_mined_sample_renders_as_it_was_stored(ranked_set, center_set):
 
 
 @pytest.mark.parametrize("which", ["ranked_set", "cut_set"])
-def test_the_ten_lines_of_format_md_read_a_ticket(which, request, tmp_path, monkeypatch):
+def test_the_ten_lines_of_format_md_read_a_ticket(which, request, tmp_path):
     folder: Path = request.getfixturevalue(which)
     (tmp_path / "shards").symlink_to(folder)
-    monkeypatch.chdir(tmp_path)
     (lines,) = [block for block in blocks(ROOT / "docs" / "FORMAT.md") if block[0].startswith("import ")]
     code = [line for line in lines if line.strip() and not line.startswith(("import ", "from "))]
     assert len(code) == 10 and not any(word in line for line in lines for word in ("numpy", "import shards", "datalth"))
-    names: dict[str, list[Image.Image]] = {}
-    exec("\n".join(lines), names)
+    program = "\n".join([*lines, "import sys", "for patch in patches: sys.stdout.buffer.write(patch.tobytes())"])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+    found = np.frombuffer(done.stdout, np.uint8).reshape(-1, 16, 16, 3)
     sample = next(TicketSet.open(str(folder)).stream("train"))
     assert sample.ranked is not None
     expected = sample.ranked.patches(0, 8)
-    assert np.array_equal(np.stack([np.asarray(patch) for patch in names["patches"]]), expected)
+    assert np.array_equal(found, expected)
     assert not np.array_equal(expected, sample.ranked.patches(1, 8)), "the control: another view"
