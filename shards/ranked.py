@@ -34,6 +34,7 @@ _MARKER = re.compile(rb"\xff[^\0\xff]")  # in a scan: 0 stands behind a byte tha
 _SCAN = bytes.fromhex("ffda 000c 03 0100 0211 0311 003f00")
 _FRAME = struct.Struct(">BHHB9s")  # bits, height, width, components, and of each its number, sampling, table
 _FULL_CHROMA = bytes.fromhex("011100 021101 031101")
+_MAX_HEADER = 4096  # bytes; ours have some 600
 _TABLES = {0xDB, 0xC4, 0xE0}  # quantization, Huffman, JFIF
 
 
@@ -223,7 +224,7 @@ def _row_ends(data: bytes) -> list[tuple[int, bytes]]:
 
 def _scan_of(data: bytes) -> int:
     """Where a JPEG's scan begins; somewhere in what is no such JPEG."""
-    return data.find(_SCAN) + len(_SCAN)
+    return data.find(_SCAN, 0, _MAX_HEADER) + len(_SCAN)
 
 
 @functools.lru_cache(maxsize=1024)  # a set's headers are all the same bytes

@@ -146,6 +146,7 @@ def test_diff_of_a_set_with_itself_is_one_and_random_sets_meet_the_expectation(c
     assert "random" in text and "21 images in both" in text
 
 
+@pytest.mark.slow
 def test_diff_says_what_ranking_the_stored_views_changed(tickets, photos, weights, tmp_path):
     """Their keys are those of the photos, in whichever set they stand."""
     mine("--data", tickets, "--out", tmp_path / "kept", "--images", "ranked")
