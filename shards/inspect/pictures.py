@@ -56,10 +56,11 @@ def _tiles(opened: TicketSet, sample: Sample, numbers: Iterable[int]) -> list[tu
     pixels = sample.pixels() if sample.ranked is None else None
     rows = []
     for number in numbers:
-        if pixels is not None:
-            tile = draw.view_tile(pixels, sample.views[number])
+        if pixels is None:
+            stored = _stored_view(sample, number)
+            tile = draw.view_tile(stored, (0, 0, *stored.shape[:2], 0))
         else:
-            tile = draw.view_tile(stored := _stored_view(sample, number), (0, 0, *stored.shape[:2], 0))
+            tile = draw.view_tile(pixels, sample.views[number])
         lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
         heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
         flip = ", flipped" if sample.views[number][4] else ""

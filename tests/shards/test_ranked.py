@@ -295,6 +295,7 @@ def test_views_of_another_grid_are_refused():
         reading(table.tobytes() + forged[table.nbytes :], other).mosaic_pixels(0)
 
 
+@pytest.mark.slow
 def test_whatever_bytes_change_there_is_a_picture_or_a_line(decoder):
     mosaic = layout(16)
     data, _, rankings = member(mosaic)
