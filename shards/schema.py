@@ -24,6 +24,7 @@ MAX_SHARD_IMAGES = 1 << 20
 MAX_VIEWS = 4096
 MAX_SIDE = 1 << 15  # pixels of a view
 MAX_STORE_SIDE = 65_500  # pixels; libjpeg's
+MAX_MOSAIC_PIXELS = 1 << 25  # of one ranked view
 MAX_SEED = (1 << 63) - 1
 MAX_BYTES = 1 << 60
 
@@ -174,6 +175,11 @@ class Setting(Record):
             )
         if ranked and not (self.k and self.patch_size <= ranked.cell < self.patch_size + 8 and ranked.cell % 8 == 0):
             raise TicketSetError(f"{where}: ranked: cell: expected blocks of 8 px round a patch, got {ranked.cell}")
+        if ranked and ranked.tokens * ranked.cell**2 > MAX_MOSAIC_PIXELS:
+            raise TicketSetError(
+                f"{where}: ranked: expected at most {MAX_MOSAIC_PIXELS} pixels a view, got {ranked.tokens} patches in cells"
+                f" of {ranked.cell} px"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

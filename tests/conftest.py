@@ -85,6 +85,24 @@ def center_set(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def ranked_set(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples of `center_set` as ranked views, with tickets of 6 of 16 patches; read-only."""
+    return _mine_ranked(photos, tmp_path_factory.mktemp("sets") / "ranked")
+
+
+@pytest.fixture(scope="session")
+def cut_set(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `ranked_set`, with the best 8 patches of each view alone; read-only."""
+    return _mine_ranked(photos, tmp_path_factory.mktemp("sets") / "cut", "--store-tokens", 7)
+
+
+def _mine_ranked(photos: Path, out: Path, *flags: object) -> Path:
+    mine("--data", photos, "--out", out, "--method", "center", "--views", "3", "--shard-size", "10", "--tokens", 6,
+         "--images", "ranked", *flags)  # fmt: skip
+    return out
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder; in JSON files `timing` is emptied, since it is not part of the promise."""
     import json
@@ -119,3 +137,9 @@ def whole(tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     train(tickets, output, "run")
     return output / "run"
+
+
+def patches_of(view: np.ndarray, patch: int) -> np.ndarray:
+    """uint8 [S, S, 3] -> its patches in raster order, [N, p, p, 3]."""
+    side = len(view) // patch
+    return view.reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4).reshape(-1, patch, patch, 3)

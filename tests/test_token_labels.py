@@ -219,6 +219,17 @@ def test_tickets_are_the_same_with_and_without(arguments: list[object], referenc
     assert plain == [(s.key, s.views.tobytes(), s.rankings.tobytes()) for s in TicketSet.open(str(reference)).stream("train")]  # fmt: skip
 
 
+def test_a_set_of_ranked_views_has_them_too(arguments: list[object], reference: Path, tmp_path: Path) -> None:
+    """They are of the whole image, which is not kept; and they stand before the views."""
+    mine(*arguments, "--out", tmp_path / "set", "--images", "ranked")
+    assert "sound" in inspect("verify", tmp_path / "set", "--deep").output
+    photos, views = (TicketSet.open(str(each)).stream("train") for each in (reference, tmp_path / "set"))
+    for photo, ranked in zip(photos, views, strict=True):
+        assert ranked.key == photo.key and np.array_equal(ranked.token_labels, photo.token_labels)
+        assert ranked.render(1, 64).shape == (64, 64, 3)
+    assert json.loads((tmp_path / "set/manifest.json").read_bytes())["format"] == [1, 2]
+
+
 # --- the run
 
 

@@ -93,10 +93,12 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
         ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest.img_size} px, patch {manifest.patch_size}"],
         ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabeled"],
         ["images", _images_text(opened)],
+        *_ranked_row(opened),
     ]
     click.echo(table(rows))
     click.echo()
-    head = ["split", "samples", "failed", "views", "shards", "size", "images", "tickets a sample"]
+    pixels = "ranked views" if manifest.ranked else "images"
+    head = ["split", "samples", "failed", "views", "shards", "size", pixels, "tickets a sample"]
     click.echo(table([_split_row(name, s, opened) for name, s in manifest.splits.items()], head))
 
 
@@ -114,8 +116,19 @@ def _token_labels_row(opened: "TicketSet") -> list[list[str]]:
 
 def _images_text(opened: "TicketSet") -> str:
     text = "inside" if opened.base is None else f"linked from {opened.base.url}"
+    text = "none: ranked views in their place" if opened.manifest.ranked else text
     store_side = opened.manifest.store_side
     return f"{text}, EXIF orientation: {opened.exif}" + (f", stored at {store_side} px" if store_side else "")
+
+
+def _ranked_row(opened: "TicketSet") -> list[list[str]]:
+    said = opened.manifest.ranked
+    if said is None:
+        return []
+    views = sum(split.samples * split.views for split in opened.manifest.splits.values())
+    seen = "as the selector saw them" if said.decoded else "the selector saw them before they were stored"
+    text = f"quality {said.quality}, {said.tokens} of {opened.num_patches} patches stored, {seen}"
+    return [["ranked views", f"{text}; {size(opened.manifest.totals.image_bytes / max(1, views))} each"]]
 
 
 def _split_row(name: str, split: "SplitStats", opened: "TicketSet") -> list[object]:

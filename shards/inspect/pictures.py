@@ -21,7 +21,7 @@ def sample_page(opened: TicketSet, sample: Sample) -> Image.Image:
     """The first views of one image, each with its ticket and its ranking beside it."""
     tiles = _tiles(opened, sample, range(min(MAX_VIEWS, len(sample.views))))
     title = f"{sample.key}   {opened.class_name(sample.label)}   K = {opened.k} of {opened.num_patches}"
-    return draw.page(tiles, ["view", "ticket", "rank"], title)
+    return draw.page(tiles, ["view", "ticket", "rank"], title + _what_is_gray(opened))
 
 
 def contact_sheet(opened: TicketSet, split: str, classes: int, per_class: int) -> tuple[Image.Image, int, int]:
@@ -39,7 +39,7 @@ def contact_sheet(opened: TicketSet, split: str, classes: int, per_class: int) -
         rows.append((opened.class_name(label), tiles))
     selector = opened.manifest.selector
     title = f"{split}: {selector.method} {selector.model or ''}  K = {opened.k} of {opened.num_patches} patches"
-    sheet = draw.page(rows, ["view 0", "ticket"] * per_class, title)
+    sheet = draw.page(rows, ["view 0", "ticket"] * per_class, title + _what_is_gray(opened))
     return sheet, sum(len(tiles) // 2 for _, tiles in rows), len(rows)
 
 
@@ -53,15 +53,33 @@ def frequency_maps(found: dict[str, Any]) -> Image.Image:
 
 def _tiles(opened: TicketSet, sample: Sample, numbers: Iterable[int]) -> list[tuple[str, Tiles]]:
     """Of each view its name, and [the view, its ticket, its ranking]."""
-    pixels = sample.pixels()
+    pixels = sample.pixels() if sample.ranked is None else None
     rows = []
     for number in numbers:
-        tile = draw.view_tile(pixels, sample.views[number])
+        if pixels is None:
+            stored = _stored_view(sample, number)
+            tile = draw.view_tile(stored, (0, 0, *stored.shape[:2], 0))
+        else:
+            tile = draw.view_tile(pixels, sample.views[number])
         lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
         heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
         flip = ", flipped" if sample.views[number][4] else ""
         rows.append((f"view {number}{flip}", [tile, lit, heat]))
     return rows
+
+
+def _stored_view(sample: Sample, number: int) -> np.ndarray:
+    """A ranked view, uint8 [S, S, 3], gray where its patches were not stored."""
+    assert sample.ranked is not None
+    mosaic = sample.ranked.mosaic
+    return mosaic.put(sample.ranked.patches(number, mosaic.tokens), sample.rankings[number])
+
+
+def _what_is_gray(opened: TicketSet) -> str:
+    ranked = opened.manifest.ranked
+    if ranked is None or ranked.tokens == opened.num_patches:
+        return ""
+    return f"   (the best {ranked.tokens} are stored; flat gray: not stored)"
 
 
 def _pick(

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from conftest import SELECTOR, inspect, mine
-from shards.inspect import draw
+from shards.console import size
+from shards.inspect import draw, pictures
 from shards.inspect.compare import overlap
 from shards.inspect.draw import rank_tile, ticket_tile, view_tile
 from shards.inspect.score import object_patches, recall
@@ -56,9 +57,10 @@ def commands(folder: Path, other: Path, masks: Path, out: Path) -> list[list[str
 
 
 @pytest.mark.slow
-def test_no_inspect_command_and_no_help_imports_torch_or_webdataset(center_set, linked, masks, tmp_path):
-    """All in one fresh process, on a linked set; the negative control is the miner's own run module."""
+def test_no_inspect_command_and_no_help_imports_torch_or_webdataset(center_set, linked, cut_set, masks, tmp_path):
+    """All in one fresh process, on a linked set and a ranked one; the negative control is the miner's own run module."""
     runs = commands(linked, center_set, masks, tmp_path)
+    runs += commands(cut_set, center_set, masks, tmp_path)
     helps = [["--help"], *([name, "--help"] for name, *_ in runs)]
     code = f"""
 import sys
@@ -84,6 +86,24 @@ def test_info_says_what_a_set_is(center_set, linked):
     assert f"evit of {SELECTOR}" in text and "K = 13 of 16 patches, keep rate 0.9 a stage" in text
     assert f"linked from {center_set}" in text
     assert json.loads(inspect("info", linked, "--json").output)["k"] == 13
+
+
+def test_info_says_how_views_are_stored(center_set, ranked_set, cut_set, tmp_path):
+    line = "quality 90, {} of 16 patches stored, as the selector saw them; "
+    assert line.format(16) in inspect("info", ranked_set).output
+    assert line.format(8) in inspect("info", cut_set).output
+    mine("--data", center_set, "--out", tmp_path / "kept", "--images", "ranked")
+    text = inspect("info", tmp_path / "kept").output
+    assert "the selector saw them before they were stored" in text and "none: ranked views in their place" in text
+    assert f"; {size_of_a_view(tmp_path / 'kept')} each" in text and "ranked views  tickets a sample" in text
+
+
+def size_of_a_view(folder: Path) -> str:
+    """Counted in the set itself."""
+    opened = TicketSet.open(str(folder))
+    sizes = [sample.ranked.size / len(sample.views) for split in opened.splits for sample in opened.stream(split)]
+    weights = [len(sample.views) for split in opened.splits for sample in opened.stream(split)]
+    return size(float(np.average(sizes, weights=weights)))
 
 
 def test_ls_filters_by_split_label_and_status(center_set):
@@ -126,6 +146,19 @@ def test_diff_of_a_set_with_itself_is_one_and_random_sets_meet_the_expectation(c
     assert "random" in text and "21 images in both" in text
 
 
+@pytest.mark.slow
+def test_diff_says_what_ranking_the_stored_views_changed(tickets, photos, weights, tmp_path):
+    """Their keys are those of the photos, in whichever set they stand."""
+    mine("--data", tickets, "--out", tmp_path / "kept", "--images", "ranked")
+    mine("--data", photos, "--out", tmp_path / "seen", "--selector", SELECTOR, "--weights", weights, "--tokens", 8,
+         "--views", 4, "--images", "ranked", "--quality", 5)  # fmt: skip
+    kept, seen = (json.loads(inspect("diff", tickets, tmp_path / name, "--json").output) for name in ("kept", "seen"))
+    assert [view["overlap"] for view in kept["views"]] == [1.0] * 4
+    assert all(0.5 < view["overlap"] < 1 for view in seen["views"])
+    for found in (kept, seen):
+        assert (found["images"], found["only_a"], found["only_b"], found["other_views"]) == (21, 0, 0, 0)
+
+
 def test_diff_refuses_another_grid(center_set, photos, tmp_path):
     mine("--data", photos, "--out", tmp_path / "fine", "--method", "center", "--patch-size", 8)
     assert "equal patch grids" in inspect("diff", center_set, tmp_path / "fine", code=1).output
@@ -154,6 +187,32 @@ def test_object_patches_follow_box_and_flip(tmp_path):
 def test_center_ranking_here_is_the_miners(center_set):
     sample = next(TicketSet.open(str(center_set)).stream("train"))
     assert (sample.rankings[0] == center_ranking((4, 4))).all()
+
+
+def test_score_of_ranked_views_is_that_of_their_tickets(center_set, ranked_set, cut_set, masks):
+    tokens = [4, 6, 13]
+    found = [
+        recall(TicketSet.open(str(each)), "train", str(masks), tokens) for each in (center_set, ranked_set, cut_set)
+    ]
+    assert found[0]["images"] == 21 and found[0] == found[1] == found[2]
+
+
+def test_pictures_of_ranked_views_are_the_stored_pixels(ranked_set, cut_set):
+    whole, cut = TicketSet.open(str(ranked_set)), TicketSet.open(str(cut_set))
+    for sample, part in zip(whole.stream("val"), cut.stream("val"), strict=True):
+        ((name, (tile, lit, _)),) = pictures._tiles(whole, sample, [0])
+        ((_, (tile_of_part, lit_of_part, _)),) = pictures._tiles(cut, part, [0])
+        assert name == "view 0" and tile == view_tile(sample.render(0, 64), (0, 0, 64, 64, 0))
+        cells, cells_of_part = (
+            np.asarray(each).reshape(4, 40, 4, 40, 3).transpose(0, 2, 1, 3, 4).reshape(16, 40, 40, 3)[:, 8:-8, 8:-8]
+            for each in (tile, tile_of_part)
+        )  # resizing mixes the rims
+        stored, missing = part.rankings[0][:8], part.rankings[0][8:]
+        assert np.array_equal(cells_of_part[stored], cells[stored]) and (cells_of_part[missing] == 128).all()
+        assert (cells[missing] != 128).any()
+        assert set(part.tickets[0]) < set(stored) and lit != lit_of_part != tile_of_part
+    note = "(the best 8 are stored; flat gray: not stored)"
+    assert note in pictures._what_is_gray(cut) and pictures._what_is_gray(whole) == ""
 
 
 def test_score_needs_masks_and_a_possible_k(center_set, masks, tmp_path):

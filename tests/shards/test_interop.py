@@ -47,6 +47,19 @@ def test_webdataset_reads_every_sample_and_member(center_set: Path) -> None:
             assert np.array_equal(np.load(io.BytesIO(theirs["views.npy"])), sample.views)
 
 
+def test_webdataset_reads_ranked_views_with_their_sample(ranked_set: Path) -> None:
+    """Members of one key are one sample to it, in whichever order; the views stand last in the tar."""
+    for split, count in (("train", 21), ("val", 6)):
+        read = list(webdataset.WebDataset(shards(ranked_set, split), shardshuffle=False))
+        assert len(read) == count
+        for theirs, sample in zip(read, ours(ranked_set, split), strict=True):
+            names = [name for name in theirs if not name.startswith("__")]
+            assert names == ["cls", "ranking.npy", "views.npy", "ranked.bin"]
+            assert sample.ranked is not None and theirs["ranked.bin"] == sample.ranked.data()
+            assert theirs["__key__"] == sample.key and int(theirs["cls"]) == sample.label
+            assert np.array_equal(np.load(io.BytesIO(theirs["ranking.npy"])), sample.rankings)
+
+
 def test_webdataset_decodes_what_it_knows(center_set: Path) -> None:
     dataset = webdataset.WebDataset(shards(center_set, "val"), shardshuffle=False).decode("rgb8")
     dataset = dataset.to_tuple("jpg;png", "cls", "ranking.npy", "views.npy")

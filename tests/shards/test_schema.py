@@ -118,6 +118,34 @@ def test_a_manifest_whose_field_is_none_ends_in_one_line(forged: Path, words: st
 
 
 @pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("ranked: tokens: expected K = 6 to N = 16 in rows of 4, got 4", put("ranked", "tokens", value=4)),
+        ("ranked: tokens: expected K = 6 to N = 16 in rows of 4, got 10", put("ranked", "tokens", value=10)),
+        ("ranked: tokens: expected K = 6 to N = 16 in rows of 4, got 20", put("ranked", "tokens", value=20)),
+        ("ranked: cell: expected blocks of 8 px", put("ranked", "cell", value=8)),
+        ("cell: expected a whole number", put("ranked", "cell", value="16")),
+        ("quality: expected a whole number from 1 to 100", put("ranked", "quality", value=101)),
+        ("decoded: expected one of", put("ranked", "decoded", value=None)),
+        ("ranked.bin: shape: expected", put("members", "ranked.bin", "shape", value=["views", 8])),
+        ("ranked: expected it where ranked views are members", lambda m: m.pop("ranked")),
+        ("ranked: expected it where ranked views are members", lambda m: m["members"].pop("ranked.bin")),
+        ("ranked: expected it where ranked views are members", put("base", value={"set_id": HEX, "path": "../base"})),
+        ("ranked: expected at most 33554432 pixels a view, got 16 patches in cells of 2048 px",
+         lambda m: m.update(img_size=8192, patch_size=2048, ranked={**m["ranked"], "cell": 2048})),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_ranked_views_that_cannot_be_ends_in_one_line(
+    ranked_set: Path, tmp_path: Path, words: str, change: Any
+) -> None:
+    forged = Path(shutil.copytree(ranked_set, tmp_path / "set"))
+    edit(forged / "manifest.json", change)
+    for command in (("info",), ("verify", "--deep"), ("ls",)):
+        output = inspect(command[0], forged, *command[1:], code=1).output
+        assert words in output and output.count("\n") == 1, output
+
+
+@pytest.mark.parametrize(
     "text", [b"[" * 200_000, b'{"a": ' * 50_000, b'{"format": NaN}', b"\xff\xfe{}", b"9" * 10_000, b"", b'"x"', b"null"]
 )
 def test_json_that_is_none_is_one_line(forged: Path, text: bytes) -> None:

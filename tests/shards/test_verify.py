@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 
 from conftest import inspect, mine
 from shards import format as fmt
+from shards.ranked import Mosaic
+from shards.reader import TicketSet
 from shards.tar import BLOCK
 
 pytestmark = pytest.mark.slow  # checks a set once for every flipped bit
@@ -82,8 +87,6 @@ def test_a_missing_sample(damaged, monkeypatch):
     """Another tar in which one sample is gone, and the JSON agrees with it: the index still knows."""
     tar = damaged / "val-000000.tar"
     index = fmt.INDEX
-    from shards.reader import TicketSet
-
     row = TicketSet.open(str(damaged)).table("val").to_pylist()[1]
     data = tar.read_bytes()
     tar.write_bytes(data[: row["offset"]] + data[row["offset"] + row["bytes"] :])
@@ -184,8 +187,6 @@ def test_class_names_that_were_edited(damaged):
 
 def test_deep_checks_what_the_bytes_mean(damaged):
     """A tar whose hash agrees everywhere, but whose content breaks the format."""
-    from shards.reader import TicketSet
-
     opened = TicketSet.open(str(damaged))
     sample, other = list(opened.stream_shard("train-000000"))[:2]
     ranking = fmt.encode_npy(sample.rankings)
@@ -256,3 +257,180 @@ def test_diff_and_score_need_no_base(damaged, tmp_path):
         mine("--data", damaged, "--out", link, "--method", "random", "--images", "link")
     shutil.rmtree(damaged)
     assert "1.000" in inspect("diff", *links).output
+
+
+@pytest.fixture(params=["ranked_set", "cut_set"])
+def ranked(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a sound set of ranked views, to be damaged; one that stores all patches, and one of 8 of 16."""
+    return Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "set"))
+
+
+def member_of(tar: bytearray, number: int = 0) -> tuple[int, int]:
+    """Where the ranked views of a sample begin, and their bytes; of the one of that number in the tar."""
+    at = [found.start() for found in re.finditer(rb"[a-z0-9_/]+\.ranked\.bin\0", tar)][number]
+    return at + BLOCK, int(tar[at + 124 : at + 135], 8)
+
+
+def set_size(tar: bytearray, start: int, size: int) -> None:
+    """Make a member's header say another size, with a checksum that agrees."""
+    header = tar[start - BLOCK : start]
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    tar[start - BLOCK : start] = header
+
+
+def test_a_sound_ranked_set_passes_fast_and_deep(ranked):
+    assert "sound (fast: 4 shards, 27 samples" in lines(ranked, code=0)
+    assert "sound (deep" in lines(ranked, "--deep", code=0)
+
+
+def in_header(pattern: bytes, behind: int, value: bytes) -> Callable[[bytearray, int, Mosaic], None]:
+    def change(tar: bytearray, start: int, mosaic: Mosaic) -> None:
+        at = tar.index(pattern, start) + behind
+        tar[at : at + len(value)] = value
+
+    return change
+
+
+def in_table(place: int, amount: int) -> Callable[[bytearray, int, Mosaic], None]:
+    """View 1's number at that place of its entry becomes another: its start, and the ends of its rows."""
+
+    def change(tar: bytearray, start: int, mosaic: Mosaic) -> None:
+        at = start + mosaic.entry.itemsize + 4 * (place % (1 + mosaic.rows))
+        struct.pack_into("<I", tar, at, struct.unpack_from("<I", tar, at)[0] + amount)
+
+    return change
+
+
+def in_statistics(first: int, value: bytes) -> Callable[[bytearray, int, Mosaic], None]:
+    def change(tar: bytearray, start: int, mosaic: Mosaic) -> None:
+        at = start + mosaic.entry.itemsize - 8 + first
+        tar[at : at + len(value)] = value
+
+    return change
+
+
+def swap_markers(tar: bytearray, start: int, mosaic: Mosaic) -> None:
+    """The first row's marker goes two bytes back, and the bytes before it behind it: in row 0 something is missing."""
+    at = start + struct.unpack_from("<I", tar, start + 4)[0]
+    tar[at - 2 : at + 2] = tar[at : at + 2] + tar[at - 2 : at]
+
+
+def trailing(tar: bytearray, start: int, mosaic: Mosaic) -> None:
+    size = member_of(tar, 1)[1]
+    assert size % BLOCK, "room in the last block"
+    set_size(tar, start, size + 1)
+
+
+RANKED_DAMAGE = {
+    "another height": (in_header(b"\xff\xc0\0\x11", 5, b"\0\x10"), "view 0: expected a JPEG of 64x.*, got 64x16 px"),
+    "another width": (in_header(b"\xff\xc0\0\x11", 7, b"\0\x10"), "view 0: expected a JPEG of 64x.*, got 16x"),
+    "of another grid": (in_header(b"\xff\xdd\0\4", 4, b"\0\x20"), "view 0: .*16 blocks between.*, got 64x.* 32 blocks"),
+    "begins elsewhere": (in_table(0, 1), "ranked view 1: expected to begin at byte"),
+    "a row ends elsewhere": (in_table(1, 1), "ranked view 1: its rows end elsewhere than the table says"),
+    "the last row ends elsewhere": (in_table(-1, 1), "view 1: expected row [13] to end at byte"),
+    "a marker elsewhere": (swap_markers, "its rows end elsewhere|cannot be decoded"),
+    "trailing bytes": (trailing, r"ranked views: expected (\d+) bytes, got \d+"),
+    "greatest values": (in_statistics(4, b"\0\0\0"), "ranked view 0: expected statistics"),
+    "least values": (in_statistics(1, b"\xff\xff\xff"), "ranked view 0: expected statistics"),
+    "no zero": (in_statistics(7, b"\1"), "ranked view 0: expected a zero at the end of its entry, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", RANKED_DAMAGE)
+def test_ranked_views_that_disagree_with_themselves(ranked, name):
+    """Whatever the hashes say: here the JSON of the shard agrees with the tar."""
+    change, words = RANKED_DAMAGE[name]
+    path = ranked / "train-000000.tar"
+    tar = bytearray(path.read_bytes())
+    start, _ = member_of(tar, 1)
+    change(tar, start, Mosaic.of(TicketSet.open(str(ranked)).manifest))
+    assert tar != path.read_bytes()
+    path.write_bytes(tar)
+    refresh_tar(ranked, "train-000000")
+    output = lines(ranked, "--deep")
+    key = TicketSet.open(str(ranked)).ok_keys("train-000000")[1]
+    found = [line for line in output.splitlines() if f"{key}: " in line]
+    assert re.search(words, "\n".join(found)) and "Traceback" not in output
+    assert output.count("problems (deep") == 1 and len(found) <= 2
+
+
+def test_a_mean_that_is_wrong_is_found_where_all_patches_are_stored(ranked):
+    path = ranked / "train-000000.tar"
+    tar = bytearray(path.read_bytes())
+    start, _ = member_of(tar, 1)
+    tar[start + Mosaic.of(TicketSet.open(str(ranked)).manifest).entry.itemsize - 8] ^= 1
+    path.write_bytes(tar)
+    refresh_tar(ranked, "train-000000")
+    whole = TicketSet.open(str(ranked)).manifest.ranked.tokens == 16
+    assert ("expected statistics" in lines(ranked, "--deep")) == whole
+
+
+def test_a_flipped_byte_in_a_scan_and_exchanged_views_are_found_by_deep(ranked):
+    path = ranked / "train-000000.tar"
+    data = path.read_bytes()
+    tar = bytearray(data)
+    start, size = member_of(tar, 1)
+    tar[start + size - 40] ^= 0x10
+    path.write_bytes(tar)
+    lines(ranked, code=0)
+    assert "train-000000.tar: expected sha256" in lines(ranked, "--deep")
+    other, longer = member_of(tar, 2)
+    least = min(size, longer)
+    exchanged = bytearray(data)
+    exchanged[start : start + least], exchanged[other : other + least] = data[other:][:least], data[start:][:least]
+    path.write_bytes(exchanged)
+    lines(ranked, code=0)
+    assert "train-000000.tar: expected sha256" in lines(ranked, "--deep")
+
+
+def cut_in_half(tar: Path) -> None:
+    os.truncate(tar, tar.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("cut", [cut_in_half, cut_between_members])
+def test_a_truncated_tar_of_ranked_views(ranked, cut):
+    cut(ranked / "train-000000.tar")
+    assert "train-000000.tar: expected" in lines(ranked)
+    refresh_tar(ranked, "train-000000")
+    assert "its samples end at" in lines(ranked, "--deep")
+
+
+def test_ranked_views_that_are_not_last(ranked):
+    """Before the rankings, or with something behind them; the JSON agrees."""
+    path = ranked / "train-000000.tar"
+    data = path.read_bytes()
+    row = TicketSet.open(str(ranked)).table("train").to_pylist()[0]
+    sample = bytearray(data[: row["bytes"]])
+    start, size = member_of(sample)
+    end = start + -(-size // BLOCK) * BLOCK
+    assert end == len(sample)
+    hidden = bytearray(data)
+    set_size(hidden, start, size - BLOCK)
+    for tar in (sample[start - BLOCK : end] + sample[: start - BLOCK] + data[row["bytes"] :], hidden):
+        path.write_bytes(tar)
+        refresh_tar(ranked, "train-000000")
+        assert f"{row['key']}: expected ranked views last" in lines(ranked, "--deep")
+
+
+def test_ranked_views_with_the_index_of_another_set(ranked, center_set):
+    shutil.copy(center_set / "index/train-000000.parquet", ranked / "index/train-000000.parquet")
+    assert "index/train-000000.parquet: expected" in lines(ranked)
+    data = (ranked / "index/train-000000.parquet").read_bytes()
+    said = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_json(ranked / "train-000000.json", lambda stats: stats.update(parquet=said))
+    assert "of another shard or plan" in lines(ranked, "--deep")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 12}, "ranked: tokens|shape"),
+        ({"quality": 91}, "but plan.json says"),
+        ({"decoded": False}, "but plan.json says"),
+        ({"cell": 24}, "expected blocks of 8 px"),
+    ],
+)
+def test_a_manifest_that_says_other_ranked_views(ranked, change, words):
+    edit_json(ranked / "manifest.json", lambda manifest: manifest["ranked"].update(change))
+    assert re.search(words, lines(ranked))

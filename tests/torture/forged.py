@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,51 @@ def change_member(rng: random.Random, folder: Path) -> str:
     return f"{path.name}: {what} at {at}"
 
 
+def change_ranked(rng: random.Random, folder: Path) -> str:
+    """Of a set of ranked views a table or a JPEG, at its weak places; of another set any member."""
+    path = _one(rng, folder, "*.tar")
+    data = bytearray(path.read_bytes())
+    starts = [found.end() for found in re.finditer(rb"\xff\xd8\xff\xe0", data)]
+    if not starts or b".ranked.bin\0" not in data:
+        return change_member(rng, folder)
+    start = rng.choice(starts)  # of a view's header
+    what = rng.choice(["table", "table", "frame", "segment", "tables", "scan", "marker", "end"])
+    marker = rng.choice([b"\xff\xc0", b"\xff\xdd", b"\xff\xda", b"\xff\xdb", b"\xff\xc4"])
+    value = rng.choice(
+        [
+            b"\0",
+            b"\1",
+            b"\x7f",
+            b"\xff",
+            b"\xff\xff",
+            b"\xff\xc2",
+            b"\xff\xd9",
+            b"\xff\xd8",
+            bytes([rng.randrange(256)]),
+        ]
+    )
+    if what == "table":
+        table = data.rfind(b".ranked.bin\0", 0, start)
+        at = 512 * (table // 512 + 1) + 4 * rng.randrange(16)
+        old = int.from_bytes(data[at : at + 4], "little")
+        new = rng.choice([0, 1, old + 1, old - 1, old + 2, 2 * old, 1 << 31, (1 << 32) - 1, len(data)]) % (1 << 32)
+        value = new.to_bytes(4, "little")
+    elif what == "frame":
+        at = data.index(b"\xff\xc0", start) + rng.randrange(19)
+    elif what == "segment":
+        at = data.find(marker, start) + rng.randrange(6)
+    elif what == "tables":
+        at = start + rng.randrange(600)
+    else:
+        scan = data.find(b"\xff\xda", start) + 14
+        found = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd9]", data[scan : scan + 8000])]
+        at = scan + (rng.randrange(4000) if what == "scan" or not found else rng.choice(found) + rng.randrange(2))
+    value = value[: max(0, len(data) - at)]
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    return f"{path.name}: ranked {what} at {at}"
+
+
 def change_files(rng: random.Random, folder: Path) -> str:
     """A file becomes a FIFO, a device, a folder, a link to itself, or nothing."""
     path = _one(rng, folder, "**/*")
@@ -215,6 +261,8 @@ MUTATIONS: list[Mutation] = [
     change_index,
     change_member,
     change_member,
+    change_ranked,
+    change_ranked,
     change_files,
 ]
 
@@ -247,7 +295,13 @@ def library(folder: Path) -> None:
         for sample in opened.stream(split):
             assert (np.sort(sample.rankings, axis=1) == np.arange(sample.rankings.shape[1])).all(), "no permutation"
             assert sample.label is None or 0 <= sample.label < len(opened.classes), "no label"
-            assert sample.render(0, 16).shape == (16, 16, 3)
+            if sample.ranked is None:
+                assert sample.render(0, 16).shape == (16, 16, 3)
+                continue
+            mosaic = sample.ranked.mosaic
+            for tokens in {1, sample.k, mosaic.tokens}:
+                assert sample.ranked.patches(0, tokens).shape == (tokens, mosaic.patch, mosaic.patch, 3)
+            assert min(sample.ranked.statistics(0).high) >= 0
         if opened.has_tickets:
             rows = Rows(opened, split)
             for shard, size in enumerate(rows.sizes):
@@ -281,6 +335,7 @@ def run(sets: dict[str, Path], work: Path, watch: Watch, rng: random.Random) -> 
         "diff": ("shards.inspect.cli", ["diff", set_, str(sets["plain"])]),
         "mine link": ("miner.cli", ["--data", set_, "--out", out, "--images", "link", "--method", "random", "-j", "1"]),
         "mine copy": ("miner.cli", ["--data", set_, "--out", out, "--method", "center", "-j", "1"]),
+        "mine ranked": ("miner.cli", ["--data", set_, "--out", out, "--images", "ranked", "-j", "1"]),
         "mine into": ("miner.cli", ["--data", str(place / "photos"), "--out", set_, "--method", "center", "--img-size", "64",
                                     "--views", "3", "--shard-size", "10", "-j", "1"]),
         "library": library,
@@ -296,7 +351,7 @@ def run(sets: dict[str, Path], work: Path, watch: Watch, rng: random.Random) -> 
 
 
 def make_sets(root: Path) -> dict[str, Path]:
-    """Sound sets to be forged: plain, linked, and with token labels."""
+    """Sound sets to be forged: plain, linked, of ranked views, and of the best of these alone."""
     from conftest import mine, write_image
 
     for number in range(15):
@@ -309,4 +364,9 @@ def make_sets(root: Path) -> dict[str, Path]:
     shutil.copytree(root / "photos", root / "plain" / "photos")
     shutil.copytree(plain, root / "link" / "base")
     mine("--data", root / "link" / "base", "--out", link, "--images", "link", "--method", "random")
-    return {"plain": plain, "link": link}
+    ranked, cut = root / "ranked" / "set", root / "cut" / "set"
+    mine("--data", root / "photos", "--out", ranked, *common, "--images", "ranked")
+    mine("--data", root / "photos", "--out", cut, *common, "--images", "ranked", "--tokens", 6, "--store-tokens", 8)
+    for each in (ranked, cut):
+        shutil.copytree(root / "photos", each.parent / "photos")
+    return {"plain": plain, "link": link, "ranked": ranked, "cut": cut}

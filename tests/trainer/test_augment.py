@@ -17,6 +17,7 @@ from timm.data.auto_augment import AutoAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 
+from conftest import patches_of
 from shards.errors import TicketSetError
 from shards.ranked import Mosaic, statistics
 from trainer.data.augment import ColorAugment, erase, erasing_box, seeded
@@ -211,12 +212,12 @@ class Prefix:
         self.view[-p:, : 3 * p] = self.view[-p:, : 3 * p] // 2 + 90
         self.view[-p:, -p:] //= 4
         self.mosaic, self.ranking, self.seed = mosaic, np.append(rng.permutation(12), [12, 13, 14, 15]), seed
-        self.pixels = mosaic.lay(mosaic.cut(self.view)[self.ranking[:K]])
+        self.pixels = mosaic.lay(self.view, self.ranking[:K])
 
     def by_ranking(self, augment: ColorAugment) -> np.ndarray:
         """[K, p, p, 3]: the whole view augmented, then its patches."""
         with seeded(self.seed):
-            return self.mosaic.cut(augment(self.view))[self.ranking[:K]].astype(int)
+            return patches_of(augment(self.view), self.mosaic.patch)[self.ranking[:K]].astype(int)
 
     def by_prefix(self, augment: ColorAugment) -> np.ndarray:
         with seeded(self.seed):
@@ -277,7 +278,7 @@ def test_filters_see_each_patch_as_if_its_edges_went_on(text, name, mosaic):
         found.append((patches, whole))
         strangers.append((prefix.as_if_a_view(augment), whole))
         edge = 1 if name.startswith("Sharpness") else 0  # which Pillow does not sharpen; its blur lets edges go on
-        for patch, original in zip(patches, mosaic.cut(prefix.view)[prefix.ranking[:K]], strict=True):
+        for patch, original in zip(patches, patches_of(prefix.view, mosaic.patch)[prefix.ranking[:K]], strict=True):
             with seeded(prefix.seed):
                 alone = augment(np.pad(original, ((edge, edge), (edge, edge), (0, 0)), "edge"))
             assert (patch == alone[edge : len(alone) - edge, edge : len(alone) - edge]).all()
