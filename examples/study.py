@@ -41,7 +41,7 @@ MODELS: dict[str, list[Any]] = {  # name: timm's model, its arguments, flags
     "cnn": ["test_resnet", []],
     "hiera": ["hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]],
 }
-LONGER = ["--epochs", 40]  # on random crops, where digits stand off the grid
+LONGER = 40  # epochs on random crops, where digits stand off the grid
 PICTURES = 3000  # of the training split
 CROPS = ["--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--hflip", 0]
 Job = tuple[str, Path, Sequence[object]]  # name of the run, ticket set, further flags
@@ -282,9 +282,9 @@ def family(name: str, arm: str, seed: int) -> list[object]:
 def views(out: Path, digits: Path, seeds: range) -> None:
     """K = 14, 40 epochs: V - 1 stored views an image are trained on in turn."""
     stored = (2, 4, 8, 16)
-    crops(out, digits, stored)
+    crops(out, digits, stored, LONGER)
     names = {count: [f"views-{count}-{seed}" for seed in seeds] for count in stored}
-    train(out / "runs", [(names[count][seed], out / f"tickets-{count}", ["--seed", seed, *LONGER])
+    train(out / "runs", [(names[count][seed], out / f"tickets-{count}", ["--seed", seed, "--epochs", LONGER])
                          for seed in seeds for count in stored])  # fmt: skip
     found = measured(out / "runs", names)
     lines = ["| V | trained on | tickets | all |", "|---:|---:|---:|---:|"]
@@ -294,7 +294,7 @@ def views(out: Path, digits: Path, seeds: range) -> None:
     write_table(out / "views.md", lines)
 
 
-def crops(out: Path, digits: Path, stored: Sequence[int]) -> list[object]:
+def crops(out: Path, digits: Path, stored: Sequence[int], epochs: int) -> list[object]:
     """Sets of random crops, half the area and more, as base-V; links with a selector's tickets, tickets-V.
 
     Returns:
@@ -302,7 +302,7 @@ def crops(out: Path, digits: Path, stored: Sequence[int]) -> list[object]:
     """
     for count in stored:
         mine(out / f"base-{count}", "--data", digits, "--method", "center", "--tokens", 14, "--views", count, *CROPS)
-    train(out / "runs", [("views-selector", out / "base-16", ["--tickets", "full", "--seed", 0, *LONGER])])
+    train(out / "runs", [("views-selector", out / "base-16", ["--tickets", "full", "--seed", 0, "--epochs", epochs])])
     weights = out / "runs" / "views-selector" / "model_best.safetensors"
     selection = ["--method", "rollout", "--selector", SELECTOR, "--weights", weights, "--tokens", 14]
     for count in stored:
@@ -313,10 +313,11 @@ def crops(out: Path, digits: Path, stored: Sequence[int]) -> list[object]:
 @main.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of `results`, or a new one.")
 @click.option("--seeds", default=3, show_default=True, help="Of every set.")
-def ranked(out: Path, seeds: int) -> None:
+@click.option("--epochs", default=LONGER, show_default=True, help="Of every run; another number needs another folder.")
+def ranked(out: Path, seeds: int, epochs: int) -> None:
     """Views stored by their ranking against copied pictures: what it costs in accuracy. Mixing by patches."""
     stored, qualities = (4, 8, 16), (85, 90, 95)
-    selection = crops(out, pictures(out), stored)
+    selection = crops(out, pictures(out), stored, epochs)
     sets = {(count, "copy"): (out / f"tickets-{count}", f"views-{count}") for count in stored}
     for count, quality in itertools.product(stored, qualities):
         tickets = out / f"ranked-{count}-{quality}"
@@ -325,7 +326,7 @@ def ranked(out: Path, seeds: int) -> None:
     mixed = {mixing: f"mixing-{mixing}" for mixing in ("pixels", "patches")}
     jobs: list[Job] = []
     for seed in range(seeds):
-        at = ["--seed", seed, *LONGER]
+        at = ["--seed", seed, "--epochs", epochs]
         jobs += [(f"{name}-{seed}", tickets, at) for tickets, name in sets.values()]
         mixing = ["--mixup", 0.8, "--cutmix", 1.0, "--mixing"]
         jobs += [(f"{name}-{seed}", out / "ranked-16-90", [*mixing, how, *at]) for how, name in mixed.items()]
