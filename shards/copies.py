@@ -6,10 +6,10 @@ import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 from shards import schema, storage
@@ -161,31 +161,42 @@ class PartialCopy:
         size = min(size, self.size - offset)
         if offset < 0 or size <= 0:
             return b""
+        data, wrong = self._blocks(offset, size)
+        if wrong:
+            _fetch({self: wrong})
+            data, wrong = self._blocks(offset, size)
+        if wrong:
+            raise TicketSetError(f"{self._path}: expected what was written to it a moment ago, got other bytes")
+        start = offset % BLOCK
+        return data[start : start + size]
+
+    def _blocks(self, offset: int, size: int) -> tuple[bytes, list[int]]:
+        """The blocks that hold a part, and the numbers of those that are missing or damaged."""
         first = offset // BLOCK
-        length = min(-(-(offset + size) // BLOCK) * BLOCK, self.size) - first * BLOCK
-        for _ in range(2):
-            fetch_missing([(self, offset, size)])
-            data = self._file.read(self._data + first * BLOCK, length)
-            agree = self._checksums(first, length) == (found := checksums(data))
-            if agree.all():
-                return data[offset - first * BLOCK :][:size]
-            self._write(4 * first, np.where(agree, found, 0).tobytes())
-        raise TicketSetError(f"{self._path}: expected what was written to it a moment ago, got other bytes")
+        size = min(-(-(offset + size) // BLOCK) * BLOCK, self.size) - first * BLOCK
+        kept = self._checksums(first, size)  # before the blocks: another process that writes them writes these last
+        data = self._read(self._data + first * BLOCK, size)
+        pairs = enumerate(zip(kept, checksums(data), strict=True), first)
+        return data, [number for number, (expected, found) in pairs if expected != found]
 
     def missing(self, offset: int, size: int) -> list[int]:
         """Numbers of the blocks of a part that were never fetched."""
         first = offset // BLOCK
         size = min(size, self.size - offset)
-        return (np.flatnonzero(self._checksums(first, offset + size - first * BLOCK) == 0) + first).tolist()
+        kept = self._checksums(first, offset + size - first * BLOCK)
+        return [number for number, checksum in enumerate(kept, first) if not checksum]
 
     def keep(self, first: int, data: bytes) -> None:
         """Write blocks that were fetched, from the block `first` on."""
         self._write(self._data + first * BLOCK, data)
         self._write(4 * first, checksums(data).tobytes())
 
-    def _checksums(self, first: int, size: int) -> np.ndarray:
+    def _checksums(self, first: int, size: int) -> "array[int]":
         """Those kept of the blocks that so many bytes reach into, from the block `first` on."""
-        return np.frombuffer(self._file.read(4 * first, 4 * -(-size // BLOCK)), "<u4")
+        return array("I", self._read(4 * first, 4 * -(-size // BLOCK)))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return self._file.read(offset, size).ljust(size, b"\0")  # somebody may have cut the file
 
     def _write(self, offset: int, data: bytes) -> None:
         with self._named_errors():
@@ -206,10 +217,10 @@ class PartialCopy:
             os.close(self._descriptor)
 
 
-def checksums(data: bytes) -> np.ndarray:
-    """CRC-32 of each block, little-endian; never 0, which stands for a block that is not there."""
+def checksums(data: bytes) -> "array[int]":
+    """CRC-32 of each block; never 0, which stands for a block that is not there."""
     view = memoryview(data)
-    return np.array([zlib.crc32(view[at : at + BLOCK]) or 1 for at in range(0, len(data), BLOCK)], "<u4")
+    return array("I", [zlib.crc32(view[at : at + BLOCK]) or 1 for at in range(0, len(data), BLOCK)])
 
 
 def fetch_missing(wanted: Iterable[tuple[storage.Ranges, int, int]]) -> None:
@@ -222,6 +233,11 @@ def fetch_missing(wanted: Iterable[tuple[storage.Ranges, int, int]]) -> None:
     for file, offset, size in wanted:
         if isinstance(file, PartialCopy):
             blocks.setdefault(file, set()).update(file.missing(offset, size))
+    _fetch(blocks)
+
+
+def _fetch(blocks: Mapping[PartialCopy, Collection[int]]) -> None:
+    """Fetch blocks of several copies by their numbers."""
     runs = [(copy, run) for copy, numbers in blocks.items() for run in _runs(sorted(numbers))]
     if not runs:
         return

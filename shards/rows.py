@@ -96,7 +96,7 @@ class Rows:
         Raises:
             TicketSetError: the tar is not what the index says.
         """
-        return self._reader.read(self._names[shard], self._row(shard, row), numbers)
+        return self._reader.read(self._names[shard], self._said([(shard, row)])[0], numbers)
 
     def read_all(
         self, places: Sequence[tuple[int, int]], numbers: Sequence[Sequence[int]], tokens: int | None = None
@@ -110,19 +110,24 @@ class Rows:
         Raises:
             TicketSetError: as `read`.
         """
+        said = [(self._names[shard], row) for (shard, _), row in zip(places, self._said(places), strict=True)]
+        if self._in_parts:
+            fetch_missing(self._reader.head(*each) for each in said)
+        samples = (self._reader.read(*each, some) for each, some in zip(said, numbers, strict=True))
         if not self._in_parts:
-            return (self.read(*place, some) for place, some in zip(places, numbers, strict=True))
-        fetch_missing(self._reader.head(self._names[shard], self._row(shard, row)) for shard, row in places)
-        samples = [self.read(*place, some) for place, some in zip(places, numbers, strict=True)]
-        views = [(sample.ranked, some) for sample, some in zip(samples, numbers, strict=True)]
+            return samples  # one at a time: photos are large
+        held = list(samples)
+        views = [(sample.ranked, some) for sample, some in zip(held, numbers, strict=True)]
         fetch_missing(ranked.place(number, tokens) for ranked, some in views if ranked for number in some)
-        return iter(samples)
+        return iter(held)
 
-    def _row(self, shard: int, row: int) -> Row:
-        position = int(self._starts[shard]) + row
-        label, (height, width) = int(self.labels[position]), self.image_sizes[position].tolist()
-        place = self._extents[position].tolist()
-        return Row(self.keys[position].as_py(), None if label < 0 else label, height, width, place)
+    def _said(self, places: Sequence[tuple[int, int]]) -> list[Row]:
+        """What the index says of several samples. Columns are turned into Python's values for all at once."""
+        shards, rows = np.array(places, np.int64).reshape(-1, 2).T
+        positions = self._starts[shards] + rows
+        labels = [None if label < 0 else label for label in self.labels[positions].tolist()]
+        keys = [self.keys[position].as_py() for position in positions.tolist()]
+        return list(map(Row, keys, labels, *self.image_sizes[positions].T.tolist(), self._extents[positions].tolist()))
 
 
 def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:
