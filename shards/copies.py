@@ -1,18 +1,25 @@
-"""Local copies of remote tars: each is fetched whole, once, and checked on its way."""
+"""Local copies of remote tars: fetched whole, once, and checked on their way; of ranked views only what is asked for."""
 
+import contextlib
 import hashlib
 import os
 import stat
 import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock
 
 from shards import schema, storage
 from shards.errors import TicketSetError
+from shards.reader import TicketSet
 from shards.schema import FileDigest
 
 CACHED_TARS = 40  # more than two windows of an epoch's order
+BLOCK = 1024  # bytes of a tar that a partial copy has or lacks; the least that is fetched
+_PAGE = 4096
 
 
 class TarCopies:
@@ -26,8 +33,8 @@ class TarCopies:
         self._folder = folder or os.path.join(tempfile.gettempdir(), f"datalth-{os.getuid()}")
         self._tars: dict[tuple[str, str], FileDigest] = {}
 
-    def open(self, url: str, set_id: str) -> storage.Ranges:
-        """The tar of one shard of the set that is `set_id`.
+    def open(self, url: str, opened: TicketSet) -> storage.Ranges:
+        """The tar of one shard of a set.
 
         Raises:
             FileNotFoundError: there is no such tar.
@@ -35,12 +42,20 @@ class TarCopies:
         """
         if not storage.is_remote(url):
             return storage.open_ranges(url)
+        set_id = opened.manifest.set_id
         if (url, set_id) not in self._tars:
             self._tars[url, set_id] = tar_of(url)
-        # A folder for each set, so that sets do not drive out each other's tars.
-        folder = f"datalth-{hashlib.sha256(set_id.encode()).hexdigest()[:16]}"
         tar = self._tars[url, set_id]
-        return storage.open_ranges(fetch(url, own_folder(Path(self._folder)) / folder, tar.bytes, tar.sha256))
+        # A folder for each set, so that sets do not drive out each other's tars.
+        cache = own_folder(Path(self._folder)) / f"datalth-{hashlib.sha256(set_id.encode()).hexdigest()[:16]}"
+        size = storage.ranged_size(url) if opened.manifest.ranked else None
+        if size is None:
+            return storage.open_ranges(fetch(url, cache, tar.bytes, tar.sha256))
+        if size != tar.bytes:
+            raise TicketSetError(f"{url}: expected {tar.bytes} bytes, as its JSON says, got {size}")
+        copy = PartialCopy(url, own_folder(cache) / f"{tar.sha256}.part", size, opened.check_unchanged)
+        _evict(cache)
+        return copy
 
 
 def tar_of(url: str) -> FileDigest:
@@ -94,8 +109,7 @@ def fetch(url: str, cache: Path, size: int, sha256: str) -> str:
         for left in cache.glob(f"{path.name}.*.tmp"):  # by a process that was killed: it had the lock
             left.unlink()
         _copy(url, path, size, sha256)
-    for old in sorted(cache.glob(f"{'[0-9a-f]' * 64}.tar"), key=_opened)[:-CACHED_TARS]:
-        old.unlink(missing_ok=True)  # a process that reads it keeps its open file
+    _evict(cache)
     return str(path)
 
 
@@ -117,6 +131,139 @@ def _copy(url: str, path: Path, size: int, sha256: str) -> None:
     except OSError as error:  # a full disk says no name
         error.filename = error.filename or str(path)
         raise
+
+
+class PartialCopy:
+    """What was asked for of a remote tar, in a file that processes share: a checksum of each block, then the blocks.
+
+    A block is there when its checksum is, and is used only where the two agree. So no order of writing matters and no
+    lock is needed: what a process that was killed, a lost page or two writers at once left behind is fetched again.
+    The sha256 of the tar cannot be asked of a part of it.
+
+    Args:
+        url: of the tar.
+        path: of the file, which is named by the tar's hash, in a folder that is its set's.
+        size: bytes of the tar.
+        check_unchanged: raises TicketSetError where the set at the URL is another by now.
+    """
+
+    def __init__(self, url: str, path: Path, size: int, check_unchanged: Callable[[], None]) -> None:
+        self.url, self.size, self.check_unchanged, self._path = url, size, check_unchanged, str(path)
+        self._data = -(-4 * -(-size // BLOCK) // _PAGE) * _PAGE  # where the blocks begin
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._named_errors():
+            os.ftruncate(self._descriptor, self._data + size)  # a hole; what is there stays
+            os.utime(path)
+        self._file = storage.open_ranges(self._path)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """As `storage.Ranges`; what is missing is fetched."""
+        size = min(size, self.size - offset)
+        if offset < 0 or size <= 0:
+            return b""
+        data, wrong = self._blocks(offset, size)
+        if wrong:
+            _fetch({self: wrong})
+            data, wrong = self._blocks(offset, size)
+        if wrong:
+            raise TicketSetError(f"{self._path}: expected what was written to it a moment ago, got other bytes")
+        start = offset % BLOCK
+        return data[start : start + size]
+
+    def _blocks(self, offset: int, size: int) -> tuple[bytes, list[int]]:
+        """The blocks that hold a part, and the numbers of those that are missing or damaged."""
+        first = offset // BLOCK
+        size = min(-(-(offset + size) // BLOCK) * BLOCK, self.size) - first * BLOCK
+        kept = self._checksums(first, size)  # before the blocks: another process that writes them writes these last
+        data = self._read(self._data + first * BLOCK, size)
+        pairs = enumerate(zip(kept, checksums(data), strict=True), first)
+        return data, [number for number, (expected, found) in pairs if expected != found]
+
+    def missing(self, offset: int, size: int) -> list[int]:
+        """Numbers of the blocks of a part that were never fetched."""
+        first = offset // BLOCK
+        size = min(size, self.size - offset)
+        kept = self._checksums(first, offset + size - first * BLOCK)
+        return [number for number, checksum in enumerate(kept, first) if not checksum]
+
+    def keep(self, first: int, data: bytes) -> None:
+        """Write blocks that were fetched, from the block `first` on."""
+        self._write(self._data + first * BLOCK, data)
+        self._write(4 * first, checksums(data).tobytes())
+
+    def _checksums(self, first: int, size: int) -> "array[int]":
+        """Those kept of the blocks that so many bytes reach into, from the block `first` on."""
+        return array("I", self._read(4 * first, 4 * -(-size // BLOCK)))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return self._file.read(offset, size).ljust(size, b"\0")  # somebody may have cut the file
+
+    def _write(self, offset: int, data: bytes) -> None:
+        with self._named_errors():
+            while data:  # a disk that is almost full takes less at first
+                done = os.pwrite(self._descriptor, data, offset)
+                offset, data = offset + done, data[done:]
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk says no name
+            error.filename = error.filename or self._path
+            raise
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # it may not have been opened
+            os.close(self._descriptor)
+
+
+def checksums(data: bytes) -> "array[int]":
+    """CRC-32 of each block; never 0, which stands for a block that is not there."""
+    view = memoryview(data)
+    return array("I", [zlib.crc32(view[at : at + BLOCK]) or 1 for at in range(0, len(data), BLOCK)])
+
+
+def fetch_missing(wanted: Iterable[tuple[storage.Ranges, int, int]]) -> None:
+    """Fetch all at once what is missing of several parts: (file, first byte, bytes). Only partial copies lack any.
+
+    Raises:
+        TicketSetError: a store fails, or the set at the URL is another by now; nothing is kept then.
+    """
+    blocks: dict[PartialCopy, set[int]] = {}
+    for file, offset, size in wanted:
+        if isinstance(file, PartialCopy):
+            blocks.setdefault(file, set()).update(file.missing(offset, size))
+    _fetch(blocks)
+
+
+def _fetch(blocks: Mapping[PartialCopy, Collection[int]]) -> None:
+    """Fetch blocks of several copies by their numbers."""
+    runs = [(copy, run) for copy, numbers in blocks.items() for run in _runs(sorted(numbers))]
+    if not runs:
+        return
+    places = [(copy.url, run.start * BLOCK, min(run.stop * BLOCK, copy.size)) for copy, run in runs]
+    parts = storage.read_ranges(places)
+    for check_unchanged in {copy.check_unchanged for copy in blocks}:
+        check_unchanged()  # after the bytes have come and before they are kept: they are of the set that was opened
+    for (copy, run), part in zip(runs, parts, strict=True):
+        copy.keep(run.start, part)
+
+
+def _runs(numbers: list[int]) -> list[range]:
+    """Neighboring numbers as one: they are asked for together."""
+    runs: list[range] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
+
+
+def _evict(cache: Path) -> None:
+    """Remove all copies but those opened last; a process that reads one keeps its open file."""
+    for old in sorted((p for p in cache.iterdir() if p.suffix in (".tar", ".part")), key=_opened)[:-CACHED_TARS]:
+        old.unlink(missing_ok=True)
 
 
 def _opened(path: Path) -> float:

@@ -115,7 +115,7 @@ def decode_npy(data: bytes, where: str = "") -> np.ndarray:
             )
     except TicketSetError as error:
         raise TicketSetError(f"{where}: {error}" if where else str(error)) from None
-    return np.frombuffer(data, dtype, count, 10 + length).reshape(shape)
+    return np.ndarray(shape, dtype, data, 10 + length)
 
 
 @functools.lru_cache(maxsize=64)

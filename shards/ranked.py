@@ -14,7 +14,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from PIL import Image
 from shards.errors import ImageError, TicketSetError
 from shards.images import decode_jpeg
 from shards.schema import MAX_MOSAIC_PIXELS, Setting
+from shards.storage import Ranges
 
 BLOCK = 8  # pixels of a JPEG's own blocks
 MAX_RESTART = (1 << 16) - 1  # blocks between two restart markers, as a JPEG can say it
@@ -276,21 +277,23 @@ class Ranked:
         mosaic: how patches are laid out.
         table: the first bytes of the member.
         count: V, of which the table has an entry each.
-        size: bytes of the member.
-        read: (offset in the member, bytes) -> the bytes there.
+        file: that holds the member.
+        offset: where it begins.
+        size: its bytes.
         where: for errors.
     Raises:
         TicketSetError: the table is of another size.
     """
 
-    __slots__ = ("_read", "_table", "_where", "mosaic", "size")
+    __slots__ = ("_file", "_offset", "_table", "_where", "mosaic", "size")
 
     def __init__(
-        self, mosaic: Mosaic, table: bytes, count: int, size: int, read: Callable[[int, int], bytes], where: str
+        self, mosaic: Mosaic, table: bytes, count: int, file: Ranges, offset: int, size: int, where: str
     ) -> None:
         if len(table) != count * mosaic.entry.itemsize or len(table) > size:
             raise TicketSetError(f"{where}: expected a table of {count} ranked views, got {len(table)} of {size} bytes")
-        self.mosaic, self.size, self._table, self._read, self._where = mosaic, size, table, read, where
+        self.mosaic, self.size, self._table, self._where = mosaic, size, table, where
+        self._file, self._offset = file, offset
 
     def __len__(self) -> int:
         """V"""
@@ -304,13 +307,13 @@ class Ranked:
 
     def data(self) -> bytes:
         """The whole member."""
-        return self._read(0, self.size)
+        return self._file.read(self._offset, self.size)
 
-    def jpeg(self, number: int, tokens: int | None = None) -> bytes:
-        """The JPEG of a view, or of the rows that hold its first patches; the rest is not read.
+    def place(self, number: int, tokens: int | None = None) -> tuple[Ranges, int, int]:
+        """What is read for the first patches of a view, or for all: file, first byte, bytes.
 
         Raises:
-            TicketSetError: so many are not stored, or table and JPEG do not agree.
+            TicketSetError: so many are not stored, or the table says what cannot be.
         """
         mosaic, rows = self.mosaic, self._rows(tokens)
         if rows > mosaic.rows:
@@ -324,11 +327,23 @@ class Ranked:
             raise TicketSetError(
                 f"{self._where}: view {number}: expected a JPEG inside {self.size} bytes, got {start} to {end}"
             )
-        data = self._read(start, end + 2 - start)
+        return self._file, self._offset + start, end + 2 - start
+
+    def jpeg(self, number: int, tokens: int | None = None) -> bytes:
+        """The JPEG of a view, or of the rows that hold its first patches; the rest is not read.
+
+        Raises:
+            TicketSetError: as `place`, or table and JPEG do not agree.
+        """
+        file, offset, size = self.place(number, tokens)
+        data = file.read(offset, size)
+        mosaic = self.mosaic
+        rows = mosaic.rows if tokens is None else mosaic.rows_of(tokens)
         mark = END if rows == mosaic.rows else bytes((0xFF, 0xD0 + (rows - 1) % 8))
-        if data[-2:] != mark or len(data) != end + 2 - start:
+        if data[-2:] != mark or len(data) != size:
             raise TicketSetError(
-                f"{self._where}: view {number}: expected row {rows - 1} to end at byte {end}; the table is of other bytes"
+                f"{self._where}: view {number}: expected row {rows - 1} to end {size - 2} bytes behind its beginning; the"
+                f" table is of other bytes"
             )
         scan = _scan_of(data)
         try:

@@ -269,7 +269,7 @@ class SampleReader:
         opened: the set.
         token_labels: another set over the same images, whose token labels the samples get.
         keep: tars that stay open; by default those of one shard and its base.
-        open_tar: (url of a tar, set_id of its set) -> the tar; by default `storage.open_ranges` of the URL.
+        open_tar: (url of a tar, its set) -> the tar; by default `storage.open_ranges` of the URL.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class SampleReader:
         opened: TicketSet,
         token_labels: TicketSet | None = None,
         keep: int = 2,
-        open_tar: Callable[[str, str], storage.Ranges] | None = None,
+        open_tar: Callable[[str, TicketSet], storage.Ranges] | None = None,
     ) -> None:
         self._made_of = opened, token_labels, keep, open_tar
         self._set, self._link, self._open_tar = opened, token_labels, open_tar
@@ -335,22 +335,35 @@ class SampleReader:
         split = name.rpartition("-")[0]
         return decode(row, opened.manifest, split, members, pictured, labels, where, numbers=numbers)
 
+    def head(self, name: str, row: Row) -> tuple[storage.Ranges, int, int]:
+        """What stands before the views of a sample of ranked views: file, first byte, bytes.
+
+        Raises:
+            TicketSetError: as `open`.
+        """
+        offset, size = row.extents[:2]
+        before = self._before(name.rpartition("-")[0], row.label is not None)
+        return self._open(self._set, name)[0], offset, min(size, before)
+
     def _read_ranked(self, name: str, row: Row, mosaic: Mosaic, numbers: Sequence[int] | None) -> Sample:
         """One sample of ranked views: what stands before them is read now, views when they are asked for."""
-        opened, (offset, size) = self._set, row.extents[:2]
-        tar, url = self._open(opened, name)
+        opened = self._set
+        tar, offset, before = self.head(name, row)
+        url = self._open(opened, name)[1]
         where, split = f"{url}: {row.key}", name.rpartition("-")[0]
-        before = min(size, self._before(split, row.label is not None))
+        size = row.extents[1]
         data = tar.read(offset, before)
         places = member_places(data, row.key, url, size)
+        if fmt.RANKED not in places and before < size:  # others stand before it, of a higher minor version
+            data = tar.read(offset, size)
+            places = member_places(data, row.key, url)
         members = {member: data[start : start + length] for member, (start, length) in places.items()}
         start, length = places.get(fmt.RANKED, (0, 0))
         if start + -(-length // BLOCK) * BLOCK != size:
             raise TicketSetError(f"{where}: expected ranked views last, got {sorted(places)}")
-        first = offset + start
         count = opened.manifest.splits[split].views
-        read = lambda at, size: tar.read(first + at, size)
-        views = Ranked(mosaic, data[start:], count, length, read, where)
+        table = data[start : start + count * mosaic.entry.itemsize]
+        views = Ranked(mosaic, table, count, tar, offset + start, length, where)
         labels = None
         if self._labels is not None:
             held, place = members, where
@@ -367,7 +380,7 @@ class SampleReader:
     def _open_unchanged(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")
         try:
-            tar = self._open_tar(url, opened.manifest.set_id) if self._open_tar else storage.open_ranges(url)
+            tar = self._open_tar(url, opened) if self._open_tar else storage.open_ranges(url)
         except FileNotFoundError:
             opened.check_unchanged()
             raise TicketSetError(f"{url}: missing; the index lists its samples") from None

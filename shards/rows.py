@@ -3,13 +3,14 @@
 Offsets come from the index, so nothing is scanned; remote tars are read from copies (`shards.copies`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.copies import TarCopies
+from shards import storage
+from shards.copies import TarCopies, fetch_missing
 from shards.errors import TicketSetError
 from shards.reader import EXTENTS, SampleReader, TicketSet
 from shards.sample import Row, Sample
@@ -43,6 +44,7 @@ class Rows:
         if token_labels is not None:
             check_token_labels(opened, token_labels)
         self._names = opened.shard_names(split)
+        self._in_parts = opened.manifest.ranked is not None and storage.is_remote(opened.url)
         self._reader = SampleReader(opened, token_labels, OPEN_TARS, TarCopies(cache).open)
         tables = [opened.joined(name, token_labels) for name in self._names]
         self.sizes = tuple(len(table) for table in tables)
@@ -94,11 +96,38 @@ class Rows:
         Raises:
             TicketSetError: the tar is not what the index says.
         """
-        position = int(self._starts[shard]) + row
-        label, (height, width) = int(self.labels[position]), self.image_sizes[position].tolist()
-        place = self._extents[position].tolist()
-        said = Row(self.keys[position].as_py(), None if label < 0 else label, height, width, place)
-        return self._reader.read(self._names[shard], said, numbers)
+        return self._reader.read(self._names[shard], self._said([(shard, row)])[0], numbers)
+
+    def read_all(
+        self, places: Sequence[tuple[int, int]], numbers: Sequence[Sequence[int]], tokens: int | None = None
+    ) -> Iterator[Sample]:
+        """Several samples, one after the other; what is missing of ranked views in a remote set is fetched all at once.
+
+        Args:
+            places: (shard, row) of each.
+            numbers: of each, as for `read`.
+            tokens: patches that will be read of those views; None: all.
+        Raises:
+            TicketSetError: as `read`.
+        """
+        said = [(self._names[shard], row) for (shard, _), row in zip(places, self._said(places), strict=True)]
+        if self._in_parts:
+            fetch_missing(self._reader.head(*each) for each in said)
+        samples = (self._reader.read(*each, some) for each, some in zip(said, numbers, strict=True))
+        if not self._in_parts:
+            return samples  # one at a time: photos are large
+        held = list(samples)
+        views = [(sample.ranked, some) for sample, some in zip(held, numbers, strict=True)]
+        fetch_missing(ranked.place(number, tokens) for ranked, some in views if ranked for number in some)
+        return iter(held)
+
+    def _said(self, places: Sequence[tuple[int, int]]) -> list[Row]:
+        """What the index says of several samples. Columns are turned into Python's values for all at once."""
+        shards, rows = np.array(places, np.int64).reshape(-1, 2).T
+        positions = self._starts[shards] + rows
+        labels = [None if label < 0 else label for label in self.labels[positions].tolist()]
+        keys = [self.keys[position].as_py() for position in positions.tolist()]
+        return list(map(Row, keys, labels, *self.image_sizes[positions].T.tolist(), self._extents[positions].tolist()))
 
 
 def check_token_labels(opened: TicketSet, labels: TicketSet) -> None:

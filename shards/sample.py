@@ -273,15 +273,12 @@ def _check_rankings(
             f" {list(rankings.shape)}"
         )
     if numbers is not None:
-        rankings, count = rankings[list(numbers)], len(numbers)
-    # Mark what each view names, one row of marks a view: a permutation marks the first N. Sorting would take longer.
-    most = 1 << 8 * expected.itemsize  # whatever the type can hold, so that no index is outside
-    seen = np.zeros(count * most, bool)
-    seen[rankings + _first_places(count, most)] = True
-    if not seen.reshape(count, most)[:, :num_patches].all():
+        rankings = rankings[list(numbers)]
+    # "stable" is a radix sort here. Bytes are compared, which takes a fifth of what numpy takes to compare so few numbers.
+    if np.sort(rankings, kind="stable").tobytes() != _sorted_rankings(len(rankings), num_patches):
         raise TicketSetError(f"{where}: expected rankings that are permutations of {num_patches} patches")
 
 
 @functools.lru_cache(maxsize=8)
-def _first_places(count: int, most: int) -> np.ndarray:
-    return np.arange(0, count * most, most)[:, None]
+def _sorted_rankings(count: int, num_patches: int) -> bytes:
+    return np.arange(num_patches, dtype=fmt.ranking_dtype(num_patches)).tobytes() * count

@@ -156,6 +156,45 @@ def size_of(url: str) -> int:
     return _plain_size(url)
 
 
+def ranged_size(url: str) -> int | None:
+    """Bytes of a remote file of which parts can be read; None where its store sends whole files alone.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        TicketSetError: the store fails.
+    """
+    file, size, ranged = _open_remote(url)
+    with contextlib.closing(file), _remote_errors(url):
+        # What is small was not tried: read at once it needs no ranges.
+        return size if size and ranged and (size > REMOTE_BLOCK or _has_ranges(file, size)) else None
+
+
+def read_ranges(places: list[tuple[str, int, int]]) -> list[bytes]:
+    """Parts of remote files of one store, all asked for at once where its client can do that.
+
+    Args:
+        places: (URL, first byte, byte behind the last) of each part.
+    Raises:
+        TicketSetError: the store fails, a file is gone, or a part is of another length.
+    """
+    paths = {}
+    for url in dict.fromkeys(url for url, _, _ in places):
+        fs, paths[url] = filesystem(url)
+    urls, starts, ends = zip(*places, strict=True)
+    with _remote_errors(urls[0]):
+        found = fs.cat_ranges([paths[url] for url in urls], list(starts), list(ends), on_error="return")
+    for (url, start, end), part in zip(places, found, strict=True):
+        try:
+            with _remote_errors(url):
+                if isinstance(part, Exception):
+                    raise part
+        except FileNotFoundError:
+            raise TicketSetError(f"{url}: missing; it was there when it was opened") from None
+        if len(part) != end - start:
+            raise TicketSetError(f"{url}: expected {end - start} bytes at {start}, got {len(part)}")
+    return found
+
+
 class Ranges(Protocol):
     """Random access to one file; safe to share between threads; closes with its last reference.
 

@@ -56,23 +56,16 @@ def _tiles(opened: TicketSet, sample: Sample, numbers: Iterable[int]) -> list[tu
     pixels = sample.pixels() if sample.ranked is None else None
     rows = []
     for number in numbers:
-        if pixels is None:
-            stored = _stored_view(sample, number)
+        if sample.ranked is not None:
+            stored = sample.ranked.view(number, sample.rankings[number])
             tile = draw.view_tile(stored, (0, 0, *stored.shape[:2], 0))
-        else:
+        elif pixels is not None:
             tile = draw.view_tile(pixels, sample.views[number])
         lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
         heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
         flip = ", flipped" if sample.views[number][4] else ""
         rows.append((f"view {number}{flip}", [tile, lit, heat]))
     return rows
-
-
-def _stored_view(sample: Sample, number: int) -> np.ndarray:
-    """A ranked view, uint8 [S, S, 3], gray where its patches were not stored."""
-    assert sample.ranked is not None
-    mosaic = sample.ranked.mosaic
-    return mosaic.put(sample.ranked.patches(number, mosaic.tokens), sample.rankings[number])
 
 
 def _what_is_gray(opened: TicketSet) -> str:

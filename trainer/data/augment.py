@@ -55,7 +55,7 @@ class ColorAugment:
     """timm's RandAugment, AutoAugment or AugMix with drawn geometric operations as the identity; else color jitter.
 
     Args:
-        auto_augment: timm's --aa string; empty for none.
+        auto_augment: timm's --aa string; empty or None for none.
         color_jitter: timm's --color-jitter; used where there is no --aa, or 3a, as timm does.
         mean: of the data, the fill color of timm's ops.
     Attributes:
@@ -65,7 +65,7 @@ class ColorAugment:
         TicketSetError: timm knows no such policy.
     """
 
-    def __init__(self, auto_augment: str, color_jitter: float, mean: tuple[float, ...]) -> None:
+    def __init__(self, auto_augment: str | None, color_jitter: float, mean: tuple[float, ...]) -> None:
         self._transform: Any = None
         self._jitter: Any = None
         self._on_prefix: list[Callable[[_Prefix], _Prefix]] = []
@@ -88,7 +88,7 @@ class ColorAugment:
 
             self._jitter = ColorJitter(color_jitter, color_jitter, color_jitter)
             self._on_prefix.append(partial(_jittered, self._jitter))
-        self.prefixable = not auto_augment.startswith("augmix")
+        self.prefixable = not (auto_augment or "").startswith("augmix")
 
     @property
     def draws(self) -> bool:

@@ -344,16 +344,20 @@ class TicketDataset(Dataset[Batch]):
                 boxes.append(erasing_box(self.augment.reprob, side))
         return np.array(boxes, np.int64)
 
-    def _images(self, chosen: np.ndarray) -> Iterator[tuple[Sample, list[int], list[int], tuple[int, int]]]:
+    def _images(
+        self, chosen: np.ndarray, tokens: int | None = None
+    ) -> Iterator[tuple[Sample, list[int], list[int], tuple[int, int]]]:
         """Each image of a batch once, however many of its views stand there: the sample, its slots in the batch, the number
-        of the view in each, and its (shard, row)."""
+        of the view in each, and its (shard, row). `tokens`: patches that will be used of each view; None: all."""
         slots: dict[tuple[int, int], list[int]] = {}
         for slot, (shard, row, _) in enumerate(chosen.tolist()):
             slots.setdefault((shard, row), []).append(slot)
-        for (shard, row), members in slots.items():
-            visits = chosen[members, 2].tolist()
-            numbers = [view_of_visit(self.seed, shard, row, visit, self._count) for visit in visits]
-            yield self.rows.read(shard, row, numbers), members, numbers, (shard, row)
+        numbers = [
+            [view_of_visit(self.seed, *place, visit, self._count) for visit in chosen[members, 2].tolist()]
+            for place, members in slots.items()
+        ]
+        samples = self.rows.read_all(list(slots), numbers, tokens)
+        yield from zip(samples, slots.values(), numbers, slots, strict=True)
 
     def _views(
         self, chosen: np.ndarray, positions: np.ndarray, epoch: int, maps: Maps
@@ -380,7 +384,7 @@ class TicketDataset(Dataset[Batch]):
         self, chosen: np.ndarray, positions: np.ndarray, epoch: int, count: int, maps: Maps
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Of each slot of a batch the rows of the mosaic that hold the view's first patches, augmented, and the ranking."""
-        for sample, slots, numbers, place in self._images(chosen):
+        for sample, slots, numbers, place in self._images(chosen, count):
             assert sample.ranked is not None and self._ranked is not None
             for slot, number in zip(slots, numbers, strict=True):
                 pixels = sample.ranked.mosaic_pixels(number, count)
@@ -441,7 +445,8 @@ class ValidationDataset(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         size = self.batch_size
         positions = self._positions[number * size : (number + 1) * size]
-        samples = [self.rows.read(*self.rows.locate(int(p)), [0]) for p in positions]
+        places = [self.rows.locate(int(p)) for p in positions]
+        samples = list(self.rows.read_all(places, [[0]] * len(places)))
         sizes = {"patches": self.views.side}
         if self.views.whole_side != self.views.side:
             sizes["whole"] = self.views.whole_side
