@@ -287,3 +287,5 @@ def test_where_all_patches_are_fed_mixing_is_by_pixels(opened):
 def test_models_that_cannot_take_a_place_twice_refuse_mixing_by_patches(folder, tmp_path):
     result = train(folder, tmp_path, "run", "--model", "lvvit_t", "--mixing", "patches", plain=True, code=1)
     assert "--mixing patches" in result.output
+    with pytest.raises(TicketSetError, match="`mixing` patches"):
+        dataset(TicketSet.open(str(folder)), PATCHES, views=Views(64, 64, 16, wants_all=True))

@@ -215,6 +215,10 @@ class TicketDataset(Dataset[Batch]):
                 "token labels are of images that are not mixed by pixels: expected `mixup` 0 `cutmix` 0, with or without"
                 " `mix_token`; or `token_labels` none"
             )
+        if augment.mixes and augment.mixing == "patches" and self.views.wants_all:
+            raise TicketSetError(
+                "`mixing` patches: two views' patches are no ticket for a model that is given all of a view"
+            )
         if (augment.mixes or augment.mix_token) and self.batch_size % 2:
             raise TicketSetError(
                 f"mixup, cutmix and MixToken mix pairs: expected an even `batch_size`, got {self.batch_size}"
@@ -462,7 +466,7 @@ class ValidationDataset(Dataset[Batch]):
         }
 
     def _shown(self, sample: Sample, sides: list[int]) -> list[np.ndarray]:
-        """View 0 of a sample, decoded once, at several sizes; patches that are not stored are black, and not tested on."""
+        """View 0 of a sample, decoded once, at several sizes; patches that are not stored are gray, and not tested on."""
         if sample.ranked is None:
             pixels = sample.pixels()
             return [render_pixels(pixels, sample.views[:1], side)[0] for side in sides]
