@@ -14,7 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
-from benchmarks.loader import DEIT
+from benchmarks.loader import DEIT, mend_posterize
 from benchmarks.rounds import Leg, Part, Row, speedup, turns
 from benchmarks.setting import Setting
 from benchmarks.steps import MEAN, SIZE, STD, NoSchedule
@@ -79,6 +79,7 @@ def our_steps(opened: TicketSet, tokens: int) -> Leg:
 
 def timm_steps(opened: TicketSet) -> Leg:
     model, optimizer, ema = build(len(opened.classes))
+    mend_posterize()
     dataset = create_dataset(f"wds/{opened.url}", root=opened.url, split="train", is_training=True, batch_size=BATCH)
     made = create_loader(
         dataset, SIZE, BATCH, is_training=True, interpolation="bicubic", color_jitter=0.0, auto_augment=DEIT["aa"],

@@ -134,10 +134,7 @@ def timm_batches(folder: Path, repeats: int = 0, deit: bool = False, prefetcher:
     """
     if repeats:
         start_group()
-    # timm draws 0 bits now and then, which Pillow 13 refuses.
-    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: auto_augment.posterize(
-        image, max(1, bits)
-    )
+    mend_posterize()
     mixing = FastCollateMixup(DEIT["mixup"], DEIT["cutmix"], num_classes=1000, label_smoothing=0.1) if deit else None
     made: Any = create_loader(
         create_dataset("", root=str(folder), is_training=True), SIZE, BATCH, is_training=True, interpolation="bicubic",
@@ -147,6 +144,13 @@ def timm_batches(folder: Path, repeats: int = 0, deit: bool = False, prefetcher:
     )  # fmt: skip
     made = made.loader if prefetcher else made
     return endless(lambda epoch: (len(images) for images, _ in made))
+
+
+def mend_posterize() -> None:
+    """timm draws 0 bits now and then, which Pillow 13 refuses."""
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: auto_augment.posterize(
+        image, max(1, bits)
+    )
 
 
 def start_group() -> None:
