@@ -56,7 +56,8 @@ def run_command(line: str, photos: Path, weights: Path) -> str:
     name, *flags = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     if name == "datalth-mine":
         flags += ["--img-size", "64", "-j", "2", "--device", "cpu"]
-        flags += [] if "link" in flags else ["--views", "4", "--selector", SELECTOR, "--weights", str(weights)]
+        of_a_set = {"link", "ranked"} & set(flags)  # which then decides the rest
+        flags += [] if of_a_set else ["--views", "4", "--selector", SELECTOR, "--weights", str(weights)]
     if name == "datalth-train":
         flags += [*QUICK, "--epochs", "1", "--warmup-epochs", "0"]
     result = CliRunner().invoke(COMMANDS[name], flags)
