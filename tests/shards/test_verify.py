@@ -328,7 +328,10 @@ RANKED_DAMAGE = {
     "of another grid": (in_header(b"\xff\xdd\0\4", 4, b"\0\x20"), "view 0: .*16 blocks between.*, got 64x.* 32 blocks"),
     "begins elsewhere": (in_table(0, 1), "ranked view 1: expected to begin at byte"),
     "a row ends elsewhere": (in_table(1, 1), "ranked view 1: its rows end elsewhere than the table says"),
-    "the last row ends elsewhere": (in_table(-1, 1), "view 1: expected row [13] to end [0-9]+ bytes behind its beginning"),
+    "the last row ends elsewhere": (
+        in_table(-1, 1),
+        "view 1: expected row [13] to end [0-9]+ bytes behind its beginning",
+    ),
     "a marker elsewhere": (swap_markers, "its rows end elsewhere|cannot be decoded"),
     "trailing bytes": (trailing, r"ranked views: expected (\d+) bytes, got \d+"),
     "greatest values": (in_statistics(4, b"\0\0\0"), "ranked view 0: expected statistics"),
