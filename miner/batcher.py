@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from miner.producers.producer import Image, Item, Producer, numbers
+from miner.producers.producer import Answering, Image, Item, numbers
 
 
 class Pending:
@@ -31,7 +31,7 @@ class Pending:
 class Batcher:
     """The images of one shard on their way through one producer; what it answers is put into them."""
 
-    def __init__(self, producer: Producer) -> None:
+    def __init__(self, producer: Answering) -> None:
         self._producer = producer
         self._waiting: collections.deque[Item] = collections.deque()  # not yet in a batch
         self._pending: collections.deque[Pending] = collections.deque()  # results are not yet here

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from miner.batcher import Batcher
 from miner.producers import Producer, build_models, build_producers
-from miner.producers.producer import Image
+from miner.producers.producer import Image, answering
 from miner.reading import Shard, read_ahead
 from miner.settings import Geometry, Labeling, Machine, Output, Selection
 from miner.sources import Source
@@ -213,7 +213,7 @@ def _answered(images: Iterator[Image], producers: Sequence[Producer], progress: 
     and with it the bytes, whatever was mined before in this process.
     """
     unfinished: collections.deque[Image] = collections.deque()  # not yet given out
-    batchers = [Batcher(producer) for producer in producers if producer.batch_size]
+    batchers = [Batcher(producer) for producer in answering(producers)]
     while True:
         with progress.waiting("read"):
             image = next(images, None)

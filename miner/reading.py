@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from miner.plan import shard_rows
-from miner.producers.producer import Image, Producer
+from miner.producers.producer import Image, Producer, answering
 from miner.sources import Source
 from shards.errors import ImageError, is_machine_error
 from shards.images import render_pixels, resize_views, store_image
@@ -53,7 +53,7 @@ def read_ahead(
 def _two_batches(plan: Plan, split: str, producers: Sequence[Producer]) -> int:
     """Images that hold two batches of every producer: one on the device, one being gathered."""
     views = plan.splits[split].views
-    return max(-(-2 * p.batch_size // (1 if p.whole else views)) for p in producers)  # of those that only encode: 0
+    return max((-(-2 * p.batch_size // (1 if p.whole else views)) for p in answering(producers)), default=0)
 
 
 def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split: str, row: dict[str, Any]) -> Image:
@@ -77,7 +77,7 @@ def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split:
         if common.ranked:
             image.rendered = render_pixels(pixels, views, common.img_size)
         everything = np.array([[0, 0, height, width, 0]])
-        for producer in producers:
+        for producer in answering(producers):
             if producer.size is None:
                 continue
             if producer.whole:

@@ -316,10 +316,11 @@ class SampleReader:
         Raises:
             TicketSetError: as `open`, or a tar is not what the index says.
         """
-        opened, base = self._set, self._set.base
-        if self._mosaic is not None:
-            return self._read_ranked(name, row, self._mosaic, numbers)
-        members, where = self._members(opened, name, row, 0)
+        opened, base, views = self._set, self._set.base, None
+        if self._mosaic is None:
+            members, where = self._members(opened, name, row, 0)
+        else:
+            members, views, where = self._before_views(name, row, self._mosaic)
         pictured: dict[str, bytes] | None = members
         if base is not None:
             pictured, where = self._members(base, name, row, 2)
@@ -333,7 +334,7 @@ class SampleReader:
             assert held is not None
             labels = decode_token_labels(self._labels.manifest, held, place)
         split = name.rpartition("-")[0]
-        return decode(row, opened.manifest, split, members, pictured, labels, where, numbers=numbers)
+        return decode(row, opened.manifest, split, members, pictured, labels, where, views, numbers)
 
     def head(self, name: str, row: Row) -> tuple[storage.Ranges, int, int]:
         """What stands before the views of a sample of ranked views: file, first byte, bytes.
@@ -345,13 +346,11 @@ class SampleReader:
         before = self._before(name.rpartition("-")[0], row.label is not None)
         return self._open(self._set, name)[0], offset, min(size, before)
 
-    def _read_ranked(self, name: str, row: Row, mosaic: Mosaic, numbers: Sequence[int] | None) -> Sample:
-        """One sample of ranked views: what stands before them is read now, views when they are asked for."""
-        opened = self._set
+    def _before_views(self, name: str, row: Row, mosaic: Mosaic) -> tuple[dict[str, bytes], Ranked, str]:
+        """What stands before the views of a sample of ranked views, the views, not yet read, and where they are, for errors."""
         tar, offset, before = self.head(name, row)
-        url = self._open(opened, name)[1]
-        where, split = f"{url}: {row.key}", name.rpartition("-")[0]
-        size = row.extents[1]
+        url, size = self._open(self._set, name)[1], row.extents[1]
+        where = f"{url}: {row.key}"
         data = tar.read(offset, before)
         places = member_places(data, row.key, url, size)
         if fmt.RANKED not in places and before < size:  # others stand before it, of a higher minor version
@@ -361,16 +360,9 @@ class SampleReader:
         start, length = places.get(fmt.RANKED, (0, 0))
         if start + -(-length // BLOCK) * BLOCK != size:
             raise TicketSetError(f"{where}: expected ranked views last, got {sorted(places)}")
-        count = opened.manifest.splits[split].views
+        count = self._set.manifest.splits[name.rpartition("-")[0]].views
         table = data[start : start + count * mosaic.entry.itemsize]
-        views = Ranked(mosaic, table, count, tar, offset + start, length, where)
-        labels = None
-        if self._labels is not None:
-            held, place = members, where
-            if self._labels is self._link:
-                held, place = self._members(self._link, name, row, 4)
-            labels = decode_token_labels(self._labels.manifest, held, place)
-        return decode(row, opened.manifest, split, members, members, labels, where, views, numbers)
+        return members, Ranked(mosaic, table, count, tar, offset + start, length, where), where
 
     def _members(self, opened: TicketSet, name: str, row: Row, at: int) -> tuple[dict[str, bytes], str]:
         """The members of a sample in one of its tars, and where they are, for errors. `at`: place of the extent."""

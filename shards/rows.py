@@ -83,10 +83,6 @@ class Rows:
         """int64 [n], -1 where there is none."""
         return self.labels[self._starts[shards] + rows].astype(np.int64)
 
-    def label(self, shard: int, row: int) -> int:
-        """-1 where there is none."""
-        return int(self.labels[self._starts[shard] + row])
-
     def read(self, shard: int, row: int, numbers: Sequence[int] | None = None) -> Sample:
         """One sample.
 

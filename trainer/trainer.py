@@ -213,7 +213,15 @@ class Trainer:
         """The student and what hooks have tested beside it, under each protocol, and their answers.
 
         The student itself is not changed: a selector that learns to drop by and by is tested as it will be used.
+
+        Raises:
+            TicketSetError: a protocol for which patches are needed that the set has not stored.
         """
+        if not self.opened.holds_whole_views and [*protocols] != ["tickets"]:
+            raise TicketSetError(
+                f"{self.opened.url}: expected protocol tickets, got {', '.join(protocols)}: others need whole views, and only"
+                f" the best {self.opened.stored_tokens} of {self.opened.num_patches} patches are stored"
+            )
         models: dict[str, TicketModel] = {"": self.student}
         for hook in self.hooks:
             models |= hook.also_tested(self)

@@ -2,23 +2,28 @@
 
 from typing import Any
 
-from miner.producers.producer import Encoder, Image
+from miner.producers.producer import Image
 from shards import format as fmt
 from shards.sample import Encoded, encode_tickets
-from shards.schema import LabelerIdentity, SelectorIdentity
 
 
-class KeptRankings(Encoder):
-    """Producer of rankings that were read; see `Producer`.
+class _Kept:
+    """A producer, but for its name and `encode`; see `Producer`.
 
     Args:
-        identity: of the selector that made them.
+        identity: of the model or method that made what is kept.
     """
 
-    name = "selector"
+    whole = False
 
-    def __init__(self, identity: SelectorIdentity) -> None:
+    def __init__(self, identity: Any) -> None:
         self.identity = identity
+
+
+class KeptRankings(_Kept):
+    """Rankings that were read."""
+
+    name = "selector"
 
     def encode(self, image: Image, answers: list[Any]) -> Encoded:
         """The rankings and boxes that were read, and what the row of the index said of them."""
@@ -28,17 +33,10 @@ class KeptRankings(Encoder):
         return members, columns | {"mean_score": kept.mean_score, "entropy": kept.entropy}
 
 
-class KeptTokenLabels(Encoder):
-    """Producer of token labels that were read; see `Producer`.
-
-    Args:
-        identity: of the model that made them.
-    """
+class KeptTokenLabels(_Kept):
+    """Token labels that were read."""
 
     name = "token_labels"
-
-    def __init__(self, identity: LabelerIdentity) -> None:
-        self.identity = identity
 
     def encode(self, image: Image, answers: list[Any]) -> Encoded:
         """The map that was read."""

@@ -6,7 +6,7 @@ such inputs into batches and put them on the device; when all have answered, the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,19 +63,35 @@ class Producer(Protocol):
 
     Attributes:
         name: what the plan calls it.
-        whole: it looks at the whole image, squashed to a square; else at every view.
-        size: S, pixels a side of what it looks at; None: it looks at none.
-        batch_size: items in a batch; 0 for one that answers nothing: all it does is to encode.
+        whole: it is of the whole image, squashed to a square; else of every view.
     """
 
     name: str
     whole: bool
-    size: int | None
-    batch_size: int
 
     @property
     def identity(self) -> Record:
-        """What the plan says of it: all that decides what it answers."""
+        """What the plan says of it: all that decides what it makes."""
+
+    def encode(self, image: Image, answers: list[Any]) -> Encoded:
+        """Members of the image's sample, and columns of its row of the index.
+
+        Args:
+            answers: its own, where it is an `Answering` one.
+        """
+
+
+@runtime_checkable
+class Answering(Producer, Protocol):
+    """A producer that is asked first, batch by batch on a device.
+
+    Attributes:
+        size: S, pixels a side of what it looks at; None: it looks at none.
+        batch_size: items in a batch.
+    """
+
+    size: int | None
+    batch_size: int
 
     def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
         """Put a batch on the device and start to compute; tensors [B, ...] on it, which need not be there yet."""
@@ -87,26 +103,13 @@ class Producer(Protocol):
             TicketSetError: it is none: weights may hold NaN, a method may be a user's own.
         """
 
-    def encode(self, image: Image, answers: list[Any]) -> Encoded:
-        """Members of the image's sample, and columns of its row of the index."""
+
+def answering(producers: Sequence[Producer]) -> list[Answering]:
+    """Those that are asked; the others only encode."""
+    return [producer for producer in producers if isinstance(producer, Answering)]
 
 
-class Encoder:
-    """A producer, but for its name, identity and `encode`, that answers nothing and looks at no pixels."""
-
-    whole, batch_size = False, 0
-    size: int | None = None
-
-    def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
-        """Never called: there are no batches."""
-        raise NotImplementedError
-
-    def collect(self, batch: list[Item], results: list[np.ndarray]) -> list[Any]:
-        """Never called: there are no batches."""
-        raise NotImplementedError
-
-
-def numbers(producer: Producer, image: Image) -> Iterator[int]:
+def numbers(producer: Answering, image: Image) -> Iterator[int]:
     """The items that a producer makes of an image: its views, or the whole."""
     return iter((WHOLE,)) if producer.whole else iter(range(len(image.views)))
 

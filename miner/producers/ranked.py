@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from miner.producers.producer import Encoder, Image
+from miner.producers.producer import Image
 from miner.settings import DEFAULT_QUALITY, Geometry, Output
 from shards.errors import TicketSetError
 from shards.ranked import Mosaic, cell_of
@@ -10,10 +10,10 @@ from shards.sample import Encoded, encode_ranked
 from shards.schema import RankedViews
 
 
-class RankedPixels(Encoder):
+class RankedPixels:
     """Producer of ranked views; see `Producer`."""
 
-    name = "ranked"
+    name, whole = "ranked", False
 
     def __init__(self, identity: RankedViews, geometry: Geometry) -> None:
         self.identity = identity

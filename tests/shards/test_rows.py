@@ -96,7 +96,7 @@ def test_positions_and_labels_count_over_all_shards(pair):
     assert [rows.locate(p) for p in (0, 9, 10, 19, 20)] == [(0, 0), (0, 9), (1, 0), (1, 9), (2, 0)]
     labels = [sample[2] for sample in streamed(pair / "base")]
     assert rows.labeled and rows.labels.tolist() == labels and len(set(labels)) == 3
-    assert [rows.label(*rows.locate(p)) for p in range(21)] == labels
+    assert rows.labels_of(*np.array([rows.locate(p) for p in range(21)]).T).tolist() == labels
 
 
 def test_images_without_label_say_so(photos, tmp_path, monkeypatch):
@@ -107,7 +107,11 @@ def test_images_without_label_say_so(photos, tmp_path, monkeypatch):
     mine("--data", "flat", "--out", "set", "--method", "center", "--val-share", 0, "--views", 1)
     opened = TicketSet.open(str(tmp_path / "set"))
     rows = Rows(opened, opened.splits[0])
-    assert not rows.labeled and rows.label(0, 0) == -1 and rows.read(0, 0).label is None
+    assert (
+        not rows.labeled
+        and rows.labels_of(np.array([0]), np.array([0])).tolist() == [-1]
+        and rows.read(0, 0).label is None
+    )
 
 
 @pytest.fixture(scope="module")

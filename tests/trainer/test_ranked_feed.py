@@ -9,6 +9,7 @@ import torch
 from feeds import PLAIN, RICH, dataset, equal
 
 from conftest import mine
+from miner import writer
 from shards import storage
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -17,7 +18,8 @@ from trainer.data.dataset import TicketDataset, ValidationDataset, Views
 from trainer.data.mixing import PatchMixing
 from trainer.data.sampler import epoch_samples, view_of_visit
 from trainer.families.patches import gather_patches, patchify
-from trainer.options import ARMS
+from trainer.options import ARMS, Recipe
+from trainer.trainer import Trainer
 from trainer.verdict.report import verdict
 from training import train
 
@@ -184,6 +186,35 @@ def test_a_cut_set_trains_and_is_tested_on_tickets_alone(cut, tmp_path):
     assert [group.protocols for group in verdict([tmp_path / "run"]).judges[0].groups] == [("tickets",)]
     refused = train(Path(cut.url), tmp_path, "no", "--unmask-epochs", 1, *flags, code=1)
     assert "--unmask-epochs" in refused.output and len(refused.output.strip().splitlines()) == 1
+
+
+def test_protocols_that_need_whole_views_are_refused_and_said(cut, caplog):
+    flags = {"model": "deit_tiny", "model_kwargs": {"embed_dim": 32, "depth": 1, "num_heads": 2}, "batch_size": 4}
+    caplog.set_level("INFO")
+    trainer = Trainer(
+        cut, Recipe.of({**flags, "mixing": "patches", "aa": "", "repeats": 1, "workers": 0, "device": "cpu"})
+    )
+    assert trainer.protocols == ("tickets",) and "tested on tickets alone" in caplog.text
+    assert trainer.evaluate(["tickets"])[0].keys() == {"tickets"}
+    for protocols in (["all"], ["tickets", "random"]):
+        with pytest.raises(TicketSetError, match="others need whole views, and only the best 8 of 16"):
+            trainer.evaluate(protocols)
+
+
+def test_a_member_of_a_later_version_is_passed_over(photos, opened, tmp_path, monkeypatch):
+    """It stands before the views, so that more than expected must be read to find them."""
+    encode = writer.encode_image
+
+    def with_another(*arguments: Any) -> Any:
+        members, columns = encode(*arguments)
+        return members | {"later.bin": bytes(3000)}, columns
+
+    monkeypatch.setattr(writer, "encode_image", with_another)
+    mine("--data", photos, "--out", tmp_path / "set", "--method", "random", "--views", 4, "--shard-size", 6,
+         "--images", "ranked")  # fmt: skip
+    later = TicketSet.open(str(tmp_path / "set"))
+    assert later.table("train")["bytes"] != opened.table("train")["bytes"]
+    assert equal(dataset(later, PLAIN)[0, 0, 0], dataset(opened, PLAIN)[0, 0, 0])
 
 
 # Mixing by patches.

@@ -22,9 +22,7 @@ def gather(pixels: np.ndarray, keep: np.ndarray, patch_size: int) -> np.ndarray:
 def first_patches(pixels: np.ndarray, mosaic: Mosaic, out: np.ndarray) -> None:
     """The first K patches of a mosaic's rows, uint8 [rows * cell, gw * cell, 3], into `out`, uint8 [K, 3*p*p]."""
     p, width = mosaic.patch, mosaic.grid[1]
-    if mosaic.cell != p:
-        pixels = mosaic.take(pixels).transpose(0, 2, 1, 3, 4).reshape(-1, width * p, 3)
-    cells, patches = _cells(pixels, p), _rows(out, p)
+    cells, patches = _cells(mosaic.bare(pixels), p), _rows(out, p)
     full, rest = divmod(len(out), width)
     patches[: full * width].reshape(full, width, 3, p)[:] = cells[:full]
     if rest:

@@ -257,11 +257,7 @@ class TicketDataset(Dataset[Batch]):
 
     def reads_prefixes(self, epoch: int) -> bool:
         """Whether no more is read of a view in an epoch than the patches that are fed: ranked views allow it."""
-        return self._ranked is not None and not self._needs_whole(epoch)
-
-    def _needs_whole(self, epoch: int) -> str:
-        """What of the settings needs whole views in an epoch; empty where a ranking's first patches are enough."""
-        return self._always_whole or ("`unmask_epochs`" if self.is_whole(epoch) else "")
+        return self._ranked is not None and not self._always_whole and not self.is_whole(epoch)
 
     def _mixes_patches(self, epoch: int) -> bool:
         return self.augment.mixes and self.augment.mixing == "patches" and not self.is_whole(epoch)
@@ -442,6 +438,11 @@ class ValidationDataset(Dataset[Batch]):
         self.views, self.batch_size = views or Views.of(opened), batch_size
         self._positions = np.arange(rank, len(self.rows), ranks)
         self.turns = -(-len(self.rows) // (ranks * batch_size))
+        if not opened.holds_whole_views:
+            log.info(
+                f"{split}: the best {opened.stored_tokens} of {opened.num_patches} patches are stored of each view: it is"
+                f" tested on tickets alone"
+            )
 
     def __len__(self) -> int:
         return math.ceil(len(self._positions) / self.batch_size)
