@@ -15,7 +15,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,7 @@ MAX_JSON_BYTES = 10 << 20
 MAX_MASKS_BYTES = 1 << 30
 MAX_LEVELS = 999
 MAX_UPDATES = 1 << 60
+MASKS_PREFIX = "masks-"
 _MASKS = "masks"  # the one key of a mask file's metadata: with two, safetensors writes them in any order
 
 _ID = checks.matching(HEX, "64 hex digits")
@@ -147,6 +148,7 @@ class WeightManifest(Record):
         start: the file of the start weights.
         levels: 0 to L.
         timing: seconds, for people; never compared.
+        digest: hash of all other fields but `timing`; `write_manifest` sets it.
     """
 
     format: Annotated[tuple[int, int], _FORMAT]
@@ -155,6 +157,11 @@ class WeightManifest(Record):
     start: FileDigest
     levels: Annotated[tuple[LevelRecord, ...], checks.list_of(LevelRecord.parse, 2, MAX_LEVELS + 1)]
     timing: Annotated[dict[str, Any] | None, checks.OBJECT] = None
+    digest: Annotated[str | None, _ID] = None
+
+    def identity(self) -> str:
+        """What `digest` should be."""
+        return fmt.manifest_digest({name: value for name, value in self.to_json().items() if name != "timing"})
 
 
 class WeightTicket:
@@ -258,7 +265,7 @@ class WeightTicket:
 
 def masks_name(level: int) -> str:
     """`masks-01.safetensors`"""
-    return f"masks-{level:02d}.safetensors"
+    return f"{MASKS_PREFIX}{level:02d}.safetensors"
 
 
 def ticket_identity(masks: FileDigest, start: FileDigest) -> str:
@@ -292,7 +299,8 @@ def write_plan(path: Path, plan: WeightPlan) -> None:
 
 def write_manifest(path: Path, manifest: WeightManifest) -> None:
     """Write manifest.json into a folder, when all else is there."""
-    storage.write_atomic(path / MANIFEST, fmt.canonical_json(manifest.to_json()))
+    whole = replace(manifest, digest=manifest.identity())
+    storage.write_atomic(path / MANIFEST, fmt.canonical_json(whole.to_json()))
 
 
 def write_start(path: Path, data: bytes) -> FileDigest:
