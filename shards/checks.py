@@ -92,9 +92,9 @@ def fields(required: dict[str, Check], optional: dict[str, Check] | None = None)
     return check_all
 
 
-def mapping_of(names: Check, check: Check, most: int) -> Check:
-    """An object of 1 to `most` fields; their names pass one check, their values another."""
-    whole = rule(lambda v: isinstance(v, dict) and 0 < len(v) <= most, f"1 to {most} names and values")
+def mapping_of(names: Check, check: Check, most: int, fewest: int = 1) -> Check:
+    """An object of `fewest` to `most` fields; their names pass one check, their values another."""
+    whole = rule(lambda v: isinstance(v, dict) and fewest <= len(v) <= most, f"{fewest} to {most} names and values")
 
     def check_all(value: Any, name: str) -> dict[str, Any]:
         items = whole(value, name).items()

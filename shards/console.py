@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import functools
+import json
 import math
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -117,6 +119,29 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON on standard output, for programs.")
+
+
+def print_json(value: Any) -> None:
+    """A value for programs."""
+    click.echo(json.dumps(value, sort_keys=True, indent=1))  # in ASCII: nothing in it acts on a terminal
+
+
+def picture_option(required: bool) -> Callable[[Callable[..., Any]], Any]:
+    """-o FILE.png"""
+    text = "Write the picture here." if required else "Also write a picture here."
+    return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
+
+
+def _check_picture(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Refuse a picture that could not be written, before the work."""
+    if path is not None and not path.lower().endswith(".png"):
+        raise click.BadParameter(f"expected a file that ends in .png, got {path}")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise click.BadParameter(f"{Path(path).parent}: no such folder")
+    return path
 
 
 class Finite(click.FloatRange):

@@ -68,7 +68,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return digest({field: value for field, value in manifest.items() if field != "digest"})
 
 
-def check_format(found: Any, where: str) -> None:
+def check_format(found: Any, where: str, ours: tuple[int, int] = FORMAT) -> None:
     """Refuse a format this code cannot read.
 
     Raises:
@@ -76,9 +76,9 @@ def check_format(found: Any, where: str) -> None:
     """
     if not (isinstance(found, list) and len(found) == 2 and all(type(v) is int and 0 <= v < 1000 for v in found)):
         raise TicketSetError(f"{where}: expected a format version [major, minor], got {reprlib.repr(found)}")
-    if found[0] > FORMAT[0]:
+    if found[0] > ours[0]:
         raise TicketSetError(
-            f"{where}: format {found[0]}.{found[1]}, but this datalth reads up to {FORMAT[0]}.x; upgrade datalth"
+            f"{where}: format {found[0]}.{found[1]}, but this datalth reads up to {ours[0]}.x; upgrade datalth"
         )
 
 

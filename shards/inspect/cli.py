@@ -2,13 +2,12 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import duration, printable, reports_errors, size, table
+from shards.console import duration, json_option, picture_option, print_json, printable, reports_errors, size, table
 from shards.errors import TicketSetError
 
 if TYPE_CHECKING:  # --help needs neither numpy nor pyarrow
@@ -18,7 +17,6 @@ if TYPE_CHECKING:  # --help needs neither numpy nor pyarrow
 
 _folder = click.argument("folder", metavar="DIR")
 _base = click.option("--base", metavar="DIR", help="Where the base of a linked set is now.")
-_json = click.option("--json", "as_json", is_flag=True, help="JSON on standard output, for programs.")
 _split = click.option("--split", metavar="S", help="Which split.  [default: the first]")
 
 
@@ -26,20 +24,6 @@ def _open(folder: str, base: str | None = None, images: bool = True) -> "TicketS
     from shards.reader import TicketSet
 
     return TicketSet.open(folder, base, images)
-
-
-def _picture(required: bool) -> Callable[[Callable[..., Any]], Any]:
-    text = "Write the picture here." if required else "Also write a picture here."
-    return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
-
-
-def _check_picture(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
-    """Refuse a picture that could not be written, before the work."""
-    if path is not None and not path.lower().endswith(".png"):
-        raise click.BadParameter(f"expected a file that ends in .png, got {path}")
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise click.BadParameter(f"{Path(path).parent}: no such folder")
-    return path
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -58,7 +42,7 @@ def main() -> None:
 @main.command()
 @_folder
 @_base
-@_json
+@json_option
 @reports_errors
 def info(folder: str, base: str | None, as_json: bool) -> None:
     """What a set is: selector, tickets, grid, classes, splits, sizes.
@@ -69,7 +53,7 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
     opened = _open(folder, base)
     manifest = opened.manifest
     if as_json:
-        _print_json(manifest.to_json())
+        print_json(manifest.to_json())
         return
     selector = manifest.selector
     rate = selector.keep_rate
@@ -146,7 +130,7 @@ def _split_row(name: str, split: "SplitStats", opened: "TicketSet") -> list[obje
 @click.option(
     "-n", "--limit", type=click.IntRange(min=0), metavar="N", help="Rows; 0: all.  [default: 20; all with --json]"
 )
-@_json
+@json_option
 @reports_errors
 def ls(
     folder: str,
@@ -201,8 +185,8 @@ def _label_number(opened: "TicketSet", label: str) -> int:
 @click.argument("key")
 @_base
 @click.option("--split", metavar="S", help="Needed where a key stands in several splits.")
-@_picture(required=False)
-@_json
+@picture_option(required=False)
+@json_option
 @reports_errors
 def show(folder: str, key: str, base: str | None, split: str | None, output: str | None, as_json: bool) -> None:
     """One image: its row, its views, and their tickets; as a picture with -o.
@@ -228,7 +212,7 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
     if as_json:
         named = [dict(zip(VIEW_COLUMNS, view, strict=True)) for view in views]
         content = {"split": split, **row, "views": named, "tickets": tickets}
-        _print_json(content | {"center_classes": center} if center else content)
+        print_json(content | {"center_classes": center} if center else content)
     else:
         likeliest = {"center": ", ".join(f"{name} {share:.3f}" for name, share in center) or None}
         cells = {"split": split, **row, **likeliest}
@@ -255,7 +239,7 @@ def _center_classes(opened: "TicketSet", sample: "Sample") -> list[tuple[str, fl
 @_folder
 @_base
 @_split
-@_picture(required=True)
+@picture_option(required=True)
 @click.option(
     "--classes", type=click.IntRange(min=1), default=10, show_default=True, help="Classes shown, spread over all."
 )
@@ -280,8 +264,8 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
 @_folder
 @_base
 @_split
-@_picture(required=False)
-@_json
+@picture_option(required=False)
+@json_option
 @reports_errors
 def stats(folder: str, base: str | None, split: str | None, output: str | None, as_json: bool) -> None:
     """Where tickets lie (overall and per class), how sure the selector was, what failed.
@@ -298,7 +282,7 @@ def stats(folder: str, base: str | None, split: str | None, output: str | None, 
 
         frequency_maps(found).save(output, "PNG")
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         click.echo(table(_statistics_rows(found)))
         click.echo("\nhow often a patch is in the ticket of view 0, in %:")
@@ -325,7 +309,7 @@ def _statistics_rows(found: dict[str, Any]) -> list[list[object]]:
 @_base
 @click.option("--deep", is_flag=True, help="Also hash the tars, decode every image and check every sample.")
 @click.option("--base-too", is_flag=True, help="Of a linked set: check the base in the same way.")
-@_json
+@json_option
 @reports_errors
 def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: bool) -> None:
     """Check a set against what it says of itself. Exit code 1 where something is wrong.
@@ -349,7 +333,7 @@ def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: b
         problems = checks.verify(opened, deep, lambda name: bar.update(1), base_too)
     unread = opened.base.url if deep and opened.base and not base_too else None
     if as_json:
-        _print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems, "base_not_hashed": unread})
+        print_json({"folder": folder, "deep": deep, "shards": shards, "problems": problems, "base_not_hashed": unread})
     else:
         for problem in problems:
             click.echo(printable(problem))
@@ -369,7 +353,7 @@ def verify(folder: str, base: str | None, deep: bool, base_too: bool, as_json: b
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @_split
-@_json
+@json_option
 @reports_errors
 def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
     """How much the tickets of two sets agree, beside what random ones would.
@@ -382,7 +366,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
     set_a, set_b = _open(a, images=False), _open(b, images=False)
     found = overlap(set_a, set_b, split or set_a.splits[0])
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     click.echo(
         f"split {printable(found['split'])}: K = {found['k'][0]} and {found['k'][1]} of {found['n']}; {found['images']} images in both,"
@@ -404,7 +388,7 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
     metavar="K",
     help="K to score (repeatable).  [default: 25 %, 50 %, the set's own]",
 )
-@_json
+@json_option
 @reports_errors
 def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], as_json: bool) -> None:
     """Object-patch recall against true masks, with center and random beside it.
@@ -425,7 +409,7 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
     counts = list(tokens) or sorted({max(1, n // 4), max(1, n // 2), opened.k})
     found = recall(opened, split or opened.splits[0], masks, counts)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     click.echo(
         f"split {printable(found['split'])}: {found['images']} images scored, on average {found['mean_object_patches']:.1f} of {n}"
@@ -433,10 +417,6 @@ def score(folder: str, split: str | None, masks: str, tokens: tuple[int, ...], a
     )
     rows = [[r["k"], f"{r['k'] / n:.0%}", r["ticket"], r["stderr"], r["center"], r["random"]] for r in found["rows"]]
     click.echo(table(rows, ["K", "share", "ticket", "std. error", "center", "random"]))
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, sort_keys=True, indent=1))  # in ASCII: nothing in it acts on a terminal
 
 
 if __name__ == "__main__":

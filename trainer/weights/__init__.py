@@ -1,1 +1,1 @@
-"""Weight tickets: which weights of a model are trained at all, mined once and kept as files."""
+"""Weight tickets: which weights of a model are kept, mined once and trained many times."""
