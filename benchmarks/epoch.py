@@ -71,7 +71,7 @@ def our_steps(opened: TicketSet, tokens: int) -> Leg:
     def steps() -> float:
         for number in range(STEPS):
             train_micro_batch(state, next(batches), setup, number, 0)
-            apply_update(state, setup, number, lambda update: ema.update(model, step=update + 1))
+            apply_update(state, setup, number, after_update=lambda update: ema.update(model, step=update + 1))
         return STEPS * BATCH
 
     return steps

@@ -9,10 +9,6 @@ cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020).
 Shapes: B images, N patches, P prefix tokens, T = P + N tokens at most, D width, h heads.
 """
 
-import functools
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +20,7 @@ from torch import Tensor
 from miner.attention import check_model, class_attention, descending, mean_attention
 from miner.drop import check_blocks, default_blocks
 from shards.errors import TicketSetError
+from shards.flags import function_of
 from shards.views import center_distance
 
 Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
@@ -57,7 +54,7 @@ def find_method(name: str) -> Method:
         TicketSetError: there is none.
     """
     if ":" in name and name not in METHODS:
-        METHODS[name] = _import_method(name)
+        METHODS[name] = function_of(name, "method")
     if name not in METHODS:
         raise TicketSetError(f"`method` {name}: expected one of {', '.join(METHODS)}, or module:function")
     return METHODS[name]
@@ -261,18 +258,3 @@ def _run_blocks(model: Model, x: Tensor, start: int, stop: int) -> Tensor:
     for block in model.blocks[start:stop]:
         x = block(x)
     return x
-
-
-@functools.cache
-def _import_method(spec: str) -> Method:
-    module_name, _, function_name = spec.partition(":")
-    if os.getcwd() not in sys.path:  # a console script looks beside itself only, not where the user works
-        sys.path.insert(0, os.getcwd())
-    try:
-        function: Any = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TicketSetError(f"`method` {spec}: {error}") from None
-    if not callable(function):
-        raise TicketSetError(f"`method` {spec}: expected a function, got {type(function).__name__}")
-    method: Method = function
-    return method

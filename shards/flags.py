@@ -15,7 +15,10 @@ An error names a field in backquotes, `hflip`; `shards.console.reports_errors` t
 
 import contextlib
 import dataclasses
+import importlib
 import numbers
+import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -123,6 +126,26 @@ def as_flags(text: str) -> str:
         if parameter.opts and isinstance(parameter, click.Option):
             text = text.replace(f"`{parameter.name}`", max(parameter.opts, key=len))
     return text
+
+
+def function_of(spec: str, field: str) -> Callable[..., Any]:
+    """The function that `module:function` names, of any module that can be imported, the working folder's too.
+
+    Args:
+        field: that says so, for the error.
+    Raises:
+        TicketSetError: there is none.
+    """
+    module_name, _, function_name = spec.partition(":")
+    if os.getcwd() not in sys.path:  # a console script looks beside itself only, not where the user works
+        sys.path.insert(0, os.getcwd())
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TicketSetError(f"`{field}` {spec}: {error}") from None
+    if not callable(function):
+        raise TicketSetError(f"`{field}` {spec}: expected a function, got {type(function).__name__}")
+    return function
 
 
 def _fields(group: type[Settings]) -> list[tuple[Any, Any]]:

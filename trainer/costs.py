@@ -1,12 +1,14 @@
 """What a student costs: multiply-accumulates of one image's forward, in units of 1e9 (GMACs)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards.reader import TicketSet
@@ -38,6 +40,38 @@ def _count(student: TicketModel, tokens: int) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student(patches, torch.arange(tokens, device=device)[None])
     return counter.get_total_flops() / 2e9
+
+
+def sparse_gmacs(student: TicketModel, tokens: int, kept: Mapping[str, np.ndarray]) -> float:
+    """GMACs of one image's forward on K patches with products of zeros left out: what no kernel here saves.
+
+    Args:
+        kept: name of a weight of the timm model -> bool of its shape.
+    """
+    copied = copy.deepcopy(student).to("meta")
+    names = {id(weight): name for name, weight in copied.model.named_parameters()}
+    counts = _Counts()
+    with counts:
+        dense = _count(copied, tokens)
+    macs = {names.get(key, ""): count for key, count in counts.found.items()}
+    saved = sum(macs[name] * (1 - mask.mean()) for name, mask in kept.items() if name in macs)
+    return float(dense - saved / 1e9)
+
+
+class _Counts(TorchFunctionMode):
+    """Multiply-accumulates by the weight they are made with: of linear layers and convolutions, also where a model calls
+    the function with its layer's weight, as timm's attention with separate biases does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.nn.functional.linear, torch.conv2d) and len(args) > 1:
+            weight = args[1]
+            self.found[id(weight)] = self.found.get(id(weight), 0) + out.numel() * weight[0].numel()
+        return out
 
 
 def dense_gmacs(settings: Model, opened: TicketSet, student: TicketModel) -> float:

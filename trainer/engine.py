@@ -95,6 +95,9 @@ class Places(Protocol):
     def before_step(self, update: int) -> None:
         """Before the forward of an update."""
 
+    def before_update(self, update: int) -> None:
+        """Gradients are whole, not clipped yet."""
+
     def after_update(self, update: int) -> None:
         """Weights are new, the schedule is not."""
 
@@ -141,7 +144,7 @@ def train_epoch(state: State, batches: Iterable[Batch], steps: int, setup: Setup
             waited += time.perf_counter() - start
             seen += len(batch["labels"])
             loss += train_micro_batch(state, batch, setup, update, micro)
-        apply_update(state, setup, update, places.after_update)
+        apply_update(state, setup, update, places.before_update, places.after_update)
         bad = torch.where((bad == steps) & ~torch.isfinite(loss), state.step, bad)
         total += loss.double()
         pending += 1
@@ -199,9 +202,14 @@ def train_micro_batch(state: State, batch: Batch, setup: Setup, update: int, mic
 
 
 def apply_update(
-    state: State, setup: Setup, update: int, after_update: Callable[[int], None] = lambda update: None
+    state: State,
+    setup: Setup,
+    update: int,
+    before_update: Callable[[int], None] = lambda update: None,
+    after_update: Callable[[int], None] = lambda update: None,
 ) -> None:
     """Clip, step and schedule."""
+    before_update(update)
     if setup.optimization.clip_grad:
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.student.model.parameters(), setup.optimization.clip_grad)

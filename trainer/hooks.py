@@ -1,6 +1,6 @@
 """What may come into a training at fixed places: averages, falling keep rates, files, figures for others; weight masks, regularizers.
 
-    epoch:  before_epoch | before_step, forward and backward, after_update | ... | save | validation | after_epoch
+    epoch:  before_epoch | before_step, forward and backward, before_update, after_update | ... | save | validation | after_epoch
     run:    begin | epochs | at_end
 
 A hook sees the trainer as it is and may change its weights; validation never does.
@@ -58,6 +58,9 @@ class Hook:
     def before_step(self, trainer: "Trainer", update: int) -> None:
         """Before the forward of an update, counted since epoch 0."""
 
+    def before_update(self, trainer: "Trainer", update: int) -> None:
+        """Gradients are whole, summed over micro-batches and ranks; not clipped yet, and under AMP still scaled."""
+
     def after_update(self, trainer: "Trainer", update: int) -> None:
         """The optimizer has made update number `update`; the schedule has not stepped yet."""
 
@@ -111,10 +114,10 @@ class Average(Hook):
 
     def is_mature(self, trainer: "Trainer") -> bool:
         """An average over 1 / (1 - decay) updates has seen as many."""
-        return trainer.updates > 1 / (1 - self.decay)
+        return trainer.own_updates > 1 / (1 - self.decay)
 
     def after_update(self, trainer: "Trainer", update: int) -> None:
-        self.ema.update(trainer.student.model, step=update + 1)
+        self.ema.update(trainer.student.model, step=trainer.own_updates + 1)
 
     def share(self, trainer: "Trainer") -> None:
         trainer.rank.share_batch_norm(self.ema.module)

@@ -21,6 +21,7 @@ from shards.flags import Settings, marked, setting
 Arm = Literal["winning", "random", "random-fixed", "center", "inverse", "full"]
 ARMS: tuple[str, ...] = get_args(Arm)
 PROTOCOLS = ("tickets", "all", "random")  # how a student is tested
+WeightArm = Literal["winning", "reinit", "shuffled", "random", "dense"]
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
 SHARE, AMOUNT = Finite(0, 1), Finite(min=0)
@@ -108,6 +109,38 @@ class Model(Settings):
     )
     drop_path: float = setting(0.1, SHARE, "Stochastic depth.")
     grad_checkpointing: bool = setting(False, help="Less memory, more time.")
+
+
+@dataclass(frozen=True)
+class Weights(Settings):
+    """Which weights are trained at all: an arm of a weight ticket, for any data arm and any family."""
+
+    weight_ticket: str | None = setting(
+        None,
+        metavar="DIR",
+        help="A weight ticket of datalth-weights: train its weights alone, from its start.",
+        marks=FREE,
+    )
+    weight_level: int | None = setting(None, POSITIVE, "Another level of it.", metavar="N", shown="the last")
+    weight_arm: WeightArm = setting(
+        "winning",
+        help="reinit: the mask, fresh weights. shuffled: as many weights a layer, other places. random: another mask of"
+        " the same sparsity. dense: its start, no mask.",
+    )
+    weight_start: str | None = setting(
+        None, metavar="DIR", help="For reinit of a ticket that starts later: another seed's, for its start.", marks=FREE
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_ticket is None:
+            given = {"weight_level": self.weight_level, "weight_start": self.weight_start}
+            given["weight_arm"] = self.weight_arm if self.weight_arm != "winning" else None
+            for name, value in given.items():
+                if value is not None:
+                    raise TicketSetError(f"`{name}` {value}: of a weight ticket; give `weight_ticket` too")
+        if self.weight_start is not None and self.weight_arm != "reinit":
+            raise TicketSetError(f"`weight_start`: expected `weight_arm` reinit beside it, got {self.weight_arm}")
 
 
 @dataclass(frozen=True)
@@ -212,8 +245,20 @@ class Machine(Settings):
 
 
 @dataclass(frozen=True)
-class Output(Settings):
-    """Which run this is, and where its files and figures go."""
+class Boards(Settings):
+    """Where figures go beside a run's own files."""
+
+    log_tensorboard: bool = setting(
+        False, help="Also write TensorBoard events; pip install 'datalth[tensorboard]'.", marks=FREE
+    )
+    wandb_project: str | None = setting(
+        None, metavar="NAME", help="Also log to Weights & Biases; pip install 'datalth[wandb]'.", marks=FREE
+    )
+
+
+@dataclass(frozen=True)
+class Output(Boards):
+    """Which run this is, and where its files are."""
 
     output: str = setting("output", metavar="DIR", help="Folder of the runs.", marks=FREE)
     experiment: str | None = setting(
@@ -225,12 +270,6 @@ class Output(Settings):
         help="Go on from a run's folder or checkpoint; latest: from --experiment's, if it has begun.",
         marks=FREE,
     )
-    log_tensorboard: bool = setting(
-        False, help="Also write TensorBoard events; pip install 'datalth[tensorboard]'.", marks=FREE
-    )
-    wandb_project: str | None = setting(
-        None, metavar="NAME", help="Also log to Weights & Biases; pip install 'datalth[wandb]'.", marks=FREE
-    )
     eval: bool = setting(False, help="Only validate, under all protocols that apply.", marks=FREE)
 
 
@@ -241,6 +280,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     tickets: Tickets = field(default_factory=Tickets)
     model: Model = field(default_factory=Model)
+    weights: Weights = field(default_factory=Weights)
     dropping: Dropping = field(default_factory=Dropping)
     augment: Augment = field(default_factory=Augment)
     optimization: Optimization = field(default_factory=Optimization)
@@ -250,6 +290,9 @@ class Recipe:
         tickets, epochs = self.tickets, self.optimization.epochs
         if tickets.unmask_epochs > epochs:
             raise TicketSetError(f"`unmask_epochs` {tickets.unmask_epochs}: expected at most `epochs` {epochs}")
+        if self.weights.weight_ticket and (self.model.pretrained or self.model.initial_checkpoint):
+            name = "pretrained" if self.model.pretrained else "initial_checkpoint"
+            raise TicketSetError(f"`{name}`: the weight ticket has the weights to start from; leave one of both out")
         if self.dropping.drop_blocks is None:
             return
         if tickets.tickets != "full" or tickets.resize_to_tokens:
@@ -291,9 +334,10 @@ def group_of(group: Any, values: Mapping[str, Any]) -> Any:
     return group(**{one.name: values[one.name] for one in fields(group) if one.name in values})
 
 
-GROUPS: tuple[type[Settings], ...] = (Data, Tickets, Model, Dropping, Augment, Optimization, Machine, Output)
+GROUPS: tuple[type[Settings], ...] = (Data, Tickets, Model, Weights, Dropping, Augment, Optimization, Machine, Output)
 FREE_TO_CHANGE = marked("free", *GROUPS) | {"world_size"}
 # What args.yaml holds beside the settings.
 DERIVED = frozenset(
     ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"]
+    + ["weight_ticket_id", "weight_group_id", "weight_method", "weight_sparsity", "weight_start_id"]
 )

@@ -4,6 +4,8 @@ import contextlib
 import gc
 import logging
 import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trainer.config import read_yaml
 from trainer.data.loader import WorkerDied
 from trainer.engine import Stopped
 from trainer.hooks import Hook
-from trainer.options import Data, Output, Recipe
+from trainer.options import Data, Output, Recipe, Weights
 from trainer.output import checkpoint
 from trainer.output.claim import Claim
 from trainer.output.events import Events
@@ -28,6 +30,7 @@ from trainer.output.progress import Progress, report
 from trainer.ranks import Rank
 from trainer.signals import Signals
 from trainer.trainer import Trainer
+from trainer.weights.subnetwork import Subnetwork
 
 log = logging.getLogger("datalth")
 OPEN_FILES = 65536
@@ -46,11 +49,22 @@ def run(recipe: Recipe, output: Output) -> int:
     Raises:
         TicketSetError: whatever a person can mend.
     """
+    recipe = with_own_set(recipe, output)
+    with prepared(recipe) as (opened, rank):
+        return test(recipe, output, opened, rank) if output.eval else train(recipe, output, opened, rank)
+
+
+@contextlib.contextmanager
+def prepared(recipe: Recipe) -> Iterator[tuple[TicketSet, Rank]]:
+    """The whole set, and this process among the others of its command; inside, lines are logged by rank 0.
+
+    Raises:
+        TicketSetError: whatever a person can mend, of what is done inside too.
+    """
     allow_open_files()
     try:
         if recipe.model.initial_checkpoint:
             checkpoint.check(Path(recipe.model.initial_checkpoint), "initial_checkpoint")
-        recipe = with_own_set(recipe, output)
         opened = open_whole_set(recipe.data)
         rank = Rank.start(recipe.machine.device)
         handler = logging.StreamHandler()
@@ -58,7 +72,7 @@ def run(recipe: Recipe, output: Output) -> int:
         level = logging.INFO if rank.number == 0 else logging.ERROR
         logging.basicConfig(level=level, handlers=[handler], force=True)
         with compiling():
-            return test(recipe, output, opened, rank) if output.eval else train(recipe, output, opened, rank)
+            yield opened, rank
     except Exception as error:
         raise _explained(error) from None
     finally:
@@ -106,16 +120,28 @@ def open_whole_set(data: Data) -> TicketSet:
     return opened
 
 
-def train(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
-    """Train into the run's folder, from its checkpoint on where there is one; returns the exit code."""
+def train(
+    recipe: Recipe,
+    output: Output,
+    opened: TicketSet,
+    rank: Rank,
+    more: Sequence[Hook] = (),
+    subnetwork: Subnetwork | None = None,
+) -> int:
+    """Train into the run's folder, from its checkpoint on where there is one; returns the exit code.
+
+    Args:
+        more: hooks beside those of the command.
+        subnetwork: see `Trainer`.
+    """
     default, signals = f"{recipe.model.model}-{recipe.tickets.tickets}", Signals()
     with contextlib.closing(Claim()) as claim:
         path, newest = rank.on_first(lambda: find(output, default, claim))
         content = checkpoint.read(newest) if newest else None
         folder = RunFolder(path, output, claim)
         events = [Events(folder, output)] if output.log_tensorboard or output.wandb_project else []
-        hooks: list[Hook] = [folder, *events, Progress(folder)]
-        trainer = Trainer(opened, recipe, hooks, rank, lambda: signals.number)
+        hooks: list[Hook] = [*more, folder, *events, Progress(folder)]
+        trainer = Trainer(opened, recipe, hooks, rank, lambda: signals.number, subnetwork=subnetwork)
         if output.resume:
             arguments = trainer.arguments()
             rank.on_first(lambda: check_arguments(path, content, arguments))
@@ -161,6 +187,7 @@ def test(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
         cutmix=0.0,
         mix_token=False,
         model_ema=False,
+        **asdict(Weights()),  # a checkpoint of a weight ticket has its zeros
     )
     trainer = Trainer(opened, recipe, rank=rank, trained=True)
     if newest is not None and content is not None:

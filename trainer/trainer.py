@@ -22,7 +22,7 @@ from tqdm import tqdm
 from miner.models import choose_device
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
-from trainer.costs import costs
+from trainer.costs import costs, sparse_gmacs
 from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
 from trainer.data.loader import Batch
 from trainer.engine import Setup, State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
@@ -33,6 +33,9 @@ from trainer.hooks import Average, Epoch, Hook
 from trainer.options import Machine, Optimization, Recipe
 from trainer.ranks import Rank
 from trainer.student import build_student
+from trainer.weights.masks import Masked
+from trainer.weights.subnetwork import DERIVED as SUBNETWORK_FIELDS
+from trainer.weights.subnetwork import Subnetwork
 
 
 class Trainer:
@@ -47,6 +50,7 @@ class Trainer:
         rank: this process among those of the run, `Rank.start()` under torchrun; None: it is alone.
         stop: gives a signal's number once this process is asked to stop, else 0.
         trained: it is only tested, so that the weights it starts from must be whole.
+        subnetwork: which weights are trained, and from what; None: as the recipe says, all of them where it names no ticket.
     Attributes:
         student: timm's model behind its stem.
         dataset, validation: what it is fed.
@@ -65,12 +69,17 @@ class Trainer:
         rank: Rank | None = None,
         stop: Callable[[], int] | None = None,
         trained: bool = False,
+        subnetwork: Subnetwork | None = None,
     ) -> None:
         self.opened, self.recipe, self._stop = opened, recipe, stop
         self.rank = rank or Rank(device=choose_device(recipe.machine.device, ("cuda", "cpu")))
         optimization, machine, tickets = recipe.optimization, recipe.machine, recipe.tickets
-        torch.manual_seed(machine.seed)  # for the student's first weights; steps seed themselves by their place
+        found = subnetwork or self.rank.on_first(lambda: Subnetwork.of(recipe.weights, machine.seed))
+        self.subnetwork = found or Subnetwork({})
+        # For the student's first weights; steps seed themselves by their place.
+        torch.manual_seed(machine.seed if self.subnetwork.seed is None else self.subnetwork.seed)
         self.student = build_student(opened, recipe.model, tickets, recipe.dropping, trained).to(self.rank.device)
+        self.subnetwork.lay_on(self.student.model)
         check_student(recipe, self.student)
         views = Views.of(opened, self.student, tickets.resize_to_tokens)
         self.dataset = TicketDataset(
@@ -97,18 +106,38 @@ class Trainer:
         self.lr = learning_rate_of(optimization, self.dataset.global_batch)
         self.state = build_state(self.student, optimization, machine, self.rank, self.lr, self.steps)
         self.setup = Setup.of(self.student, optimization, machine, self.rank)
+        self._begin_at(self.subnetwork.first_epoch)
         self.hooks: list[Hook] = list(hooks)
         # Before all others: what is saved or tested after an update must have seen it.
         if optimization.model_ema:
             self.hooks.insert(0, Average(self.student.model, optimization.model_ema_decay))
         if recipe.dropping.drop_blocks is not None:
             self.hooks.insert(0, FallingKeepRate(recipe.dropping))
+        if self.subnetwork.kept:
+            self.hooks.insert(0, Masked(self.subnetwork, self.student.model))
         self.stopped_by = 0
+
+    def _begin_at(self, epoch: int) -> None:
+        """Rewound weights have seen the epochs before: order and schedule go on from there, with a fresh optimizer.
+
+        Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis (2020), as in open_lth.
+        """
+        if epoch >= self.recipe.optimization.epochs:
+            raise TicketSetError(
+                f"`weight_ticket`: starts at epoch {epoch}: expected more `epochs`, got {self.recipe.optimization.epochs}"
+            )
+        self.state.epoch = epoch
+        self.state.scheduler.step_update(self.updates)
 
     @property
     def updates(self) -> int:
-        """Made so far."""
+        """Made so far, since epoch 0: the place in order and schedule."""
         return self.state.epoch * self.steps + self.state.step
+
+    @property
+    def own_updates(self) -> int:
+        """Those of them that this run has made; rewound weights have seen the others."""
+        return self.updates - self.subnetwork.first_epoch * self.steps
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -129,7 +158,13 @@ class Trainer:
     @cached_property
     def costs(self) -> dict[str, Any]:
         """See `trainer.costs`."""
-        return costs(self.recipe, self.opened, self.student, self.dataset, self.protocols)
+        found = costs(self.recipe, self.opened, self.student, self.dataset, self.protocols)
+        found["updates"] = (self.recipe.optimization.epochs - self.subnetwork.first_epoch) * self.steps
+        if self.subnetwork.kept:
+            found["sparse_gmacs"] = sparse_gmacs(self.student, self.dataset.tokens, self.subnetwork.kept)
+        if self.subnetwork.said:
+            found["mining_updates"] = self.subnetwork.mining_updates
+        return found
 
     def arguments(self) -> dict[str, Any]:
         """The settings, and what they were applied to, as args.yaml and checkpoints hold them."""
@@ -146,6 +181,8 @@ class Trainer:
             "world_size": self.rank.size,
             "global_batch": self.dataset.global_batch,
             "resolved_tokens": self.dataset.tokens,
+            **dict.fromkeys(SUBNETWORK_FIELDS),
+            **self.subnetwork.said,
         }
 
     def fit(self) -> "dict[str, Figures]":
@@ -254,6 +291,11 @@ class Trainer:
         """See `Hook.before_step`."""
         for hook in self.hooks:
             hook.before_step(self, update)
+
+    def before_update(self, update: int) -> None:
+        """See `Hook.before_update`."""
+        for hook in self.hooks:
+            hook.before_update(self, update)
 
     def after_update(self, update: int) -> None:
         """See `Hook.after_update`."""

@@ -276,11 +276,11 @@ def test_weights_that_an_update_broke_are_never_saved(tickets, tmp_path, monkeyp
     updates = []
     apply = engine.apply_update
 
-    def poisoned(state, setup, update, after_update):
+    def poisoned(state, setup, update, *places):
         updates.append(update)
         if len(updates) == 3:
             next(state.student.model.parameters()).grad.fill_(torch.nan)
-        apply(state, setup, update, after_update)
+        apply(state, setup, update, *places)
 
     monkeypatch.setattr(engine, "apply_update", poisoned)
     output = train(tickets, tmp_path, "nan", "--recovery-interval", 1, code=1).output

@@ -62,7 +62,7 @@ class RunFolder(Hook):
 
     def _open(self, trainer: "Trainer") -> Path:
         if self._claim is None:  # a program's; the command has looked before
-            if not trainer.updates and self.path.is_dir() and _is_begun(self.path):
+            if not trainer.own_updates and self.path.is_dir() and _is_begun(self.path):
                 raise TicketSetError(
                     f"{self.path}: a run is there already; restore its checkpoint, or name another folder"
                 )
@@ -77,7 +77,8 @@ class RunFolder(Hook):
         for name, text in files.items():  # a folder with args.yaml is a run: it comes last
             if not (self.path / name).exists():
                 write_atomic(self.path / name, text.encode())
-        self._summary = Summary(self.path / "summary.csv", trainer.state.epoch)
+        first = trainer.subnetwork.first_epoch
+        self._summary = Summary(self.path / "summary.csv", range(first, trainer.state.epoch))
         return self.path
 
     def save(self, trainer: "Trainer") -> None:
@@ -108,6 +109,7 @@ class RunFolder(Hook):
             pq.write_table(table, file)
         cost = {**trainer.costs, "seconds": state.seconds}
         final = {"epoch": state.epoch - 1, "results": results, "best": state.best, "cost": cost}
+        final |= {"weights": counted} if (counted := trainer.subnetwork.counts(trainer.student.model)) else {}
         write_atomic(self.path / "final.json", (json.dumps(final, indent=1) + "\n").encode())
 
 
@@ -125,8 +127,8 @@ def _row(trainer: "Trainer", epoch: Epoch) -> dict[str, Any]:
 class Summary:
     """summary.csv, a row an epoch, written whole each time: a full disk or a crash leaves the last good one."""
 
-    def __init__(self, path: Path, epoch: int) -> None:
-        """Rows of epochs that will be trained again are taken back: a run may be killed between its row and its checkpoint.
+    def __init__(self, path: Path, epochs: range) -> None:
+        """Over `epochs` so far. Rows of epochs that will be trained again are taken back: a run may be killed between its row and its checkpoint.
 
         What is no row of the file's own columns, as the tail may be after a crash, is left out and said.
         """
@@ -140,9 +142,9 @@ class Summary:
         width = (self._head or max(lines, key=len, default="")).count(",")
         sound = (line for line in lines if line.isprintable() and line.count(",") == width)
         good = {int(number): line for line in sound if (number := line.partition(",")[0]).isdecimal()}
-        self._rows = [good[number] for number in range(epoch) if number in good]
-        if len(self._rows) < epoch:
-            missing = ", ".join(str(number) for number in range(epoch) if number not in good)
+        self._rows = [good[number] for number in epochs if number in good]
+        if len(self._rows) < len(epochs):
+            missing = ", ".join(str(number) for number in epochs if number not in good)
             log.warning(f"{path}: no readable row of epoch {missing}")
         self._write()
 

@@ -63,9 +63,11 @@ def keep_best(scores: Mapping[str, np.ndarray], count: int, before: Kept | None,
     """
     for name, values in scores.items():
         if not np.isfinite(values).all():
-            raise TicketSetError(f"{name}: expected finite scores of its weights, got {values[~np.isfinite(values)][0]}")
+            raise TicketSetError(
+                f"{name}: expected finite scores of its weights, got {values[~np.isfinite(values)][0]}"
+            )
     names = sorted(scores)
-    flat = {name: _remaining(scores[name], before and before[name]) for name in names}
+    flat = {name: _remaining(scores[name], before[name] if before else None) for name in names}
     if scope == "global":
         best = _best(np.concatenate([flat[name] for name in names]), count)
         parts = np.split(best, np.cumsum([flat[name].size for name in names])[:-1])
@@ -98,7 +100,7 @@ def votes(elected: list[Kept], trained: list[Mapping[str, np.ndarray]]) -> dict[
     """
     out = {}
     for name in elected[0]:
-        size = sum(np.abs(weights[name].astype(np.float64)) for weights in trained) / len(trained)
+        size = np.mean([np.abs(weights[name].astype(np.float64)) for weights in trained], axis=0)
         out[name] = sum(kept[name].astype(np.float64) for kept in elected) + size / (1 + 2 * size.max())  # below a vote
     return out
 
