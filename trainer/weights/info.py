@@ -2,7 +2,7 @@
 
 import math
 
-from shards.console import table
+from shards.console import printable, table
 from shards.keys import natural_sorted
 from trainer.weights.ticket import WeightTicket
 
@@ -28,7 +28,8 @@ def screen(ticket: WeightTicket) -> str:
         "group": ticket.plan.group_id,
     }
     shortened = ", ".join(f"{name} {str(value)[:12]}" for name, value in ids.items())
-    return "\n\n".join([f"{title(ticket)}; {shortened}", _tensors(ticket), _levels(ticket), NOT_FASTER])
+    line = printable(f"{title(ticket)}; {shortened}")
+    return "\n\n".join([line, _tensors(ticket), _levels(ticket), NOT_FASTER])
 
 
 def _tensors(ticket: WeightTicket) -> str:

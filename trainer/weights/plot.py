@@ -72,9 +72,9 @@ def _place(name: str) -> tuple[str, str]:
 
 def _draw_layers(ticket: WeightTicket, axis: Any) -> None:
     blocks, kinds = layers(ticket)
-    width = 0.8 / len(kinds)
+    middles, width = {block: place for place, block in enumerate(blocks)}, 0.8 / len(kinds)
     for number, (kind, shares) in enumerate(kinds.items()):
-        places = [blocks.index(block) + width * (number - (len(kinds) - 1) / 2) for block in shares]
+        places = [middles[block] + width * (number - (len(kinds) - 1) / 2) for block in shares]
         looks = {"color": COLORS[number % len(COLORS)], "hatch": ("", "//", "..")[number // len(COLORS) % 3]}
         axis.bar(places, [100 * share for share in shares.values()], width, label=_text(kind), **looks)
     record = ticket.level()

@@ -377,7 +377,7 @@ def _check_levels(manifest: WeightManifest, plan: WeightPlan, where: str) -> Non
         )
     found = [record.level for record in manifest.levels]
     if found != list(range(plan.levels + 1)):
-        raise TicketSetError(f"{where}: expected levels 0 to {plan.levels} (plan), got {len(found)} others")
+        raise TicketSetError(f"{where}: expected levels 0 to {plan.levels} ({PLAN}), got {reprlib.repr(found)}")
     for record in manifest.levels:
         masked = record.level > 0
         if (record.masks is not None, record.ticket_id is not None) != (masked, masked):
