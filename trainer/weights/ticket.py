@@ -377,13 +377,19 @@ def _check_levels(manifest: WeightManifest, plan: WeightPlan, where: str) -> Non
         )
     found = [record.level for record in manifest.levels]
     if found != list(range(plan.levels + 1)):
-        raise TicketSetError(f"{where}: expected levels 0 to {plan.levels} (plan), got {len(found)} others")
+        raise TicketSetError(f"{where}: expected levels 0 to {plan.levels} ({PLAN}), got {reprlib.repr(found)}")
     for record in manifest.levels:
         masked = record.level > 0
         if (record.masks is not None, record.ticket_id is not None) != (masked, masked):
             raise TicketSetError(f"{where}: level {record.level}: expected masks and ticket_id from level 1 on")
         if record.tensors.keys() != (plan.prunable.keys() if masked else set()):
             raise TicketSetError(f"{where}: level {record.level}: its tensors are not those of {PLAN}")
+        kept = sum(record.tensors.values()) if masked else plan.total
+        if (record.kept, record.prunable) != (kept, plan.total):
+            raise TicketSetError(
+                f"{where}: level {record.level}: expected {kept} of {plan.total} weights kept (its tensors, {PLAN}),"
+                f" got {record.kept} of {record.prunable}"
+            )
 
 
 def _decode_masks(data: bytes, level: int, plan: WeightPlan, where: str) -> dict[str, np.ndarray]:

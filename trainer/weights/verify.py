@@ -54,22 +54,13 @@ def _problems(ticket: WeightTicket) -> Iterator[str]:
 
 
 def _of_level(ticket: WeightTicket, record: LevelRecord) -> Iterator[str]:
-    """What the manifest says of one level, against the plan and itself."""
-    total = ticket.plan.total
-    if record.prunable != total:
-        yield f"expected {total} prunable weights ({PLAN}), got {record.prunable}"
-    if record.masks is None:  # level 0
-        if (record.kept, record.sparsity) != (total, 0):
-            yield f"expected all {total} weights kept at sparsity 0, got {record.kept} at {record.sparsity:g}"
-        return
-    if record.kept != (counted := sum(record.tensors.values())):
-        yield f"has {record.kept} weights kept, its tensors {counted}"
+    """What reading the manifest does not look at: sparsities and ids."""
     # Each tensor may round for itself (scope "layer").
-    if abs(record.kept - total * (1 - record.sparsity)) > len(record.tensors):
-        yield f"expected sparsity {record.sparsity:g}, got {record.kept} of {total} weights kept"
+    if abs(record.kept - record.prunable * (1 - record.sparsity)) > len(record.tensors):
+        yield f"expected sparsity {record.sparsity:g}, got {record.kept} of {record.prunable} weights kept"
     if record.level == ticket.levels and record.sparsity != ticket.plan.sparsity:
         yield f"expected sparsity {ticket.plan.sparsity:g} ({PLAN}), got {record.sparsity:g}"
-    if record.ticket_id != ticket_identity(record.masks, ticket.manifest.start):
+    if record.masks is not None and record.ticket_id != ticket_identity(record.masks, ticket.manifest.start):
         yield "its ticket_id is not that of its masks and start weights"
 
 
