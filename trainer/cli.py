@@ -7,7 +7,7 @@ import click
 
 from shards.console import reports_errors
 from shards.flags import options_of
-from trainer.config import RECIPES, read_config
+from trainer.config import config_option
 from trainer.options import GROUPS, Output, Recipe, group_of
 
 EXAMPLES = """
@@ -21,7 +21,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("-c", "--config", metavar="NAME|FILE.yaml", is_eager=True, callback=read_config, expose_value=False, help=f"Defaults for these flags: a recipe ({', '.join(RECIPES)}) or a file.")  # fmt: skip
+@config_option
 @options_of(*GROUPS)
 @click.version_option(package_name="datalth")
 @reports_errors

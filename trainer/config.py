@@ -98,6 +98,17 @@ def read_config(context: click.Context, parameter: click.Parameter, text: str | 
     return text
 
 
+config_option = click.option(
+    "-c",
+    "--config",
+    metavar="NAME|FILE.yaml",
+    is_eager=True,
+    callback=read_config,
+    expose_value=False,
+    help=f"Defaults for these flags: a recipe ({', '.join(RECIPES)}) or a file.",
+)
+
+
 def _named(text: str, values: dict[str, Any]) -> dict[str, Any]:
     """Flags by click's names: lr-base and lr_base are one."""
     out: dict[str, Any] = {}

@@ -1,12 +1,17 @@
-"""datalth-weights: look at weight tickets and check them."""
+"""datalth-weights: mine weight tickets, look at them, check them."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from shards.console import duration, json_option, picture_option, print_json, printable, reports_errors, table
+from shards.flags import options_of, settings_from
+from trainer.config import config_option
+from trainer.options import GROUPS, Boards, Output, Recipe, Weights, group_of
+from trainer.weights.options import Mining
 
 if TYPE_CHECKING:  # --help needs no numpy
     from trainer.weights.ticket import WeightTicket
@@ -21,10 +26,40 @@ def main() -> None:
 
     \b
     Examples:
+      datalth-weights mine --shards shards --model deit_tiny --tickets full --sparsity 0.9 --out W
       datalth-weights info W -o kept.png
       datalth-weights verify W
       datalth-weights diff W W-seed1
     """
+
+
+@main.command()
+@config_option
+@options_of(Mining, *(group for group in GROUPS if group not in (Weights, Output)), Boards)
+@reports_errors
+def mine(**values: Any) -> None:
+    """Find a weight ticket by training on the tickets of a set, with all the flags of a training.
+
+    imp trains the dense model, removes the weights of the smallest magnitude, starts again without them, and so on: L + 1
+    trainings, of which the last is that of the ticket. Their runs lie in --out as level-00, level-01, ...
+
+    \b
+    Examples:
+      datalth-weights mine --shards shards --model deit_tiny --tickets full --out imp-0 --seed 0
+      datalth-weights mine --shards shards --method rst --sparsity 0.9 --transform-epochs 100 --out rst-0
+      datalth-train --shards shards --tickets full --weight-ticket imp-0 --weight-arm shuffled
+    """
+    if values["shards"] is None:
+        raise click.UsageError("Missing option '--shards'.")
+    mining, boards = settings_from(Mining, values), group_of(Boards, values)
+    names = {one.name for group in (Mining, Boards) for one in fields(group)}
+    recipe = Recipe.of({name: value for name, value in values.items() if name not in names})
+    from trainer.run import prepared  # imports torch
+    from trainer.weights.mine import mine as mined
+
+    with prepared(recipe) as (opened, rank):
+        code = mined(mining, recipe, boards, opened, rank)
+    sys.exit(code)
 
 
 @main.command()

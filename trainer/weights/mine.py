@@ -71,7 +71,8 @@ def by_scores(work: Work) -> Found:
     plan = work.plan
     score = magnitude if plan.method in METHODS else function_of(plan.method, "method")
     trains = not getattr(score, "at_start", False)
-    recipe, subnetwork, kept, start = work.recipe, None, {}, work.first
+    recipe, subnetwork, start = work.recipe, None, work.first
+    kept: Kept = {}
     hooks: list[Hook] = [_Rewinding(work)] if plan.rewind_epochs else []
     results: list[Results] = []
     updates, spent = [0], 0
@@ -114,7 +115,8 @@ def by_transformation(work: Work) -> Found:
 
     Source: Bai et al., Dual Lottery Ticket Hypothesis (ICLR 2022); what differs is told at `Extrude`.
     """
-    plan, kept, start = work.plan, {}, work.first
+    plan, start = work.plan, work.first
+    kept: Kept = {}
     recipe = work.short(work.mining.transform_epochs or work.recipe.optimization.epochs, plan.seed)
     for level in range(1, plan.levels + 1):
         before, name = kept, f"level-{level:02d}"
@@ -132,7 +134,8 @@ def by_votes(work: Work) -> Found:
     Source: Jaiswal et al., Instant Soup (ICML 2023). There a weight goes if all name it, and the rest in one cut; here the
     weights with the most votes stay, as many as asked for.
     """
-    plan, mining, kept, start = work.plan, work.mining, {}, work.start(work.first)
+    plan, mining, start = work.plan, work.mining, work.start(work.first)
+    kept: Kept = {}
     for level in range(1, plan.levels + 1):
         before, trained = kept, []
         for number in range(mining.soup_runs):

@@ -11,9 +11,8 @@ from shards.flags import Settings, setting
 from trainer.options import COUNT, POSITIVE
 from trainer.weights.ticket import METHODS
 
-SHORT = ("rst", "soup")  # methods whose trainings are short ones of their own
 OF_METHOD = {
-    "transform_epochs": ("rst",), "transform_lr": ("rst",), "power": ("rst",), "soup_runs": ("soup",), "soup_epochs": ("soup",),
+    "transform_epochs": ("rst",), "mining_lr": ("rst", "soup"), "power": ("rst",), "soup_runs": ("soup",), "soup_epochs": ("soup",),
 }  # fmt: skip
 
 
@@ -36,10 +35,10 @@ class Mining(Settings):
         None, help="All weights compete, or those of each tensor.", shown="global; rst and random: layer"
     )
     rewind_epochs: int = setting(0, COUNT, "Start from the weights of that epoch, not from the first.", metavar="K")
-    prune: tuple[str, ...] = setting((), str, "Also prune weights of these names, as 'head.weight' (repeatable).", metavar="PATTERN")  # fmt: skip
-    keep: tuple[str, ...] = setting((), str, "Leave these whole (repeatable).", metavar="PATTERN")
+    prune: tuple[str, ...] = setting((), click.STRING, "Also prune weights of these names, as 'head.weight' (repeatable).", metavar="PATTERN")  # fmt: skip
+    keep: tuple[str, ...] = setting((), click.STRING, "Leave these whole (repeatable).", metavar="PATTERN")
     transform_epochs: int | None = setting(None, POSITIVE, "rst: of each level's transformation.", metavar="E", shown="--epochs")  # fmt: skip
-    transform_lr: float | None = setting(None, Finite(min=0, min_open=True), "rst, soup: the constant learning rate of their trainings.", metavar="LR", shown="0.3 of the recipe's")  # fmt: skip
+    mining_lr: float | None = setting(None, Finite(min=0, min_open=True), "rst, soup: the constant learning rate of their trainings.", metavar="LR", shown="0.3 of the recipe's")  # fmt: skip
     power: float = setting(1.0, Finite(min=0, min_open=True), "rst: weights shrink as (1 - t/T) ** P.", metavar="P")
     soup_runs: int = setting(5, POSITIVE, "soup: trainings that vote.", metavar="J")
     soup_epochs: int = setting(1, POSITIVE, "soup: of each.", metavar="E")
@@ -50,6 +49,9 @@ class Mining(Settings):
             raise TicketSetError(f"`method` {self.method}: expected one of {', '.join(METHODS)}, or module:function")
         if self.method in ("oneshot", "random") and self.levels not in (None, 1):
             raise TicketSetError(f"`levels` {self.levels}: {self.method} has one; imp and rst have more")
+        for name, methods in OF_METHOD.items():
+            if self.method not in methods and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise TicketSetError(f"`{name}`: of {' and '.join(methods)}, got `method` {self.method}")
         if self.rewind_epochs and self.method in ("rst", "soup", "random"):
             raise TicketSetError(
                 f"`rewind_epochs`: {self.method} starts from the first weights; imp and oneshot can rewind"

@@ -4,7 +4,7 @@ Weights are arrays by name; wherever several are ranked or counted together they
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def _best(flat: np.ndarray, count: int) -> np.ndarray:
     return best
 
 
-def votes(elected: list[Kept], trained: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def votes(elected: Sequence[Kept], trained: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Scores of a soup: how many trainings kept a weight; where equal, its mean magnitude over them.
 
     Source: Instant Soup (Jaiswal et al., ICML 2023), whose union of masks is the case of one vote; here exact counts.

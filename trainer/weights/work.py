@@ -122,7 +122,7 @@ class Work:
 
     def short(self, epochs: int, seed: int) -> Recipe:
         """A training of this recipe at a constant, small learning rate, without an average."""
-        lr = self.mining.transform_lr or 0.3 * self._lr
+        lr = self.mining.mining_lr or 0.3 * self._lr
         return self.recipe.but(
             epochs=epochs, lr=lr, sched="constant", warmup_epochs=0, model_ema=False, unmask_epochs=0, seed=seed
         )
