@@ -53,9 +53,9 @@ def stopped_at(update: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
     monkeypatch.setattr(engine, "apply_update", counted)
 
 
-def two_ranks(*flags: str, program: str | None = None) -> list[subprocess.Popen]:
+def two_ranks(*flags: str, program: str | None = None, module: str = "trainer.cli") -> list[subprocess.Popen]:
     """datalth-train, or a script in its place, as two gloo ranks."""
-    start = [program] if program else ["-m", "trainer.cli"]
+    start = [program] if program else ["-m", module]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
