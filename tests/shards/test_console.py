@@ -17,9 +17,8 @@ from PIL import Image
 from test_verdict import write_arms
 
 from conftest import inspect, mine, write_image
-from shards.console import printable, reports_errors, table
+from shards.console import print_json, printable, reports_errors, table
 from shards.errors import ImageError, TicketSetError
-from shards.inspect.cli import _print_json
 
 KEY = "train/ant/ant_0"
 
@@ -119,8 +118,7 @@ def test_a_fault_of_ours_keeps_its_traceback(error):
 
 SPEAKING = """
 import click
-from shards.inspect.cli import _print_json
-from shards.console import reports_errors
+from shards.console import print_json, reports_errors
 from shards.errors import TicketSetError
 
 @click.command()
@@ -226,7 +224,7 @@ def test_json_for_programs_has_nothing_that_acts_on_a_terminal():
 
     @click.command()
     def command() -> None:
-        _print_json(content)
+        print_json(content)
 
     output = CliRunner().invoke(command).output
     assert output.isascii() and json.loads(output) == content

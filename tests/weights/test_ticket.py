@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load, save
+from safetensors.numpy import load, load_file, save
+from test_readme import ROOT, blocks
 
 from made import HEADS, SHAPES, made_masks, made_plan, made_start, made_ticket
 from shards.errors import TicketSetError
@@ -127,6 +128,21 @@ def test_bits_are_where_the_format_says(tmp_path):
     assert metadata == {"masks": '{"level": 1, "tensors": {"a.weight": {"kept": 3, "shape": [3, 3]}}}'}
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert np.array_equal(tickets.read_masks(tmp_path, 1, plan)["a.weight"], kept)
+
+
+def test_the_lines_of_format_md_read_a_ticket(tmp_path):
+    opened = made_ticket(tmp_path / "W", levels=1)
+    (lines,) = [block for block in blocks(ROOT / "docs" / "FORMAT.md") if block[0] == "import json, numpy as np"]
+    code = [line for line in lines if line and not line.startswith(("import ", "from "))]
+    assert len(code) == 4 and not any(word in line for line in lines for word in ("trainer", "shards.", "datalth"))
+    program = "\n".join([*lines, "from safetensors.numpy import save_file", "save_file(weights, 'found.safetensors')"])
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    found, start, kept = load_file(tmp_path / "found.safetensors"), made_start(opened.plan), opened.kept(1)
+    assert found.keys() == start.keys()
+    for name, dense in start.items():
+        expected = np.where(kept[name], dense, np.float32(0)) if name in kept else dense
+        assert found[name].tobytes() == expected.tobytes()  # +0.0 too
+    assert not np.array_equal(found[QKV], start[QKV])  # the control
 
 
 def test_two_processes_write_the_same_bytes(sound, tmp_path):

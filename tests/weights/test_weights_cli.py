@@ -307,6 +307,7 @@ def test_diff_refuses_other_shapes_in_one_line(folder, tmp_path, shapes, says):
 # -- what it imports --
 
 
+@pytest.mark.slow
 def test_no_command_imports_torch(folder, tmp_path):
     """In one fresh process; the negative control is the trainer's own module."""
     runs = [
