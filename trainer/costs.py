@@ -21,25 +21,8 @@ from trainer.student import create_model
 
 
 def gmacs(student: TicketModel, tokens: int) -> float:
-    """Of one image's forward on K patches, as torch counts them.
-
-    Counted on a copy without storage: of the CPU's attention kernel torch counts nothing.
-    """
-    try:
-        return _count(copy.deepcopy(student).to("meta"), tokens)
-    except NotImplementedError:  # Hiera's mask counts what is there; the plain kernel is counted on a CPU too
-        with sdpa_kernel(SDPBackend.MATH):
-            return _count(copy.deepcopy(student).cpu(), tokens)
-
-
-def _count(student: TicketModel, tokens: int) -> float:
-    student.eval().requires_grad_(False)
-    device = next(student.parameters()).device
-    given = student.grid[0] * student.grid[1] if student.wants_all else tokens
-    patches = torch.zeros(1, given, 3 * student.patch_size**2, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        student(patches, torch.arange(tokens, device=device)[None])
-    return counter.get_total_flops() / 2e9
+    """Of one image's forward on K patches, as torch counts them."""
+    return _count(student, tokens)[0]
 
 
 def sparse_gmacs(student: TicketModel, tokens: int, kept: Mapping[str, np.ndarray]) -> float:
@@ -48,29 +31,47 @@ def sparse_gmacs(student: TicketModel, tokens: int, kept: Mapping[str, np.ndarra
     Args:
         kept: name of a weight of the timm model -> bool of its shape.
     """
-    copied = copy.deepcopy(student).to("meta")
-    names = {id(weight): name for name, weight in copied.model.named_parameters()}
-    counts = _Counts()
-    with counts:
-        dense = _count(copied, tokens)
-    macs = {names.get(key, ""): count for key, count in counts.found.items()}
-    saved = sum(macs[name] * (1 - mask.mean()) for name, mask in kept.items() if name in macs)
-    return float(dense - saved / 1e9)
+    dense, macs = _count(student, tokens)
+    return float(dense - sum(macs[name] * (1 - mask.mean()) for name, mask in kept.items() if name in macs) / 1e9)
 
 
-class _Counts(TorchFunctionMode):
+def _count(student: TicketModel, tokens: int) -> tuple[float, dict[str, int]]:
+    """GMACs, and multiply-accumulates by the weight that they are made with.
+
+    Counted on a copy without storage: of the CPU's attention kernel torch counts nothing.
+    """
+    try:
+        return _counted(copy.deepcopy(student).to("meta"), tokens)
+    except NotImplementedError:  # Hiera's mask counts what is there; the plain kernel is counted on a CPU too
+        with sdpa_kernel(SDPBackend.MATH):
+            return _counted(copy.deepcopy(student).cpu(), tokens)
+
+
+def _counted(student: TicketModel, tokens: int) -> tuple[float, dict[str, int]]:
+    student.eval().requires_grad_(False)
+    device = next(student.parameters()).device
+    given = student.grid[0] * student.grid[1] if student.wants_all else tokens
+    patches = torch.zeros(1, given, 3 * student.patch_size**2, device=device)
+    names = {id(weight): name for name, weight in student.model.named_parameters()}
+    with FlopCounterMode(display=False) as counter, _Weights() as weights, torch.no_grad():
+        student(patches, torch.arange(tokens, device=device)[None])
+    macs = {names[key]: count for key, count in weights.macs.items() if key in names}
+    return counter.get_total_flops() / 2e9, macs
+
+
+class _Weights(TorchFunctionMode):
     """Multiply-accumulates by the weight they are made with: of linear layers and convolutions, also where a model calls
     the function with its layer's weight, as timm's attention with separate biases does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[int, int] = {}
+        self.macs: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in (torch.nn.functional.linear, torch.conv2d) and len(args) > 1:
             weight = args[1]
-            self.found[id(weight)] = self.found.get(id(weight), 0) + out.numel() * weight[0].numel()
+            self.macs[id(weight)] = self.macs.get(id(weight), 0) + out.numel() * weight[0].numel()
         return out
 
 

@@ -139,7 +139,7 @@ class _Published(Hook):
 @pytest.mark.parametrize(("optimizer", "decoupled", "gone"), [("adamw", True, False), ("sgd", False, True)])
 def test_the_published_form_does_nothing_under_decoupled_decay(opened, kept, optimizer, decoupled, gone):
     """With SGD and its large steps it presses weights out as published; decoupled, as AdamW takes decay, it does not."""
-    lr = {"adamw": 1e-3, "sgd": 0.5}[optimizer]
+    lr = {"adamw": 1e-3, "sgd": 0.1}[optimizer]
     settings = {
         "opt": optimizer,
         "lr": lr,
@@ -151,4 +151,4 @@ def test_the_published_form_does_nothing_under_decoupled_decay(opened, kept, opt
     first = pressed(found, kept).norm()
     found.fit()
     left = float(pressed(found, kept).norm() / first)
-    assert left < 0.2 if gone else left > 0.8
+    assert left < 0.2 if gone else left > 0.8, left

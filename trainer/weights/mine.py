@@ -94,7 +94,7 @@ def by_scores(work: Work) -> Found:
         else:
             results.append(None)
         if not level:
-            start = work.start(work.first)  # with rewinding level 0 has written others
+            start = work.start(None if plan.rewind_epochs else work.first)  # rewinding: level 0 has written others
     return results, updates
 
 

@@ -155,10 +155,22 @@ class Work:
     def _sparsity(self, level: int) -> float:
         return sparsity_at(self.plan.sparsity, self.plan.levels, level) if level else 0.0
 
-    def start(self, weights: State) -> State:
-        """The ticket's start weights: as they are written, or else these, from now on."""
-        self._rank.on_first(lambda: None if (self.path / START).exists() else self.write_start(weights))
-        return self._rank.on_first(lambda: load_start((self.path / START).read_bytes(), str(self.path / START)))
+    def start(self, weights: State | None) -> State:
+        """The ticket's start weights: as they are written, or else these, from now on.
+
+        Raises:
+            TicketSetError: they are not there, and a training that has ended should have written them.
+        """
+
+        def read() -> State:
+            path = self.path / START
+            if weights is not None and not path.exists():
+                self.write_start(weights)
+            if not path.exists():
+                raise TicketSetError(f"{path}: missing; remove {self.path / 'level-00'}, whose training writes it")
+            return load_start(path.read_bytes(), str(path))
+
+        return self._rank.on_first(read)
 
     def write_start(self, weights: State) -> None:
         """On rank 0."""
