@@ -91,7 +91,7 @@ SIZES = {
     "toy": Size(
         pictures=30, few=24, shard=4, selector="test_vit", student="test_vit", student_batch=4, models=(("deit_tiny", 2),),
         warm=1, laps=1, ranked=4, views=3, workers=(1, 2), feed_batch=4, feed_seconds=0.2, feed_steps=2,
-        backend="aot_eager", patience=20,
+        backend="eager", patience=20,
     ),
 }  # fmt: skip
 

@@ -63,20 +63,19 @@ def main(parts: tuple[str, ...], device: str, size: str, seconds: float, out: Pa
     try:
         for name in parts or PARTS:
             box, measure = PARTS[name]
-            left = seconds - (time.perf_counter() - started)
             begun, before = time.perf_counter(), len(found.rows)
+            left = started + seconds - begun
             said = take(found, name, measure, bench, min(box * bench.size.patience, left))
-            failed = failed or bool(said)
+            failed = failed or said.startswith("failed")
             save("gpu", found, command, out)
-            click.echo(line(name, found.rows[before:], time.perf_counter() - begun, said))
-            sys.stdout.flush()
+            print(line(name, found.rows[before:], time.perf_counter() - begun, said), flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     sys.exit(int(failed or any(missed(row) for row in found.rows)))
 
 
 def take(found: Part, name: str, measure: Measure, bench: Bench, seconds: float) -> str:
-    """Collect a part's rows; those found before it failed or its time was up are kept. Says why it ended early, or nothing."""
+    """Collect a part's rows; says why it ended early, or nothing. The rows that it had by then are kept."""
     said = ""
     try:
         with limited(seconds):
@@ -84,11 +83,10 @@ def take(found: Part, name: str, measure: Measure, bench: Bench, seconds: float)
                 row.what = f"{name}: {row.what}"
                 found.rows.append(row)
     except OutOfTime:
-        found.notes.append(f"{name}: stopped after its {max(0, seconds):.0f} s")
-        print(found.notes[-1], flush=True)
+        said = f"stopped after {max(0, seconds):.0f} s"
     except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error) if str(error) else ''}"
-        found.notes.append(f"{name}: failed: {said}")
+        said = f"failed: {type(error).__name__}: {first_line(error) if str(error) else ''}"
+    found.notes += [f"{name}: {said}"] if said else []
     return said
 
 
@@ -117,9 +115,9 @@ def missed(row: Row) -> bool:
     return row.as_json().get("reached") is False
 
 
-def line(name: str, rows: list[Row], seconds: float, failed: str) -> str:
-    """What is said of a part."""
+def line(name: str, rows: list[Row], seconds: float, said: str) -> str:
+    """What is printed of a part."""
     short = [row.as_json() for row in rows if missed(row)]
     misses = "; ".join(f"{entry['what']} {entry['median']:g} ({entry['wanted']})" for entry in short)
-    said = f"{name}: {seconds:.0f} s, {len(rows)} rows"
-    return said + (f", MISSED {misses}" if short else "") + (f", FAILED {failed}" if failed else "")
+    parts = [f"{name}: {seconds:.0f} s, {len(rows)} rows", said, misses and f"MISSED {misses}"]
+    return ", ".join(part for part in parts if part)
