@@ -8,9 +8,6 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a leg, before numpy and torch are imported
-os.environ.setdefault("MKL_NUM_THREADS", "1")
-
 import click
 
 PARTS = (
@@ -31,10 +28,12 @@ PARTS = (
 )
 def main(parts: tuple[str, ...], data: Path | None, images: int, rounds: int, peers: str | None) -> None:
     """Measure PARTs, all of them by default: step, families, memory, loader, reading, selector, mining, scaling, size,
-    cold, epoch.
+    cold, epoch. `gpu` is a command of its own, see `gpu --help`.
 
     `report` measures nothing and prints the table of the results that lie in benchmarks/results.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a leg, before numpy and torch are imported
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
     import torch
 
     from benchmarks.report import table
@@ -58,4 +57,8 @@ def main(parts: tuple[str, ...], data: Path | None, images: int, rounds: int, pe
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["gpu"]:  # with all cores, and other rules
+        from benchmarks.gpu.command import main as gpu
+
+        gpu(sys.argv[2:], prog_name="python -m benchmarks gpu")
     main()

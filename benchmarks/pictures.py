@@ -11,10 +11,10 @@ BYTES_A_PIXEL = 110_000 / (500 * 375)
 CLASSES = 10
 
 
-def make_pictures(folder: Path, count: int, seed: int = 0) -> Path:
-    """FOLDER/class_N/I.jpg, `count` in all."""
-    rng = np.random.default_rng(seed)
-    for number in range(count):
+def make_pictures(folder: Path, count: int, first: int = 0) -> Path:
+    """FOLDER/class_N/I.jpg, `count` in all, from number `first` on: processes can share the work."""
+    rng = np.random.default_rng(first)
+    for number in range(first, first + count):
         path = folder / f"class_{number % CLASSES}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         width, height = SIZES[rng.integers(len(SIZES))]

@@ -40,4 +40,7 @@ def _machine(part: dict) -> str:
 def _run(part: dict, machine: int) -> str:
     notes = "".join(f"; {note}" for note in part["notes"])
     load = f"load {part['machine']['load']} at its end"
-    return f"- {part['part']}: `{part['command']}`, {part['rounds']} rounds, one thread a leg, machine {machine}, {load}{notes}"
+    threads = "all cores" if part["part"] == "gpu" else "one thread a leg"
+    return (
+        f"- {part['part']}: `{part['command']}`, {part['rounds']} rounds, {threads}, machine {machine}, {load}{notes}"
+    )

@@ -103,13 +103,13 @@ def speedup(ours: list[Lap], theirs: list[Lap]) -> tuple[list[float], list[float
     return wall, cpu
 
 
-def save(name: str, part: Part, command: str) -> Path:
-    """Write results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
+def save(name: str, part: Part, command: str, folder: Path = RESULTS) -> Path:
+    """Write FOLDER/NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "part": name,
         "command": command,
-        "rounds": max(len(row.values) for row in part.rows),
+        "rounds": max((len(row.values) for row in part.rows), default=0),
         "machine": machine(),
         "versions": {p: v for p in PACKAGES if (v := _version(p))} | {"python": platform.python_version()},
         "rows": [row.as_json() for row in part.rows],
@@ -123,7 +123,7 @@ def save(name: str, part: Part, command: str) -> Path:
         },
         "notes": part.notes,
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 

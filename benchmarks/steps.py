@@ -18,13 +18,16 @@ from torch import Tensor
 
 from miner.drop import default_blocks, keep_counts
 from trainer.costs import gmacs
+from trainer.data.loader import Batch
 from trainer.engine import Setup, State, apply_update, soft_targets, train_micro_batch
 from trainer.families.base import soft_cross_entropy
+from trainer.families.patches import gather_patches, patchify
 from trainer.families.vit import TicketViT
 from trainer.options import Machine, Optimization
 from trainer.ranks import Rank
 
 CLASSES, SIZE, PATCH, N = 1000, 224, 16, 196
+CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -39,35 +42,45 @@ class Steps:
     Args:
         name: of a timm ViT, 224 px, patch 16.
         batch: views.
+        device: of all of it.
+        amp: bfloat16 autocast.
     """
 
-    def __init__(self, name: str, batch: int) -> None:
+    def __init__(self, name: str, batch: int, device: torch.device = CPU, amp: bool = False) -> None:
         torch.manual_seed(0)
         self.name, self.batch = name, batch
-        self.model: Any = timm.create_model(f"{name}_patch16_224", drop_path_rate=0.1).train()
+        self.model: Any = timm.create_model(f"{name}_patch16_224", drop_path_rate=0.1).train().to(device)
         self.optimizer = create_optimizer_v2(self.model, "adamw", lr=1e-4, weight_decay=0.05)
-        self.images = torch.randint(0, 256, (batch, 3, SIZE, SIZE), dtype=torch.uint8)
-        self.patches = cut(self.images)
-        self.order = torch.stack([torch.randperm(N) for _ in range(batch)])
-        labels = torch.randint(0, CLASSES, (batch,))
-        self.targets = {"labels": labels, "partners": labels.flip(0), "lam": torch.full((batch,), 0.7)}
-        self.mean, self.std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-        self.setup = Setup(Optimization(), Machine(seed=0), Rank(), MEAN, STD, CLASSES)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.images = torch.randint(0, 256, (batch, 3, SIZE, SIZE), dtype=torch.uint8).to(device)
+        self.patches = patchify(self.images, PATCH)
+        self.order = torch.rand(batch, N).argsort(1).to(device)
+        labels = torch.randint(0, CLASSES, (batch,)).to(device)
+        lam = torch.full((batch,), 0.7, device=device)
+        self.targets = {"labels": labels, "partners": labels.flip(0), "lam": lam}
+        self.mean, self.std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        machine = Machine(seed=0, amp=amp, amp_dtype="bfloat16")
+        self.setup = Setup(Optimization(), machine, Rank(device=device), MEAN, STD, CLASSES)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
         student = TicketViT(self.model)
         self.state = State(student, student, self.optimizer, NoSchedule(), scaler)
 
-    def ours(self, tokens: int) -> Callable[[], float]:
-        keep = self.order[:, :tokens].contiguous()
-        kept = self.patches.gather(1, keep[:, :, None].expand(-1, -1, self.patches.shape[2]))
-        batch = {"patches": kept, "keep_indices": keep, "grid_width": torch.full((self.batch,), 14), **self.targets}
+    def ours(self, tokens: int, views: int | None = None) -> Callable[[], float]:
+        """On K patches of each view, or of the first few views."""
+        batch = self.tickets(tokens, views)
+        return lambda: self.train(batch)
 
-        def step() -> float:
-            train_micro_batch(self.state, batch, self.setup, 0, 0)
-            apply_update(self.state, self.setup, 0)
-            return self.batch
+    def tickets(self, tokens: int, views: int | None = None) -> Batch:
+        """On the device, as after the copy from the host; but for the grid's width, which the host reads."""
+        keep = self.order[:views, :tokens].contiguous()
+        patches = gather_patches(self.patches[:views], keep)
+        targets = {name: tensor[:views] for name, tensor in self.targets.items()}
+        return {"patches": patches, "keep_indices": keep, "grid_width": torch.full((len(keep),), 14), **targets}
 
-        return step
+    def train(self, batch: Batch) -> float:
+        """One step of the trainer's."""
+        train_micro_batch(self.state, batch, self.setup, 0, 0)
+        apply_update(self.state, self.setup, 0)
+        return len(batch["labels"])
 
     def dense(self) -> Callable[[], float]:
         return lambda: self._step(self.model)
@@ -91,7 +104,9 @@ class Steps:
 
     def _step(self, forward: Callable[[Tensor], Tensor]) -> float:
         images = (self.images.float() - self.mean) / self.std
-        loss = soft_cross_entropy(forward(images), soft_targets(self.targets, 0.1, CLASSES))
+        with self.setup.autocast():
+            logits = forward(images)
+        loss = soft_cross_entropy(logits, soft_targets(self.targets, 0.1, CLASSES))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -99,14 +114,7 @@ class Steps:
 
     def macs(self, tokens: int) -> float:
         """Multiply-accumulates of one view's forward, attention included, in units of 1e9."""
-        return gmacs(self.state.model, tokens)
-
-
-def cut(images: Tensor) -> Tensor:
-    """[B, 3, S, S] -> all patches [B, N, 3*p*p], in the order of a stem's weights."""
-    b, c, s, _ = images.shape
-    cells = images.view(b, c, s // PATCH, PATCH, s // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return cells.reshape(b, N, c * PATCH * PATCH)
+        return gmacs(self.state.student, tokens)
 
 
 def lottery_forward(student: Any, teacher: Any, images: Tensor, blocks: tuple[int, ...], counts: tuple) -> Tensor:
