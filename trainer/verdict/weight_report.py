@@ -118,19 +118,20 @@ def weight_tables(
 def _arms(judge: Judge, where_of: Callable[[Group], str], unit: str, factor: int) -> Table:
     head = ["trained on", "weights", "s", "seeds", "top-1", "updates", "mining"]
     head += [f"train {unit}", "in theory", "train time"]
-    data = {(group.arm, group.tokens, group.set_id) for group in judge.ticketed}
-    dense = [group for group in judge.groups if (group.arm, group.tokens, group.set_id) in data]
     rows = []
-    for group in sorted([*dense, *judge.ticketed], key=place):
+    for group in sorted([*dense_beside(judge), *judge.ticketed], key=place):
         name, sparsity = (group.weights.name, group.weights.sparsity) if group.weights else ("dense", 0.0)
         accuracy = cell(judge.accuracy(group, OWN))
         costs = _cost_cells(group, factor)
         rows.append([where_of(group), name, _share(sparsity), str(len(group.runs)), accuracy, *costs])
-    title = (
-        "Weight tickets: top-1 in % as each is trained (full: on all patches, else on tickets), and what it costs"
-        " (updates of the run and of finding the mask)"
-    )
+    title = "Weight tickets: top-1 in % as trained (full: on all patches, else on tickets); updates of the run, of finding the mask"
     return Table(title, head, rows, frozenset(range(2, len(head))), 0)
+
+
+def dense_beside(judge: Judge) -> list[Group]:
+    """Plain runs of the data that weight tickets were trained on."""
+    data = {(group.arm, group.tokens, group.set_id) for group in judge.ticketed}
+    return [group for group in judge.groups if (group.arm, group.tokens, group.set_id) in data]
 
 
 def _cost_cells(group: Group, factor: int) -> list[str]:
