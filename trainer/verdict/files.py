@@ -11,7 +11,7 @@ from trainer.verdict.claim import OWN, Difference, Judge
 from trainer.verdict.groups import Group
 from trainer.verdict.plot import draw
 from trainer.verdict.report import Report
-from trainer.verdict.runs import Weights
+from trainer.verdict.runs import DENSE
 from trainer.verdict.sentences import RESAMPLED
 from trainer.verdict.statistics import DRAWS, LEVEL, Estimate
 from trainer.verdict.weights import Part, Square, WeightClaim
@@ -125,7 +125,7 @@ def _square(square: Square) -> dict[str, Any]:
 
 
 def _weight_names(report: Report, group: Group) -> dict[str, Any]:
-    weights = group.weights or Weights("dense", "dense", 0.0, None)  # a plain run
+    weights = group.weights or DENSE
     names = {"weight_arm": weights.arm, "weight_method": weights.method, "weight_sparsity": weights.sparsity}
     return {**_names(report, group), **names, "weight_group_id": weights.plan}
 

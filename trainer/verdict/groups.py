@@ -1,7 +1,7 @@
 """Runs that may be compared, and those that differ in nothing but the seed as one group."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -64,7 +64,12 @@ class Group:
     @property
     def differing(self) -> str:
         """`differs` as text; may be empty."""
-        return " ".join(f"{field}={_text(value)}" for field, value in self.differs)
+        return differing(self.differs)
+
+    @property
+    def but_epochs(self) -> tuple[tuple[str, Any], ...]:
+        """`differs` without epochs."""
+        return tuple(found for found in self.differs if found[0] != "epochs")
 
     @cached_property
     def protocols(self) -> tuple[str, ...]:
@@ -205,6 +210,11 @@ def place(group: Group) -> tuple[Any, ...]:
     below = -1 if arm == "full" else ORDER.index(arm)
     weights = group.weights.place if group.weights else ()
     return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, weights, group.name
+
+
+def differing(differs: Iterable[tuple[str, Any]]) -> str:
+    """Arguments and values as text; may be empty."""
+    return " ".join(f"{field}={_text(value)}" for field, value in differs)
 
 
 def _text(value: Any) -> str:

@@ -32,6 +32,7 @@ WEIGHT_COLORS = {
 MARKERS = "osD^vP*X"
 STYLES = ("-", ":", "-.", (0, (1, 3)))
 DODGE = 0.006  # between arms of the same cost, as a share of full's
+SPAN = 0.2  # of all arms of the same sparsity, as a share of what is left
 PANELS = (
     (OWN, "tested as trained: winning, random, ... on tickets;\nfull, unmasked, resized on all patches"),
     ("all", "every arm tested on all patches\n(random: PatchDropout)"),
@@ -103,8 +104,8 @@ def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: i
     groups = [group for group in [*dense_beside(judge), *judge.ticketed] if (group.arm == "full") == full]
     for group in sorted(groups, key=place):
         name = group.weights.name if group.weights else "dense"
-        where = report.where_of(group).removeprefix("full").removeprefix(", ")
-        label = ", ".join(filter(None, [name, where, judge.model if len(report.judges) > 1 else ""]))
+        names = [name, "" if full else report.data_of(group), group.differing]
+        label = ", ".join(filter(None, [*names, judge.model if len(report.judges) > 1 else ""]))
         lines.setdefault(label.replace("$", r"\$"), []).append(group)
     for index, (label, members) in enumerate(lines.items()):
         found = [(group, judge.accuracy(group, OWN)) for group in members]
@@ -121,7 +122,7 @@ def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: i
                 ys[0], color="#000000", linestyle="--", linewidth=1.2, alpha=max(0.3, 0.9 - 0.25 * dashes)
             )
         else:
-            xs = tuple(x * (1 + DODGE * (len(lines) / 2 - index)) for x in xs)
+            xs = tuple(x * (1 + SPAN * (0.5 - (index + 1) / (len(lines) + 1))) for x in xs)
             marker = MARKERS[index % len(MARKERS)]
             drawn = axis.errorbar(xs, ys, yerr=halves, capsize=3, elinewidth=1.2, marker=marker, markersize=6, **looks)
         handles.setdefault(label, drawn)

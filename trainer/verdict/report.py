@@ -87,7 +87,7 @@ class Report:
         """Accuracy and cost; differences; the same of weight tickets."""
         tables = [self._accuracies(judge), self._differences(judge)]
         if judge.ticketed:
-            tables += weight_tables(judge, self.weight_claims(judge), self.where_of, *self.unit())
+            tables += weight_tables(judge, self.weight_claims(judge), self.data_of, *self.unit())
         return [found for found in tables if found.rows]
 
     def _accuracies(self, judge: Judge) -> Table:
@@ -148,20 +148,17 @@ class Report:
 
     def weight_sentences(self, judge: Judge) -> list[str]:
         """The verdict on each of them."""
-        return [
-            weight_sentence(claim, f"{judge.model}, {self.where_of(claim.winning)}")
-            for claim in self.weight_claims(judge)
-        ]
+        claims = self.weight_claims(judge)
+        return [weight_sentence(claim, f"{judge.model}, {self.data_of(claim.winning)}") for claim in claims]
 
     def all_sentences(self, judge: Judge) -> list[str]:
         """Of data tickets, then of weight tickets."""
         return [*self.sentences(judge), *self.weight_sentences(judge)]
 
-    def where_of(self, group: Group) -> str:
-        """What a group was trained on, but for its weights."""
+    def data_of(self, group: Group) -> str:
+        """What a group was trained on: the set, where there are several, the arm and K."""
         names = [self.set_name(group.set_id)] if group.set_id and len(self.set_names) > 1 else []
-        names.append("full" if group.arm == "full" else f"{group.arm} K={group.tokens}")
-        return ", ".join(filter(None, [*names, group.differing]))
+        return ", ".join([*names, "full" if group.arm == "full" else f"{group.arm} K={group.tokens}"])
 
     def where(self, judge: Judge, claim: Claim) -> str:
         """What a sentence is about: the model, the tickets, K, and what `allow_diff` lets differ."""

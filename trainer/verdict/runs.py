@@ -154,6 +154,9 @@ class Run:
         return Weights(arm, method, sparsity, self.args["weight_group_id"])
 
 
+DENSE = Weights("dense", "dense", 0.0, None)  # a weight ticket's start without its mask
+
+
 class LeftOut(TicketSetError):
     """A folder with nothing wrong, and nothing for the verdict: `output/*` holds runs under way, selectors and other things."""
 

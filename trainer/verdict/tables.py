@@ -13,14 +13,14 @@ class Table:
 
     Attributes:
         right: the columns of figures.
-        by: the column at whose changes the screen shows a gap.
+        by: the column at whose changes the screen shows a gap; None: no gaps.
     """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     right: frozenset[int]
-    by: int
+    by: int | None
 
     def plain(self) -> str:
         """For the screen."""
@@ -30,7 +30,8 @@ class Table:
             columns[i] = tuple(cell.rjust(width) for cell in columns[i])
         head, *rows = zip(*columns, strict=True)
         first, *lines = table(rows, head).splitlines()
-        gaps = ["\n" if row[self.by] != last[self.by] else "" for row, last in zip(rows[1:], rows, strict=False)]
+        by = slice(0, 0) if self.by is None else slice(self.by, self.by + 1)
+        gaps = ["\n" if row[by] != last[by] else "" for row, last in zip(rows[1:], rows, strict=False)]
         return "\n".join(
             [f"{self.title}\n", first, *(gap + line for gap, line in zip(["", *gaps], lines, strict=True))]
         )

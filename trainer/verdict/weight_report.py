@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from shards.console import duration
 from trainer.verdict.claim import OWN, Difference, Judge
-from trainer.verdict.groups import Group, place
+from trainer.verdict.groups import Group, differing, place
 from trainer.verdict.sentences import RESAMPLED, interval
 from trainer.verdict.statistics import LEVEL
 from trainer.verdict.tables import Table, cell
@@ -67,9 +67,9 @@ def weight_sentence(claim: WeightClaim, where: str) -> str:
     Args:
         where: model, data arm, K.
     """
-    where = f"{where}, {claim_name(claim)}"
+    where = _list(where, claim.winning.differing, claim_name(claim))
     # What decides stands first.
-    parts = sorted(claim.parts, key=lambda part: part.outcome != "fails")
+    parts = sorted(claim.parts, key=lambda part: ("fails", "open", "holds").index(part.outcome))
     said, missing = "; ".join(_phrase(claim, part) for part in parts), " and ".join(claim.missing)
     if claim.outcome == "no room" and claim.room is not None:
         text = (
@@ -103,27 +103,29 @@ def _figure(claim: WeightClaim, found: Difference) -> str:
 
 
 def weight_tables(
-    judge: Judge, claims: Sequence[WeightClaim], where_of: Callable[[Group], str], unit: str, factor: int
+    judge: Judge, claims: Sequence[WeightClaim], data_of: Callable[[Group], str], unit: str, factor: int
 ) -> list[Table]:
     """Accuracy and cost of each arm; differences; each LOTUS's 2 x 2.
 
     Args:
-        where_of: a group's data arm in words.
+        data_of: what a group was trained on, in words.
         unit: what costs are told in, and how many of it are a GMAC.
     """
-    squares = [_square(claim, where_of) for claim in claims if claim.square is not None]
-    return [_arms(judge, where_of, unit, factor), _differences(claims, where_of), *squares]
+    squares = [_square(claim, data_of) for claim in claims if claim.square is not None]
+    return [_arms(judge, data_of, unit, factor), _differences(claims, data_of), *squares]
 
 
-def _arms(judge: Judge, where_of: Callable[[Group], str], unit: str, factor: int) -> Table:
-    head = ["trained on", "weights", "s", "seeds", "top-1", "updates", "mining"]
+def _arms(judge: Judge, data_of: Callable[[Group], str], unit: str, factor: int) -> Table:
+    head = ["trained on", "weights", "s", "epochs", "seeds", "top-1", "updates", "mining"]
     head += [f"train {unit}", "in theory", "train time"]
     rows = []
     for group in sorted([*dense_beside(judge), *judge.ticketed], key=place):
         name, sparsity = (group.weights.name, group.weights.sparsity) if group.weights else ("dense", 0.0)
+        counts = [_share(sparsity), str(group.runs[0].args["epochs"]), str(len(group.runs))]
         accuracy = cell(judge.accuracy(group, OWN))
-        costs = _cost_cells(group, factor)
-        rows.append([where_of(group), name, _share(sparsity), str(len(group.runs)), accuracy, *costs])
+        rows.append(
+            [_list(data_of(group), differing(group.but_epochs)), name, *counts, accuracy, *_cost_cells(group, factor)]
+        )
     title = "Weight tickets: top-1 in % as trained (full: on all patches, else on tickets); updates of the run, of finding the mask"
     return Table(title, head, rows, frozenset(range(2, len(head))), 0)
 
@@ -150,30 +152,31 @@ def _cost_cells(group: Group, factor: int) -> list[str]:
     return [*updates, f"{whole:.{digits}f}", theory, duration(group.cost("seconds"))]
 
 
-def _differences(claims: Sequence[WeightClaim], where_of: Callable[[Group], str]) -> Table:
+def _differences(claims: Sequence[WeightClaim], data_of: Callable[[Group], str]) -> Table:
     level = claims[0].level if claims else LEVEL
     head = ["claim", "difference", "must be", "points", f"{_percent(level)} interval"]
     rows = []
     for claim in claims:
-        name = f"{claim_name(claim)}, {where_of(claim.winning)}"
+        name = _list(claim_name(claim), data_of(claim.winning), claim.winning.differing)
         found = [(part.difference.kind, f"> {part.bound:g}", part.difference.estimate) for part in claim.parts]
         found += [(row.kind, "", row.estimate) for row in claim.rows]
         if claim.square is not None and claim.square.interaction is not None:
-            found.append(("both - data only - weights only + neither", "", claim.square.interaction))
+            found.append(("interaction", "", claim.square.interaction))
         rows += [[name, kind, bound, f"{e.value:+.2f}", interval(e)] for kind, bound, e in found]
-    return Table("Differences in points: what each claim needs, and beside it", head, rows, frozenset([3, 4]), 0)
+    title = "Differences in points: what claims need, and more (interaction: both - data only - weights only + neither)"
+    return Table(title, head, rows, frozenset([3, 4]), 0)
 
 
-def _square(claim: WeightClaim, where_of: Callable[[Group], str]) -> Table:
+def _square(claim: WeightClaim, data_of: Callable[[Group], str]) -> Table:
     found = claim.square
     assert found is not None
     cells = [
         [cell(claim.judge.accuracy(group, OWN) if group else None) for group in row]
         for row in ((found.neither, found.weights), (found.data, found.both))
     ]
-    rows = [["full", *cells[0]], [where_of(claim.winning), *cells[1]]]
+    rows = [["full", *cells[0]], [data_of(claim.winning), *cells[1]]]
     title = f"{claim_name(claim)}: 2 x 2, top-1 in %"
-    return Table(title, ["trained on", "dense", claim.weights.name], rows, frozenset([1, 2]), 1)
+    return Table(title, ["trained on", "dense", claim.weights.name], rows, frozenset([1, 2]), None)
 
 
 def weight_notes(judge: Judge, claims: Sequence[WeightClaim]) -> list[str]:
@@ -195,6 +198,10 @@ def weight_notes(judge: Judge, claims: Sequence[WeightClaim]) -> list[str]:
             f"whether there is room for tickets is not known without a random mask and dense: {', '.join(blind)}"
         )
     return notes
+
+
+def _list(*texts: str) -> str:
+    return ", ".join(filter(None, texts))
 
 
 def _share(sparsity: float) -> str:

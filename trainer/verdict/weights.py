@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from trainer.verdict.claim import Difference, Judge
 from trainer.verdict.groups import Group
-from trainer.verdict.runs import Weights
+from trainer.verdict.runs import DENSE, Weights
 from trainer.verdict.statistics import LEVEL, Estimate, Outcome, decide
 
 EQUAL = 0.02  # how far updates of two groups may be apart and count as as many, relative
-RANDOM, DENSE = "a random mask", "dense"
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _lth(judge: Judge, winning: Group, margin: float, level: float) -> WeightCla
     claim = WeightClaim(judge, "LTH", winning, margin, level)
     peers = _Peers(judge, winning)
     dense, random = peers.dense(), peers.random()
-    claim.ask("winning - dense", dense, -margin, peers.none(DENSE, peers.unmasked))
+    claim.ask("winning - dense", dense, -margin, peers.none("dense", peers.unmasked))
     for arm in ("reinit", "shuffled"):
         controls = peers.having(replace(claim.weights, arm=arm))
         claim.ask(f"winning - {arm}", peers.alike(controls), 0, peers.none(arm, controls))
@@ -159,7 +158,7 @@ def _dlth(judge: Judge, rst: Group, margin: float, level: float) -> WeightClaim:
     imp = [group for group in peers.groups if _is_imp(group.weights, claim.weights.sparsity)]
     claim.ask("rst - imp", peers.alike(imp), -margin, peers.none("winning tickets of imp", imp))
     others = ", ".join(sorted({_count(group.updates) for group in peers.masked}))
-    missing = f"no runs of {RANDOM} of as many updates, {_count(rst.updates)}"
+    missing = f"no runs of a random mask of as many updates, {_count(rst.updates)}"
     missing += f" (only of {others})" if others else ""
     claim.ask("rst - random mask of as many updates", _as_many(peers.masked, rst), 0, missing)
     claim.show("rst - dense of as many updates", rst, _as_many(peers.unmasked, rst))
@@ -173,7 +172,9 @@ def _lotus(judge: Judge, both: Group, margin: float, level: float) -> WeightClai
     neither, data, random = full.dense(), tickets.dense(), tickets.random()
     masked = patches.having(claim.weights)
     claim.ask("both - dense on all patches", neither, -margin, full.none("dense on all patches", full.unmasked))
-    claim.ask("both - tickets with a random mask", random, 0, tickets.none(f"tickets with {RANDOM}", tickets.masked))
+    claim.ask(
+        "both - tickets with a random mask", random, 0, tickets.none("tickets with a random mask", tickets.masked)
+    )
     what = "random patches with the mask"
     claim.ask(f"both - {what}", patches.alike(masked), 0, patches.none(what, masked))
     weights = full.alike(full.having(claim.weights))
@@ -203,9 +204,8 @@ class _Peers:
         set_id = None if arm == "full" else group.set_id
         every = [*judge.groups, *judge.ticketed]
         same = [g for g in every if g.arm == arm and g.tokens in tokens and g.set_id == set_id]
-        self.groups = [g for g in same if _but_epochs(g) == _but_epochs(group)]
-        dense = Weights("dense", "dense", 0.0, None)
-        self.unmasked = [*(g for g in self.groups if g.weights is None), *self.having(dense)]
+        self.groups = [g for g in same if g.but_epochs == group.but_epochs]
+        self.unmasked = [*(g for g in self.groups if g.weights is None), *self.having(DENSE)]
         self.masked = self.having(Weights("random", "random", weights_of(group).sparsity, None))
 
     def having(self, weights: Weights) -> list[Group]:
@@ -241,10 +241,6 @@ def weights_of(group: Group) -> Weights:
 def _is_imp(weights: Weights | None, sparsity: float) -> bool:
     """IMP's ticket, of any plan."""
     return weights is not None and (weights.arm, weights.method, weights.sparsity) == ("winning", "imp", sparsity)
-
-
-def _but_epochs(group: Group) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in group.differs if name != "epochs"]
 
 
 def _as_many(groups: Sequence[Group], like: Group) -> Group | None:
