@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from scipy import stats
-from test_verdict import FLAT, N, as_json, edit, sentences, verdict, write_arms, write_run
+from test_verdict import as_json, edit, mutated, sentences, verdict, write_arms, write_run
+
+from trainer.verdict.cli import main
 
 SPREAD = (-0.5, 0.0, 0.5)  # of three seeds: one standard deviation is half a point
 UPDATES = 100  # of 20 epochs
@@ -317,6 +321,14 @@ def test_data_claims_take_no_weight_tickets(tmp_path: Path) -> None:
     assert "Weight" not in alone and "epochs" not in alone
 
 
+def test_data_claims_keep_to_as_many_epochs(tmp_path: Path) -> None:
+    runs = [run for run in write_arms(tmp_path / "runs") if "full" not in run.name]
+    runs += write_group(tmp_path / "long", "dense", 57, epochs=40)
+    more = write_group(tmp_path / "w", "imp winning", 50, tickets="winning")
+    said = sentences(verdict(*runs, *more))
+    assert "K=20, epochs=20: cannot be told: no runs of full (c) with the arguments of winning (a)." in said
+
+
 def test_fields_of_a_run_without_a_ticket_may_be_null_or_not_there(tmp_path: Path) -> None:
     runs = write_arms(tmp_path / "runs")
     alone = verdict(*runs)
@@ -358,6 +370,24 @@ def test_refusals(tmp_path: Path) -> None:
     assert "LTH of imp" in verdict(*runs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_a_ticketed_runs_files_hold_ends_in_a_verdict_or_a_line(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    runs = write_lth(tmp_path / "runs", seeds=1)
+    sound = {path: path.read_bytes() for path in runs[1].iterdir()}
+    codes = []
+    for _ in range(60):
+        how = mutated(runs[1], rng)
+        result = CliRunner().invoke(main, [*map(str, runs)])
+        assert result.exit_code in (0, 1) and type(result.exception) in (SystemExit, type(None)), (how, result.exc_info)
+        assert result.exit_code == 0 or result.output.count("\n") == 1, (how, result.output)
+        codes.append(result.exit_code)
+        for path, data in sound.items():
+            path.write_bytes(data)
+    assert 20 <= sum(codes) < 60
+
+
 def test_the_picture_has_accuracy_against_sparsity(tmp_path: Path) -> None:
     data = [run for run in write_arms(tmp_path / "data") if "full" not in run.name]
     runs = write_lotus(tmp_path / "runs", (("winning", "dense"),))
@@ -374,4 +404,3 @@ def test_the_picture_has_accuracy_against_sparsity(tmp_path: Path) -> None:
     assert sizes == {"weights": (1200, 500), "both": (1200, 1000), "data": (1200, 500)}
     text = (tmp_path / "both" / "verdict.md").read_text()
     assert "Weight tickets: top-1" in text and "2 x 2" in text and "LOTUS of imp at s=0.9" in text
-    assert N == 36 and FLAT["full"][1] == 57

@@ -14,6 +14,7 @@ from trainer.verdict.runs import Run
 from trainer.verdict.statistics import LEVEL, Estimate, Outcome, Spread, bootstrap, contrast, decide, mean, pooled
 
 OWN = "own"  # each arm in the protocol it is trained for
+SEVERAL = "several groups of {}, none with the arguments of winning (a)"
 Side = tuple[Group, str]  # and the protocol it is tested under
 
 
@@ -91,7 +92,7 @@ class Judge:
 
     def reference(self, group: Group) -> Group | None:
         """The full runs (c) that a group is held against; of a model that packs its tickets, those at its own K."""
-        return _choose([c for c in self.full if c.tokens in (group.tokens, self.patches)], group)
+        return self._choose([c for c in self.full if c.tokens in (group.tokens, self.patches)], group)
 
     def share(self, group: Group) -> float:
         """Training cost of a group against full's, in multiply-accumulates; without full runs, against what they would cost."""
@@ -122,14 +123,14 @@ class Judge:
         return claims or ([] if self.ticketed else [_unheard("no runs of winning (a)")])
 
     def _claim(self, a: Group, random: Sequence[Group], margin: float) -> Claim:
-        b, c = _choose(random, a), self.reference(a)
+        b, c = self._choose(random, a), self.reference(a)
+        several = "no runs of {} with the arguments of winning (a)" if self.ticketed else SEVERAL
         missing = []
         if b is None:
-            several = f"several groups of random (b) at K={a.tokens}, none with the arguments of winning (a)"
-            missing.append(several if random else f"no runs of random (b) at K={a.tokens}")
+            name = f"random (b) at K={a.tokens}"
+            missing.append(several.format(name) if random else f"no runs of {name}")
         if c is None:
-            several = "several groups of full (c), none with the arguments of winning (a)"
-            missing.append(several if self.full else "no runs of full (c)")
+            missing.append(several.format("full (c)") if self.full else "no runs of full (c)")
         ab = None if b is None else self.difference("a - b", (a, "tickets"), (b, "tickets"))
         ac = None if c is None else self.difference("a - c", (a, "tickets"), (c, "all"))
         rival = None if b is None else self.difference("a - rival", (a, "tickets"), (b, "all"))
@@ -149,6 +150,14 @@ class Judge:
             return bootstrap(paired(*sides), level=level)
         added, taken = ([group.top1(protocol) for group, protocol in side] for side in (plus, minus))
         return contrast(added, taken, self.spreads[spread], level)
+
+    def _choose(self, candidates: Sequence[Group], a: Group) -> Group | None:
+        """The one of the same arguments as a, else the only one; beside weight tickets, where epochs differ unasked, of as many."""
+        same = [group for group in candidates if group.differs == a.differs]
+        if self.ticketed:
+            epochs = a.runs[0].args["epochs"]
+            candidates = [group for group in candidates if group.runs[0].args["epochs"] == epochs]
+        return same[0] if same else candidates[0] if len(candidates) == 1 else None
 
     def notes(self) -> list[str]:
         """What a reader should know of these figures."""
@@ -196,31 +205,25 @@ def paired(plus: Sequence[tuple[Run, str]], minus: Sequence[tuple[Run, str]]) ->
     Raises:
         TicketSetError: they have none in common.
     """
-    sides = [*plus, *minus]
-    first, last = sides[0][0], sides[-1][0]
-    places = {run.folder: pc.index_in(last.keys, run.keys) for run, _ in sides if not run.keys.equals(last.keys)}
+    signed = [(run, protocol, sign) for sign, side in ((1, plus), (-1, minus)) for run, protocol in side]
+    first, last = signed[0][0], signed[-1][0]
+    runs = [run for run, _, _ in signed]
+    places = [None if run.keys.equals(last.keys) else pc.index_in(last.keys, run.keys) for run in runs]
     common = np.ones(len(last.keys), bool)
-    for place in places.values():
-        common &= place.is_valid().to_numpy(zero_copy_only=False)
+    for place in places:
+        if place is not None:
+            common &= place.is_valid().to_numpy(zero_copy_only=False)
     if not common.any():
         raise TicketSetError(f"{first.folder} and {last.folder}: validated on no image in common; these do not compare")
-
-    def hits(run: Run, protocol: str) -> np.ndarray:
-        found = run.hits[protocol].astype(np.int8)
-        return found[places[run.folder].filter(pa.array(common)).to_numpy()] if run.folder in places else found[common]
-
-    total = [sum(hits(run, protocol) for run, protocol in side) for side in (plus, minus)]
-    return np.asarray(total[0] - total[1])
+    total = np.zeros(int(common.sum()), np.int8)
+    for (run, protocol, sign), place in zip(signed, places, strict=True):
+        chosen = common if place is None else place.filter(pa.array(common)).to_numpy()
+        total += sign * run.hits[protocol][chosen].astype(np.int8)
+    return total
 
 
 def _cell(group: Group) -> tuple[str | None, int]:
     return group.set_id, group.tokens
-
-
-def _choose(candidates: Sequence[Group], a: Group) -> Group | None:
-    """The one of the same arguments as a, else the only one."""
-    same = [group for group in candidates if group.differs == a.differs]
-    return same[0] if same else candidates[0] if len(candidates) == 1 else None
 
 
 def _unheard(missing: str, b: Group | None = None) -> Claim:

@@ -47,9 +47,9 @@ def main(folders: tuple[str, ...], output: str | None, margin: float, allow_diff
     better than one trained on random patches and tested on the tickets (b). It holds if, with 95 % certainty each, a - c is
     above -POINTS and a - b is above 0; it fails if one of them is surely below; else these runs cannot tell.
 
-    Runs with weight tickets are judged too: LTH (winning is as good as dense, better than reinit and than shuffled), DLTH (rst
-    is as good as imp, better than a random mask of as many updates), LOTUS (both tickets are as good as neither, better than
-    either with the other replaced by a random one), each at its sparsity, and whether that leaves room to show anything.
+    Of weight tickets, at each sparsity: LTH (winning ~ dense, better than the mask on other weights and than it shuffled), DLTH
+    (rst ~ imp, better than a random mask of as many updates), LOTUS (both tickets ~ neither, better than with one of them
+    random); and whether random masks leave room to show anything.
 
     Runs must share the images and every argument but --tickets, --tokens, --seed, --unmask-epochs, --resize-to-tokens and
     --model; beside weight tickets --epochs may differ too. Several seeds of each arm give intervals over seeds (three or more are wise); with one seed each, images are

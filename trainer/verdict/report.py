@@ -71,7 +71,7 @@ class Report:
 
     def reading(self) -> list[str]:
         """What the words of the tables mean."""
-        told = self.judges[0].claims(self.margin) or not self.ticketed
+        told = not self.ticketed or any(judge.claims(self.margin) for judge in self.judges)
         return [*READING[0 if told else 1 :], *(WEIGHT_READING if self.ticketed else ())]
 
     def title(self, judge: Judge) -> str:

@@ -9,7 +9,7 @@ from trainer.verdict.groups import Group, differing, place
 from trainer.verdict.sentences import RESAMPLED, interval
 from trainer.verdict.statistics import LEVEL
 from trainer.verdict.tables import Table, cell
-from trainer.verdict.weights import Part, WeightClaim
+from trainer.verdict.weights import Part, WeightClaim, sparsities
 
 WEIGHT_READING = (
     "Weights: winning: a mask on the weights it was found for; reinit: on others; shuffled: as many a layer at other places;",
@@ -187,7 +187,7 @@ def weight_notes(judge: Judge, claims: Sequence[WeightClaim]) -> list[str]:
         "unstructured zeros save no time by themselves: GMACs as run and the time are what it cost; in theory: zeros left out"
     ]
     if claims and claims[0].level != LEVEL:
-        judged = sorted({claim.weights.sparsity for claim in claims if not claim.missing})
+        judged = sparsities(claims)
         notes.append(
             f"{len(judged)} sparsities are judged ({', '.join(map(_share, judged))}), so each interval of a claim on weights is"
             f" at {_percent(claims[0].level)}, for {_percent(LEVEL)} in all (Bonferroni)"

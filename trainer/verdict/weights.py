@@ -109,8 +109,13 @@ def weight_claims(judge: Judge, margin: float) -> list[WeightClaim]:
     Bonferroni: with m of them, each interval is one of 1 - (1 - LEVEL) / m.
     """
     claims = _claims(judge, margin, LEVEL)
-    judged = {claim.weights.sparsity for claim in claims if not claim.missing}
+    judged = sparsities(claims)
     return claims if len(judged) < 2 else _claims(judge, margin, 1 - (1 - LEVEL) / len(judged))
+
+
+def sparsities(claims: Sequence[WeightClaim]) -> list[float]:
+    """At which anything is compared."""
+    return sorted({claim.weights.sparsity for claim in claims if claim.parts})
 
 
 def _claims(judge: Judge, margin: float, level: float) -> list[WeightClaim]:
