@@ -9,9 +9,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from scipy import stats
-from test_verdict import as_json, edit, mutated, sentences, verdict, write_arms, write_run
+from test_verdict import edit, mutated, sentences, verdict, write_arms, write_run
 
 from trainer.verdict.cli import main
+from trainer.verdict.files import as_json
+from trainer.verdict.report import verdict as judge_runs
 
 SPREAD = (-0.5, 0.0, 0.5)  # of three seeds: one standard deviation is half a point
 UPDATES = 100  # of 20 epochs
@@ -59,8 +61,13 @@ def write_lth(root: Path, seeds: int = 3, without: str = "none", **shift: float)
     return [run for name, top1 in moved.items() for run in write_group(root, name, top1, seeds)]
 
 
-def claims(out: Path, *arguments: object) -> list[dict[str, Any]]:
-    return as_json(out, *arguments)["models"][0]["weights"]["claims"]
+def figures(*runs: Path, margin: float = 1.0) -> dict[str, Any]:
+    """What verdict.json holds of the one model, without drawing."""
+    return as_json(judge_runs(runs, float(margin)))["models"][0]
+
+
+def claims(*runs: Path, margin: float = 1.0) -> list[dict[str, Any]]:
+    return figures(*runs, margin=margin)["weights"]["claims"]
 
 
 def values(claim: dict[str, Any]) -> dict[str, float]:
@@ -84,7 +91,7 @@ def values(claim: dict[str, Any]) -> dict[str, float]:
 )  # fmt: skip
 def test_lth(tmp_path: Path, shift: dict[str, float], margin: float, outcome: str, words: str) -> None:
     runs = write_lth(tmp_path / "runs", **shift)
-    (claim,) = claims(tmp_path / "out", *runs, "--margin", margin)
+    (claim,) = claims(*runs, margin=margin)
     assert (claim["claim"], claim["outcome"], claim["weight_sparsity"]) == ("LTH", outcome, 0.9)
     said = sentences(verdict(*runs, "--margin", margin))
     assert said.startswith("deit_tiny, full, LTH of imp at s=0.9: ") and words in said
@@ -101,7 +108,7 @@ def test_a_failing_claim_names_each_part_that_fails_first(tmp_path: Path) -> Non
 
 def test_figures_of_lth(tmp_path: Path) -> None:
     """Three seeds of five arms: 10 degrees of freedom, half a point of standard deviation."""
-    (claim,) = claims(tmp_path / "out", *write_lth(tmp_path / "runs"))
+    (claim,) = claims(*write_lth(tmp_path / "runs"))
     assert values(claim) == pytest.approx(
         {"winning - dense": 5, "winning - reinit": 10, "winning - shuffled": 15, "winning - random mask": 20,
          "random mask - dense": -15, "winning - dense of as many updates": 5}
@@ -128,6 +135,9 @@ def test_arms_of_another_number_of_epochs_are_no_controls(tmp_path: Path) -> Non
     runs += write_group(tmp_path / "long", "dense", 71, epochs=40)
     output = verdict(*runs)  # epochs may differ beside weight tickets
     assert "cannot be told: no runs of dense of as many epochs" in sentences(output)
+    more = write_lth(tmp_path / "more", without="reinit")
+    more += write_group(tmp_path / "long", "imp reinit", 65, epochs=40)
+    assert "cannot be told: no runs of reinit of as many epochs; " in sentences(verdict(*more))
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert any(line.startswith("full dense 0 40 3 71.00 ") and " 200 0 " in line for line in lines)
     plain = write_arms(tmp_path / "plain", seeds=1)
@@ -136,7 +146,7 @@ def test_arms_of_another_number_of_epochs_are_no_controls(tmp_path: Path) -> Non
 
 def test_tickets_of_several_seeds_are_one_group(tmp_path: Path) -> None:
     runs = write_lth(tmp_path / "runs")
-    found = as_json(tmp_path / "out", *runs)["models"][0]["weights"]["groups"]
+    found = figures(*runs)["weights"]["groups"]
     assert [(g["weight_arm"], g["seeds"]) for g in found] == [
         (arm, [0, 1, 2]) for arm in ("winning", "reinit", "shuffled", "random")
     ]
@@ -170,7 +180,7 @@ def test_mixed_plans_are_refused_unless_told_apart(tmp_path: Path) -> None:
 def test_levels_without_controls_are_rows_alone(tmp_path: Path) -> None:
     runs = write_lth(tmp_path / "runs")
     levels = [run for s in (0.369, 0.602) for run in write_group(tmp_path / "levels", "imp winning", 74, s=s)]
-    (claim,) = claims(tmp_path / "out", *runs, *levels)
+    (claim,) = claims(*runs, *levels)
     assert claim["outcome"] == "holds" and claim["level"] == 0.95  # one sparsity is judged
     assert " 0.602 " in verdict(*runs, *levels)
     alone = sentences(verdict(*levels, *(run for run in runs if "dense" in run.name)))
@@ -185,7 +195,7 @@ def test_several_sparsities_are_judged_at_bonferronis_level(tmp_path: Path) -> N
     for name, top1 in LTH.items():
         if name != "dense":
             runs += write_group(tmp_path / "more", name, top1, s=0.95)
-    first, second = claims(tmp_path / "out", *runs)
+    first, second = claims(*runs)
     assert (first["weight_sparsity"], second["weight_sparsity"]) == (0.9, 0.95)
     assert first["level"] == second["level"] == pytest.approx(0.975)
     half = stats.t.ppf(1 - 0.0125, 18) * 0.5 * (2 / 3) ** 0.5
@@ -217,14 +227,14 @@ def write_dlth(root: Path, rst: float = 75, random: float = 70, epochs: int = 30
 )  # fmt: skip
 def test_dlth(tmp_path: Path, changed: dict[str, float], outcome: str, words: str) -> None:
     runs = write_dlth(tmp_path / "runs", **changed)
-    (found,) = (claim for claim in claims(tmp_path / "out", *runs) if claim["claim"] == "DLTH")
+    (found,) = (claim for claim in claims(*runs) if claim["claim"] == "DLTH")
     assert (found["outcome"], found["weight_method"]) == (outcome, "rst")
     assert "DLTH of rst at s=0.9: " in found["sentence"] and words in found["sentence"]
 
 
 def test_dlth_beside_dense_of_as_many_updates(tmp_path: Path) -> None:
     runs = [*write_dlth(tmp_path / "runs"), *write_group(tmp_path / "runs", "dense", 71, epochs=30)]
-    dlth = claims(tmp_path / "out", *runs)[-1]
+    dlth = claims(*runs)[-1]
     assert dlth["outcome"] == "holds" and values(dlth)["rst - dense of as many updates"] == pytest.approx(4)
     # RST's own random arm starts from transformed weights, so it is no control.
     own = [*write_dlth(tmp_path / "own", epochs=20), *write_group(tmp_path / "own", "rst random", 60, mining=50)]
@@ -261,7 +271,7 @@ def write_lotus(root: Path, without: tuple[tuple[str, str], ...] = (), **shift: 
 )  # fmt: skip
 def test_lotus(tmp_path: Path, shift: dict[str, float], outcome: str, words: str) -> None:
     runs = write_lotus(tmp_path / "runs", **shift)
-    found = claims(tmp_path / "out", *runs)[-1]
+    found = claims(*runs)[-1]
     assert (found["claim"], found["outcome"], found["tokens"]) == ("LOTUS", outcome, 20)
     assert (
         found["sentence"].startswith("deit_tiny, winning K=20, LOTUS of imp at s=0.9: ") and words in found["sentence"]
@@ -270,7 +280,7 @@ def test_lotus(tmp_path: Path, shift: dict[str, float], outcome: str, words: str
 
 def test_the_2_x_2_and_its_interaction(tmp_path: Path) -> None:
     runs = write_lotus(tmp_path / "runs")
-    square = claims(tmp_path / "out", *runs)[-1]["square"]
+    square = claims(*runs)[-1]["square"]
     assert [square[name] for name in ("neither", "weights", "data", "both")] == pytest.approx([70, 73, 68, 76])
     # 76 - 68 - 73 + 70; four means of three seeds, 6 groups of 2 degrees of freedom each.
     half = stats.t.ppf(0.975, 12) * 0.5 * (4 / 3) ** 0.5
@@ -288,7 +298,7 @@ def test_the_2_x_2_and_its_interaction(tmp_path: Path) -> None:
 
 def test_lotus_without_its_controls(tmp_path: Path) -> None:
     gone = ("random", "imp winning"), ("full", "imp winning")
-    (claim,) = (c for c in claims(tmp_path / "out", *write_lotus(tmp_path / "runs", gone)) if c["claim"] == "LOTUS")
+    (claim,) = (c for c in claims(*write_lotus(tmp_path / "runs", gone)) if c["claim"] == "LOTUS")
     assert claim["outcome"] == "open" and claim["square"]["interaction"] is None and claim["square"]["weights"] is None
     assert "cannot be told: no runs of random patches with the mask; " in claim["sentence"]
 
@@ -296,7 +306,7 @@ def test_lotus_without_its_controls(tmp_path: Path) -> None:
 def test_one_seed_pairs_images(tmp_path: Path) -> None:
     """The first images are the right ones, so that pairs differ on 3 to 6 points of them alone."""
     runs = [run for (data, weights), top1 in LOTUS.items() for run in write_group(tmp_path / "runs", weights, top1, 1, tickets=data)]  # fmt: skip
-    claim = claims(tmp_path / "out", *runs)[-1]
+    claim = claims(*runs)[-1]
     assert claim["outcome"] == "holds" and claim["sentence"].endswith("says nothing about other seeds.)")
     interaction = claim["square"]["interaction"]
     # 0 to 68 and above 76 all agree; 68 to 70: 1 - 0 - 1 + 1; 70 to 73: 1 - 1; 73 to 76: 1: 5 of 100 images' sum.
@@ -314,10 +324,10 @@ def test_data_claims_take_no_weight_tickets(tmp_path: Path) -> None:
     output = verdict(*runs, *more)
     (claim,) = [line for line in sentences(alone).split("deit_tiny") if "claim holds" in line]
     assert claim.partition("(95")[0] in sentences(output)  # the spread is pooled over more runs now
-    found = as_json(tmp_path / "out", *runs, *more)["models"][0]
+    found = figures(*runs, *more)
     assert len(found["groups"]) == 3 and len(found["weights"]["groups"]) == 3
     assert found["verdicts"][0]["a_minus_c"]["value"] == pytest.approx(6)
-    assert "weights" not in as_json(tmp_path / "plain", *runs)["models"][0]
+    assert "weights" not in figures(*runs)
     assert "Weight" not in alone and "epochs" not in alone
 
 
