@@ -111,11 +111,19 @@ def test_figures_of_lth(tmp_path: Path) -> None:
     (claim,) = claims(*write_lth(tmp_path / "runs"))
     assert values(claim) == pytest.approx(
         {"winning - dense": 5, "winning - reinit": 10, "winning - shuffled": 15, "winning - random mask": 20,
-         "random mask - dense": -15, "winning - dense of as many updates": 5}
+         "random mask - dense": -15}
     )  # fmt: skip
     half = stats.t.ppf(0.975, 10) * 0.5 * (2 / 3) ** 0.5
     dense = claim["parts"][0]
     assert (dense["low"], dense["high"], dense["bound"]) == pytest.approx((5 - half, 5 + half, -1))
+    # Mining has its updates too: a dense training of as many in all stands beside the claim.
+    mined = write_lth(tmp_path / "mined", without="imp winning")
+    mined += write_group(tmp_path / "mined", "imp winning", 75, mining=500)
+    mined += write_group(tmp_path / "long", "dense", 72, epochs=120)
+    found = values(claims(*mined)[0])
+    assert found["winning - dense"] == pytest.approx(5) and found[
+        "winning - dense of as many updates"
+    ] == pytest.approx(3)
 
 
 @pytest.mark.parametrize("arm", ["dense", "reinit", "shuffled"])
@@ -125,7 +133,7 @@ def test_lth_without_a_control_cannot_be_told(tmp_path: Path, arm: str) -> None:
     assert f"cannot be told: no runs of {arm}; " in said and "holds" not in said
     other = "shuffled" if arm == "reinit" else "reinit"
     moved = [run for name in LTH if arm not in name
-             for run in write_group(tmp_path / "m", name, LTH[name] + (12 if other in name else 0) + (10 if other in name else 0))]  # fmt: skip
+             for run in write_group(tmp_path / "m", name, LTH[name] + (22 if other in name else 0))]  # fmt: skip
     said = sentences(verdict(*moved))
     assert "the claim fails: " in said and said.endswith(f"; no runs of {arm}.")  # one part is enough to fail
 

@@ -88,10 +88,10 @@ def _draw_sparsities(report: Report, figure: Any) -> None:
             _draw_weights(report, judge, axis, full, number, handles)
         axis.set_title(title, fontsize=10)
         axis.minorticks_off()
+        if kept:
+            axis.set_xlim(kept[-1] * 1.3, kept[0] / 1.3)  # the sparsest to the right
         ticks = _apart(kept)
         axis.set_xticks(ticks, [f"{1 - x:.4g}" for x in ticks])
-        if kept:
-            axis.set_xlim(kept[-1] * 1.2, kept[0] / 1.2)  # the sparsest to the right
         _dress(axis)
     axes[0].set_ylabel("top-1, %")
     figure.supxlabel("sparsity: share of the prunable weights that are removed; equal ones side by side", fontsize=10)
@@ -107,7 +107,8 @@ def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: i
         names = [name, "" if full else report.data_of(group), group.differing]
         label = ", ".join(filter(None, [*names, judge.model if len(report.judges) > 1 else ""]))
         lines.setdefault(label.replace("$", r"\$"), []).append(group)
-    for index, (label, members) in enumerate(lines.items()):
+    dashed = sum(_is_dense(members[0]) for members in lines.values())
+    for index, (label, members) in enumerate(sorted(lines.items(), key=lambda line: not _is_dense(line[1][0]))):
         found = [(group, judge.accuracy(group, OWN)) for group in members]
         points = sorted((_kept(group), e.value, e.half or 0.0) for group, e in found if e is not None)
         if not points:
@@ -117,15 +118,17 @@ def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: i
         # Dense lines of one panel differ in their data or their epochs.
         looks = {"color": WEIGHT_COLORS[arm], "linestyle": STYLES[number % 4], "linewidth": 1.6}
         if arm == "dense":
-            dashes = sum(line.get_linestyle() == "--" for line in axis.get_lines())
-            drawn = axis.axhline(
-                ys[0], color="#000000", linestyle="--", linewidth=1.2, alpha=max(0.3, 0.9 - 0.25 * dashes)
-            )
+            looks |= {"linestyle": "--", "linewidth": 1.2, "alpha": max(0.3, 0.9 - 0.25 * index)}
+            drawn = axis.axhline(ys[0], **looks)
         else:
-            xs = tuple(x * (1 + SPAN * (0.5 - (index + 1) / (len(lines) + 1))) for x in xs)
+            xs = tuple(x * (1 + SPAN * (0.5 - (index - dashed + 1) / (len(lines) - dashed + 1))) for x in xs)
             marker = MARKERS[index % len(MARKERS)]
             drawn = axis.errorbar(xs, ys, yerr=halves, capsize=3, elinewidth=1.2, marker=marker, markersize=6, **looks)
         handles.setdefault(label, drawn)
+
+
+def _is_dense(group: Group) -> bool:
+    return group.weights is None or group.weights.arm == "dense"
 
 
 def _kept(group: Group) -> float:

@@ -152,7 +152,8 @@ def _lth(judge: Judge, winning: Group, margin: float, level: float) -> WeightCla
         claim.ask(f"winning - {arm}", peers.alike(controls), 0, peers.none(arm, controls))
     claim.show("winning - random mask", winning, random)
     claim.room = claim.show("random mask - dense", random, dense)
-    claim.show("winning - dense of as many updates", winning, _as_many(peers.unmasked, winning))
+    longer = _as_many(peers.unmasked, winning)
+    claim.show("winning - dense of as many updates", winning, longer if longer is not dense else None)
     return claim
 
 
