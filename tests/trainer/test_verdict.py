@@ -121,7 +121,9 @@ def test_pairs_are_images_not_positions(tmp_path: Path) -> None:
     x = read_run(write_run(tmp_path / "x", (60, 50, 40)))
     mixed = np.random.default_rng(0).permutation(IMAGES)[: IMAGES - 5]
     y = replace(x, keys=x.keys.take(pa.array(mixed)), hits={name: hits[mixed] for name, hits in x.hits.items()})
-    assert (paired(x, "tickets", y, "tickets") == 0).all() and len(paired(x, "all", y, "all")) == IMAGES - 5
+    same, every = ([(x, name)] for name in ("tickets", "all"))
+    assert (paired(same, [(y, "tickets")]) == 0).all() and len(paired(every, [(y, "all")])) == IMAGES - 5
+    assert (paired([(y, "all"), (x, "tickets")], [(x, "all"), (y, "tickets")]) == 0).all()
     assert (x.hits["all"][: IMAGES - 5] != y.hits["all"]).any()  # position by position they differ
 
 
@@ -136,10 +138,11 @@ def test_pairs_are_images_not_positions(tmp_path: Path) -> None:
         ((-0.9, 0.5), (-2, -0.1), "fails"),
         ((-0.9, 0.5), (-2, 0.0), "open"),
         ((None, None), (0.1, 2), "open"),
+        ((None, None), (-2, -0.1), "fails"),  # one part is enough
     ],
 )
 def test_decision(ac: tuple[float, float], ab: tuple[float, float], outcome: str) -> None:
-    assert decide(Estimate(0, *ac), Estimate(0, *ab), 1.0) == outcome
+    assert decide([(Estimate(0, *ac), -1.0), (Estimate(0, *ab), 0)]) == outcome
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Finished runs -> does a ~ c > b hold here? No torch: it starts in well under a second."""
+"""Finished runs -> does a ~ c > b hold here, and what do weight tickets show? No torch: it starts in well under a second."""

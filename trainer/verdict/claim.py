@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.errors import TicketSetError
 from trainer.options import PROTOCOLS
 from trainer.verdict.groups import Group
 from trainer.verdict.runs import Run
-from trainer.verdict.statistics import Estimate, Outcome, Spread, bootstrap, decide, difference, mean, pooled
+from trainer.verdict.statistics import LEVEL, Estimate, Outcome, Spread, bootstrap, contrast, decide, mean, pooled
 
 OWN = "own"  # each arm in the protocol it is trained for
+SEVERAL = "several groups of {}, none with the arguments of winning (a)"
+Side = tuple[Group, str]  # and the protocol it is tested under
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Difference:
 
     Attributes:
         kind: "a - c"; "a - b"; "a - rival" (random patches with a dense test, PatchDropout); "rival - c"; "whole - c"
-            (another arm tested on all patches).
+            (another arm tested on all patches). Of weight tickets: see `trainer.verdict.weights`.
     """
 
     kind: str
@@ -61,16 +64,19 @@ class Judge:
     """The groups of one model, and how certain their figures are.
 
     Attributes:
+        groups: without weight tickets, which a ~ c > b is about.
+        ticketed: with weight tickets.
         resampled: every group has one seed, so that intervals come from resampling images.
-        spreads: {protocol or OWN: Spread}, pooled over the groups; not used where `resampled`.
+        spreads: {protocol or OWN: Spread}, pooled over all groups; not used where `resampled`.
         full: the groups that c may be.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = list(groups)
+        self.groups = [group for group in groups if group.weights is None]
+        self.ticketed = [group for group in groups if group.weights is not None]
         self.model, self.patches = groups[0].model, groups[0].patches
         self.resampled = all(len(group.runs) == 1 for group in groups)
-        self.full = [group for group in groups if group.arm == "full"]
+        self.full = [group for group in self.groups if group.arm == "full"]
         samples = {p: [g.top1(p) for g in groups if p in g.protocols] for p in PROTOCOLS}
         samples[OWN] = [group.top1(group.own) for group in groups]
         self.spreads: dict[str, Spread] = {name: pooled(found) for name, found in samples.items()}
@@ -86,7 +92,7 @@ class Judge:
 
     def reference(self, group: Group) -> Group | None:
         """The full runs (c) that a group is held against; of a model that packs its tickets, those at its own K."""
-        return _choose([c for c in self.full if c.tokens in (group.tokens, self.patches)], group)
+        return self._choose([c for c in self.full if c.tokens in (group.tokens, self.patches)], group)
 
     def share(self, group: Group) -> float:
         """Training cost of a group against full's, in multiply-accumulates; without full runs, against what they would cost."""
@@ -98,14 +104,14 @@ class Judge:
     def differences(self) -> list[Difference]:
         """Every arm on whole images against c."""
         return [
-            self._difference("rival - c" if group.arm == "random" else "whole - c", group, "all", c, "all", "all")
+            self.difference("rival - c" if group.arm == "random" else "whole - c", (group, "all"), (c, "all"), "all")
             for group in self.groups
             for c in [self.reference(group)]
             if group.arm != "full" and c is not None
         ]
 
     def claims(self, margin: float) -> list[Claim]:
-        """One for every group of winning runs, and for every K that only random runs have."""
+        """One for every group of winning runs, and for every K that only random runs have; none beside weight tickets alone."""
         winning = [group for group in self.groups if group.arm == "winning"]
         random = [group for group in self.groups if group.arm == "random"]
         covered = {_cell(group) for group in winning}
@@ -114,33 +120,49 @@ class Judge:
             if _cell(b) not in covered:
                 covered.add(_cell(b))
                 claims.append(_unheard(f"no runs of winning (a) at K={b.tokens}", b))
-        return claims or [_unheard("no runs of winning (a)")]
+        return claims or ([] if self.ticketed else [_unheard("no runs of winning (a)")])
 
     def _claim(self, a: Group, random: Sequence[Group], margin: float) -> Claim:
-        b, c = _choose(random, a), self.reference(a)
+        b, c = self._choose(random, a), self.reference(a)
+        several = "no runs of {} with the arguments of winning (a)" if self.ticketed else SEVERAL
         missing = []
         if b is None:
-            several = f"several groups of random (b) at K={a.tokens}, none with the arguments of winning (a)"
-            missing.append(several if random else f"no runs of random (b) at K={a.tokens}")
+            name = f"random (b) at K={a.tokens}"
+            missing.append(several.format(name) if random else f"no runs of {name}")
         if c is None:
-            several = "several groups of full (c), none with the arguments of winning (a)"
-            missing.append(several if self.full else "no runs of full (c)")
-        ab = None if b is None else self._difference("a - b", a, "tickets", b, "tickets", OWN)
-        ac = None if c is None else self._difference("a - c", a, "tickets", c, "all", OWN)
-        rival = None if b is None else self._difference("a - rival", a, "tickets", b, "all", OWN)
-        outcome = "open" if ab is None or ac is None else decide(ac.estimate, ab.estimate, margin)
+            missing.append(several.format("full (c)") if self.full else "no runs of full (c)")
+        ab = None if b is None else self.difference("a - b", (a, "tickets"), (b, "tickets"))
+        ac = None if c is None else self.difference("a - c", (a, "tickets"), (c, "all"))
+        rival = None if b is None else self.difference("a - rival", (a, "tickets"), (b, "all"))
+        outcome = "open" if ab is None or ac is None else decide([(ac.estimate, -margin), (ab.estimate, 0)])
         return Claim(a.tokens, a.set_id, a, ac, ab, rival, " and ".join(missing), outcome)
 
-    def _difference(self, kind: str, x: Group, x_protocol: str, y: Group, y_protocol: str, spread: str) -> Difference:
+    def difference(self, kind: str, x: Side, y: Side, spread: str = OWN, level: float = LEVEL) -> Difference:
+        """x minus y, with an interval of `level`."""
+        return Difference(kind, *x, *y, self.contrast([x], [y], spread, level))
+
+    def contrast(
+        self, plus: Sequence[Side], minus: Sequence[Side], spread: str = OWN, level: float = LEVEL
+    ) -> Estimate:
+        """Some groups minus others, each tested under a protocol."""
         if self.resampled:
-            estimate = bootstrap(paired(x.runs[0], x_protocol, y.runs[0], y_protocol))
-        else:
-            estimate = difference(x.top1(x_protocol), y.top1(y_protocol), self.spreads[spread])
-        return Difference(kind, x, x_protocol, y, y_protocol, estimate)
+            sides = [[(group.runs[0], protocol) for group, protocol in side] for side in (plus, minus)]
+            return bootstrap(paired(*sides), level=level)
+        added, taken = ([group.top1(protocol) for group, protocol in side] for side in (plus, minus))
+        return contrast(added, taken, self.spreads[spread], level)
+
+    def _choose(self, candidates: Sequence[Group], a: Group) -> Group | None:
+        """The one of the same arguments as a, else the only one; beside weight tickets, where epochs differ unasked, of as many."""
+        same = [group for group in candidates if group.differs == a.differs]
+        if self.ticketed:
+            epochs = a.runs[0].args["epochs"]
+            candidates = [group for group in candidates if group.runs[0].args["epochs"] == epochs]
+        return same[0] if same else candidates[0] if len(candidates) == 1 else None
 
     def notes(self) -> list[str]:
         """What a reader should know of these figures."""
-        single = list(dict.fromkeys(f"{g.name} K={g.tokens}" for g in self.groups if len(g.runs) == 1))
+        groups = [*self.groups, *self.ticketed]
+        single = list(dict.fromkeys(f"{g.name} K={g.tokens}" for g in groups if len(g.runs) == 1))
         notes = []
         if single and not self.resampled:
             notes.append(
@@ -177,30 +199,31 @@ def key_notes(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def paired(x: Run, x_protocol: str, y: Run, y_protocol: str) -> np.ndarray:
-    """Hits of x minus hits of y on the images that both have: int8 [images] of -1, 0, 1.
+def paired(plus: Sequence[tuple[Run, str]], minus: Sequence[tuple[Run, str]]) -> np.ndarray:
+    """Hits of some runs minus hits of others, each under a protocol, on the images that all have: int8 [images].
 
     Raises:
         TicketSetError: they have none in common.
     """
-    ours, theirs = x.hits[x_protocol], y.hits[y_protocol]
-    if not x.keys.equals(y.keys):
-        places = pc.index_in(y.keys, x.keys)
-        found = places.is_valid().to_numpy(zero_copy_only=False)
-        ours, theirs = ours[places.drop_null().to_numpy()], theirs[found]
-        if not len(ours):
-            raise TicketSetError(f"{x.folder} and {y.folder}: validated on no image in common; these do not compare")
-    return ours.astype(np.int8) - theirs.astype(np.int8)
+    signed = [(run, protocol, sign) for sign, side in ((1, plus), (-1, minus)) for run, protocol in side]
+    first, last = signed[0][0], signed[-1][0]
+    runs = [run for run, _, _ in signed]
+    places = [None if run.keys.equals(last.keys) else pc.index_in(last.keys, run.keys) for run in runs]
+    common = np.ones(len(last.keys), bool)
+    for place in places:
+        if place is not None:
+            common &= place.is_valid().to_numpy(zero_copy_only=False)
+    if not common.any():
+        raise TicketSetError(f"{first.folder} and {last.folder}: validated on no image in common; these do not compare")
+    total = np.zeros(int(common.sum()), np.int8)
+    for (run, protocol, sign), place in zip(signed, places, strict=True):
+        chosen = common if place is None else place.filter(pa.array(common)).to_numpy()
+        total += sign * run.hits[protocol][chosen].astype(np.int8)
+    return total
 
 
 def _cell(group: Group) -> tuple[str | None, int]:
     return group.set_id, group.tokens
-
-
-def _choose(candidates: Sequence[Group], a: Group) -> Group | None:
-    """The one of the same arguments as a, else the only one."""
-    same = [group for group in candidates if group.differs == a.differs]
-    return same[0] if same else candidates[0] if len(candidates) == 1 else None
 
 
 def _unheard(missing: str, b: Group | None = None) -> Claim:

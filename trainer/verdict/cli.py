@@ -47,8 +47,12 @@ def main(folders: tuple[str, ...], output: str | None, margin: float, allow_diff
     better than one trained on random patches and tested on the tickets (b). It holds if, with 95 % certainty each, a - c is
     above -POINTS and a - b is above 0; it fails if one of them is surely below; else these runs cannot tell.
 
+    Of weight tickets, at each sparsity: LTH (winning ~ dense, better than the mask on other weights and than it shuffled), DLTH
+    (rst ~ imp, better than a random mask of as many updates), LOTUS (both tickets ~ neither, better than with one of them
+    random); and whether random masks leave room to show anything.
+
     Runs must share the images and every argument but --tickets, --tokens, --seed, --unmask-epochs, --resize-to-tokens and
-    --model. Several seeds of each arm give intervals over seeds (three or more are wise); with one seed each, images are
+    --model; beside weight tickets --epochs may differ too. Several seeds of each arm give intervals over seeds (three or more are wise); with one seed each, images are
     resampled instead, which says nothing about other seeds.
     """
     from shards.errors import TicketSetError

@@ -11,8 +11,10 @@ from trainer.verdict.claim import OWN, Difference, Judge
 from trainer.verdict.groups import Group
 from trainer.verdict.plot import draw
 from trainer.verdict.report import Report
+from trainer.verdict.runs import DENSE
 from trainer.verdict.sentences import RESAMPLED
 from trainer.verdict.statistics import DRAWS, LEVEL, Estimate
+from trainer.verdict.weights import Part, Square, WeightClaim
 
 
 def write_files(report: Report, folder: Path) -> list[Path]:
@@ -67,7 +69,65 @@ def _model(report: Report, judge: Judge) -> dict[str, Any]:
             for claim, sentence in zip(claims, sentences, strict=True)
         ],
         "notes": [*report.model_notes(judge), *report.notes()],
+        **({"weights": _weights(report, judge)} if judge.ticketed else {}),
     }
+
+
+def _weights(report: Report, judge: Judge) -> dict[str, Any]:
+    """Groups with weight tickets, and the claims on them; plain (dense) runs stand among the model's groups."""
+    claims = zip(report.weight_claims(judge), report.weight_sentences(judge), strict=True)
+    return {
+        "groups": [_ticketed(report, judge, group) for group in judge.ticketed],
+        "claims": [_claim(report, claim, sentence) for claim, sentence in claims],
+    }
+
+
+def _ticketed(report: Report, judge: Judge, group: Group) -> dict[str, Any]:
+    costs = ("updates", "mining_updates", "train_gmacs", "sparse_gmacs", "dense_gmacs", "seconds")
+    return {
+        **_weight_names(report, group),
+        "own_protocol": group.own,
+        "seeds": [run.seed for run in group.runs],
+        "runs": [str(run.folder) for run in group.runs],
+        "top1": _accuracies(judge, group),
+        **{name: group.cost(name) for name in costs},
+    }
+
+
+def _claim(report: Report, claim: WeightClaim, sentence: str) -> dict[str, Any]:
+    return {
+        "claim": claim.name,
+        **_weight_names(report, claim.winning),
+        "outcome": claim.outcome,
+        "level": claim.level,
+        "parts": [_part(report, part) for part in claim.parts],
+        "rows": [_weight_difference(report, row) for row in claim.rows],
+        "square": _square(claim.square) if claim.square else None,
+        "missing": claim.missing,
+        "sentence": sentence,
+    }
+
+
+def _part(report: Report, part: Part) -> dict[str, Any]:
+    return {**_weight_difference(report, part.difference), "bound": part.bound, "outcome": part.outcome}
+
+
+def _weight_difference(report: Report, found: Difference) -> dict[str, Any]:
+    sides = {"first": _weight_names(report, found.first), "second": _weight_names(report, found.second)}
+    return {"kind": found.kind, **sides, **asdict(found.estimate)}
+
+
+def _square(square: Square) -> dict[str, Any]:
+    """Mean top-1 of the four, each as it is trained."""
+    groups = {name: getattr(square, name) for name in ("neither", "weights", "data", "both")}
+    means = {name: float(group.top1(group.own).mean()) if group else None for name, group in groups.items()}
+    return {**means, "interaction": asdict(square.interaction) if square.interaction else None}
+
+
+def _weight_names(report: Report, group: Group) -> dict[str, Any]:
+    weights = group.weights or DENSE
+    names = {"weight_arm": weights.arm, "weight_method": weights.method, "weight_sparsity": weights.sparsity}
+    return {**_names(report, group), **names, "weight_group_id": weights.plan}
 
 
 def _intervals(judge: Judge) -> dict[str, Any]:
@@ -78,18 +138,13 @@ def _intervals(judge: Judge) -> dict[str, Any]:
 
 
 def _group(report: Report, judge: Judge, group: Group) -> dict[str, Any]:
-    accuracy: dict[str, Any] = {}
-    for name in (*PROTOCOLS, OWN):
-        estimate: Estimate | None = judge.accuracy(group, name)
-        values = [] if estimate is None else group.top1(group.own if name == OWN else name).tolist()
-        accuracy[name] = None if estimate is None else {**asdict(estimate), "half": estimate.half, "runs": values}
     reference = judge.reference(group)
     return {
         **_names(report, group),
         "own_protocol": group.own,
         "seeds": [run.seed for run in group.runs],
         "runs": [str(run.folder) for run in group.runs],
-        "top1": accuracy,
+        "top1": _accuracies(judge, group),
         "train_gmacs": group.cost("train_gmacs"),
         "train_share_of_full": judge.share(group),
         "seconds": group.cost("seconds"),
@@ -97,6 +152,15 @@ def _group(report: Report, judge: Judge, group: Group) -> dict[str, Any]:
         "dense_gmacs": group.cost("dense_gmacs"),
         "test_gmacs": {name: group.test_gmacs(name) for name in PROTOCOLS},
     }
+
+
+def _accuracies(judge: Judge, group: Group) -> dict[str, Any]:
+    accuracy: dict[str, Any] = {}
+    for name in (*PROTOCOLS, OWN):
+        estimate: Estimate | None = judge.accuracy(group, name)
+        values = [] if estimate is None else group.top1(group.own if name == OWN else name).tolist()
+        accuracy[name] = None if estimate is None else {**asdict(estimate), "half": estimate.half, "runs": values}
+    return accuracy
 
 
 def _names(report: Report, group: Group) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs that may be compared, and those that differ in nothing but the seed as one group."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,14 +11,17 @@ import numpy as np
 from shards.console import printable
 from shards.errors import TicketSetError
 from trainer.options import ARMS, FREE_TO_CHANGE, PROTOCOLS
-from trainer.verdict.runs import Run
+from trainer.verdict.runs import Run, Weights
 
 ORDER = (*(arm for arm in ARMS if arm != "full"), "resized")  # of a table, below full
 # What tells arms apart, or names the set; base_set_id is compared on its own.
 ARM_FIELDS = frozenset(
     ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"]
     + ["set_id", "set_method", "base_set_id", "resolved_tokens"]
+    + ["weight_ticket", "weight_level", "weight_arm", "weight_start", "weight_ticket_id", "weight_group_id"]
+    + ["weight_method", "weight_sparsity", "weight_start_id"]
 )
+PLAN = "weight_group_id"  # what `allow_diff` may name of these: tickets of several plans
 # A resumed run may say these otherwise because its weights come from the checkpoint; here they are another experiment.
 START_FIELDS = frozenset(["initial_checkpoint", "pretrained"])
 FREE = (FREE_TO_CHANGE - START_FIELDS) | ARM_FIELDS
@@ -33,7 +36,8 @@ class Group:
         tokens: K, trained on and tested on; N for full.
         patches: N, of the un-resized view.
         set_id: None for full and resized.
-        differs: ((argument, value), ...) of those that --allow-diff names.
+        weights: what a weight ticket makes of it; None without one.
+        differs: ((argument, value), ...) of those that --allow-diff names; beside weight tickets also of `epochs`.
         runs: by seed.
     """
 
@@ -42,6 +46,7 @@ class Group:
     patches: int
     model: str
     set_id: str | None
+    weights: Weights | None
     differs: tuple[tuple[str, Any], ...]
     runs: tuple[Run, ...]
 
@@ -52,13 +57,19 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The arm, and what `allow_diff` lets differ."""
-        return f"{self.arm} {self.differing}".rstrip()
+        """The arm, its weights, and what `allow_diff` lets differ."""
+        weights = f"x {self.weights.name} s={self.weights.sparsity:.4g} " if self.weights else ""
+        return f"{self.arm} {weights}{self.differing}".rstrip()
 
     @property
     def differing(self) -> str:
         """`differs` as text; may be empty."""
-        return " ".join(f"{field}={_text(value)}" for field, value in self.differs)
+        return differing(self.differs)
+
+    @property
+    def but_epochs(self) -> tuple[tuple[str, Any], ...]:
+        """`differs` without epochs."""
+        return tuple(found for found in self.differs if found[0] != "epochs")
 
     @cached_property
     def protocols(self) -> tuple[str, ...]:
@@ -75,6 +86,13 @@ class Group:
         """A figure of `Run.cost`, mean over the runs."""
         return float(np.mean([run.cost[name] for run in self.runs]))
 
+    @property
+    def updates(self) -> float | None:
+        """Of the optimizer in training and in finding the mask, mean over the runs; None where older runs do not say."""
+        if any("updates" not in run.cost for run in self.runs):
+            return None
+        return float(np.mean([run.cost["updates"] + run.cost.get("mining_updates", 0) for run in self.runs]))
+
     def test_gmacs(self, protocol: str) -> float | None:
         """GMACs of one image's forward under a protocol, or None where it was not tested so."""
         return self.runs[0].cost["test_gmacs"].get(protocol) if protocol in self.protocols else None
@@ -87,9 +105,10 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str]) -> None:
         TicketSetError: other base images, or other arguments; names the arguments and two folders' values.
     """
     comparable = {name for run in runs for name in run.args} - FREE
-    unknown = [name for name in allowed if name not in comparable]
+    known = comparable | ({PLAN} if _ticketed(runs) else set())
+    unknown = [name for name in allowed if name not in known]
     if unknown:
-        raise TicketSetError(f"`allow_diff` {unknown[0]}: expected one of {', '.join(sorted(comparable))}")
+        raise TicketSetError(f"`allow_diff` {unknown[0]}: expected one of {', '.join(sorted(known))}")
     first = runs[0]
     for run in runs:
         if run.args["base_set_id"] != first.args["base_set_id"]:
@@ -98,7 +117,7 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str]) -> None:
                 f" than {first.folder} ({first.args['base_set_id'][:16]}); these do not compare"
             )
     differing = {}
-    for name in sorted(comparable - set(allowed)):
+    for name in sorted(comparable - set(_telling(runs, allowed))):
         other = next((run for run in runs if run.args.get(name) != first.args.get(name)), None)
         if other is not None:
             differing[name] = (
@@ -113,32 +132,69 @@ def group_runs(runs: Sequence[Run], allowed: Sequence[str]) -> list[Group]:
     """Groups in a table's order: by model; full, then K by K, arm by arm.
 
     Raises:
-        TicketSetError: a group holds one seed twice.
+        TicketSetError: a group holds one seed twice, or tickets of two plans that nothing tells apart.
     """
+    telling = _telling(runs, allowed)
     by_key: dict[tuple[Any, ...], dict[int, Run]] = {}
     for run in runs:
-        differs = _differing(run, runs, allowed)
+        weights = run.weights
+        if weights is not None and weights.plan is not None and PLAN in allowed:
+            weights = replace(weights, mark=weights.plan[:8])
         key = (
             run.arm,
             run.args["resolved_tokens"],
             run.cost["patches"],
             run.args["model"],
             run.set_id,
-            json.dumps(differs),
+            weights,
+            json.dumps(_differing(run, runs, telling)),
         )
         members = by_key.setdefault(key, {})
         if run.seed in members:
             why = "" if run.set_id else f" ({run.arm} runs of any ticket set and K are trained alike)"
+            if weights is not None and weights.plan is None:
+                why = f" ({weights.name} is the same whatever the weight ticket)"
             raise TicketSetError(
                 f"{run.folder} and {members[run.seed].folder}: the same arm and seed {run.seed} twice{why}; give one of them"
             )
         members[run.seed] = run
+    _check_plans(by_key)
     groups = []
-    for (arm, tokens, patches, model, set_id, _), members in by_key.items():
+    for (arm, tokens, patches, model, set_id, weights, _), members in by_key.items():
         ordered = tuple(members[seed] for seed in sorted(members))
-        differs = _differing(ordered[0], runs, allowed)
-        groups.append(Group(arm, tokens, patches, model, set_id, differs, ordered))
-    return sorted(groups, key=_place)
+        differs = _differing(ordered[0], runs, telling)
+        groups.append(Group(arm, tokens, patches, model, set_id, weights, differs, ordered))
+    return sorted(groups, key=place)
+
+
+def _ticketed(runs: Sequence[Run]) -> bool:
+    return any(run.weights is not None for run in runs)
+
+
+def _telling(runs: Sequence[Run], allowed: Sequence[str]) -> list[str]:
+    """Arguments that may differ and tell groups apart. Weight tickets need baselines of as many updates: other `epochs`."""
+    more = ["epochs"] if _ticketed(runs) else []
+    return [name for name in dict.fromkeys([*allowed, *more]) if name != PLAN]
+
+
+def _check_plans(by_key: Mapping[tuple[Any, ...], Mapping[int, Run]]) -> None:
+    """
+    Raises:
+        TicketSetError: weight tickets of two plans differ in nothing else; each seed has its own ticket, but of one plan.
+    """
+    first: dict[tuple[Any, ...], Run] = {}
+    for key, members in by_key.items():
+        weights = key[-2]
+        if weights is None or weights.mark:
+            continue
+        run = next(iter(members.values()))
+        other = first.setdefault((*key[:-2], replace(weights, plan=None), key[-1]), run)
+        if other is not run:
+            ids = " and ".join(one.args[PLAN][:8] for one in (other, run))
+            raise TicketSetError(
+                f"{other.folder} and {run.folder}: {weights.name} tickets of two plans, {PLAN} {ids};"
+                f" give one of them, or tell them apart with `allow_diff` {PLAN}"
+            )
 
 
 def _differing(run: Run, runs: Sequence[Run], allowed: Sequence[str]) -> tuple[tuple[str, Any], ...]:
@@ -148,10 +204,17 @@ def _differing(run: Run, runs: Sequence[Run], allowed: Sequence[str]) -> tuple[t
     return tuple((name, run.args.get(name)) for name in names)
 
 
-def _place(group: Group) -> tuple[Any, ...]:
+def place(group: Group) -> tuple[Any, ...]:
+    """In a table's order."""
     arm = group.arm.split(" +")[0]
     below = -1 if arm == "full" else ORDER.index(arm)
-    return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, group.name
+    weights = group.weights.place if group.weights else ()
+    return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, weights, group.name
+
+
+def differing(differs: Iterable[tuple[str, Any]]) -> str:
+    """Arguments and values as text; may be empty."""
+    return " ".join(f"{field}={_text(value)}" for field, value in differs)
 
 
 def _text(value: Any) -> str:

@@ -1,14 +1,17 @@
-"""Accuracy against training cost: one line an arm, one point a K; the full runs as a dashed line."""
+"""Accuracy against training cost: one line an arm, one point a K; the full runs as a dashed line. Of weight tickets:
+accuracy against sparsity, one line an arm, dense as a dashed line."""
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 from trainer.verdict.claim import OWN, Judge
-from trainer.verdict.groups import Group
+from trainer.verdict.groups import Group, place
 from trainer.verdict.report import Report, lettered
 from trainer.verdict.sentences import RESAMPLED
+from trainer.verdict.weight_report import dense_beside
 
-SIZE, DPI = (12.0, 5.0), 100  # 1200 x 500 pixels
+SIZE, DPI = (12.0, 5.0), 100  # 1200 x 500 pixels a row
 # Okabe and Ito's colors, told apart by the color-blind too; an arm always has the same one.
 COLORS = {
     "winning": "#0072B2",
@@ -19,8 +22,17 @@ COLORS = {
     "resized": "#56B4E9",
     "full": "#000000",
 }
+WEIGHT_COLORS = {
+    "winning": "#0072B2",
+    "reinit": "#E69F00",
+    "shuffled": "#009E73",
+    "random": "#D55E00",
+    "dense": "#000000",
+}
 MARKERS = "osD^vP*X"
+STYLES = ("-", ":", "-.", (0, (1, 3)))
 DODGE = 0.006  # between arms of the same cost, as a share of full's
+SPAN = 0.2  # of all arms of the same sparsity, as a share of what is left
 PANELS = (
     (OWN, "tested as trained: winning, random, ... on tickets;\nfull, unmasked, resized on all patches"),
     ("all", "every arm tested on all patches\n(random: PatchDropout)"),
@@ -28,10 +40,25 @@ PANELS = (
 
 
 def draw(report: Report) -> bytes:
-    """A PNG of SIZE; two panels that share the y axis."""
+    """A PNG of a row or two of SIZE: what data tickets cost, and what weight tickets leave."""
     from matplotlib.figure import Figure  # no pyplot: no screen, nothing global
 
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    tickets = any(group.arm != "full" for judge in report.judges for group in judge.groups)
+    rows = [
+        *([_draw_costs] if tickets or not report.ticketed else []),
+        *([_draw_sparsities] if report.ticketed else []),
+    ]
+    figure = Figure(figsize=(SIZE[0], SIZE[1] * len(rows)), dpi=DPI, layout="constrained")
+    parts: Any = figure.subfigures(len(rows), 1) if len(rows) > 1 else [figure]
+    for row, part in zip(rows, parts, strict=True):
+        row(report, part)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_costs(report: Report, figure: Any) -> None:
+    """Two panels that share the y axis."""
     axes = figure.subplots(1, 2, sharey=True)
     handles: dict[str, Any] = {}
     for axis, (protocol, title) in zip(axes, PANELS, strict=True):
@@ -40,25 +67,102 @@ def draw(report: Report) -> bytes:
         axis.set_title(title, fontsize=10)
         axis.set_xlim(left=0)
         axis.locator_params(axis="x", nbins=6)
-        axis.margins(y=0.08)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _dress(axis)
     axes[0].set_ylabel("top-1, %")
     cost = f"{report.unit()[0]} to train on one view (forward){_epochs(report)}; equal costs side by side"
     figure.supxlabel(cost, fontsize=10)
-    figure.suptitle(_title(report), fontsize=12)
+    _head(report, figure, "training cost", handles)
+
+
+def _draw_sparsities(report: Report, figure: Any) -> None:
+    """A panel for runs on all patches, and one for those on tickets."""
+    panels = {"trained and tested on all patches": True, "trained and tested on tickets, or on random patches": False}
+    groups = [group for judge in report.judges for group in judge.ticketed]
+    panels = {title: full for title, full in panels.items() if any((group.arm == "full") == full for group in groups)}
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    kept = sorted({_kept(group) for group in groups if group.weights and group.weights.arm != "dense"})
+    handles: dict[str, Any] = {}
+    for axis, (title, full) in zip(axes, panels.items(), strict=True):
+        axis.set_xscale("log")  # each level of IMP takes the same share of what is left
+        for number, judge in enumerate(report.judges):
+            _draw_weights(report, judge, axis, full, number, handles)
+        axis.set_title(title, fontsize=10)
+        axis.minorticks_off()
+        if kept:
+            axis.set_xlim(kept[-1] * 1.3, kept[0] / 1.3)  # the sparsest to the right
+        ticks = _apart(kept)
+        axis.set_xticks(ticks, [f"{1 - x:.4g}" for x in ticks])
+        _dress(axis)
+    axes[0].set_ylabel("top-1, %")
+    figure.supxlabel("sparsity: share of the prunable weights that are removed; equal ones side by side", fontsize=10)
+    _head(report, figure, "sparsity", handles)
+
+
+def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: int, handles: dict[str, Any]) -> None:
+    """All lines of one model in one panel."""
+    lines: dict[str, list[Group]] = {}
+    groups = [group for group in [*dense_beside(judge), *judge.ticketed] if (group.arm == "full") == full]
+    for group in sorted(groups, key=place):
+        name = group.weights.name if group.weights else "dense"
+        names = [name, "" if full else report.data_of(group), group.differing]
+        label = ", ".join(filter(None, [*names, judge.model if len(report.judges) > 1 else ""]))
+        lines.setdefault(label.replace("$", r"\$"), []).append(group)
+    dashed = sum(_is_dense(members[0]) for members in lines.values())
+    for index, (label, members) in enumerate(sorted(lines.items(), key=lambda line: not _is_dense(line[1][0]))):
+        found = [(group, judge.accuracy(group, OWN)) for group in members]
+        points = sorted((_kept(group), e.value, e.half or 0.0) for group, e in found if e is not None)
+        if not points:
+            continue
+        xs, ys, halves = zip(*points, strict=True)
+        arm = members[0].weights.arm if members[0].weights else "dense"
+        # Dense lines of one panel differ in their data or their epochs.
+        looks = {"color": WEIGHT_COLORS[arm], "linestyle": STYLES[number % 4], "linewidth": 1.6}
+        if arm == "dense":
+            looks |= {"linestyle": "--", "linewidth": 1.2, "alpha": max(0.3, 0.9 - 0.25 * index)}
+            drawn = axis.axhline(ys[0], **looks)
+        else:
+            xs = tuple(x * (1 + SPAN * (0.5 - (index - dashed + 1) / (len(lines) - dashed + 1))) for x in xs)
+            marker = MARKERS[index % len(MARKERS)]
+            drawn = axis.errorbar(xs, ys, yerr=halves, capsize=3, elinewidth=1.2, marker=marker, markersize=6, **looks)
+        handles.setdefault(label, drawn)
+
+
+def _is_dense(group: Group) -> bool:
+    return group.weights is None or group.weights.arm == "dense"
+
+
+def _kept(group: Group) -> float:
+    """Share of the prunable weights that are left."""
+    return max(1e-6, 1 - group.weights.sparsity) if group.weights else 1.0
+
+
+def _apart(values: Iterable[float], factor: float = 1.15) -> list[float]:
+    """Of rising values, those that have room for a label on an axis of logarithms."""
+    out: list[float] = []
+    for value in values:
+        if not out or value > out[-1] * factor:
+            out.append(value)
+    return out
+
+
+def _dress(axis: Any) -> None:
+    axis.margins(y=0.08)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _head(report: Report, figure: Any, against: str, handles: dict[str, Any]) -> None:
+    """Title and legend."""
+    figure.suptitle(f"Accuracy against {against} (bars: 95 % intervals, {_basis(report)})", fontsize=12)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
-def _title(report: Report) -> str:
+def _basis(report: Report) -> str:
     resampled = [judge.resampled for judge in report.judges]
     basis = RESAMPLED if all(resampled) else "over seeds"
     if any(resampled) and not all(resampled):
         basis = f"over seeds; where there is one: {RESAMPLED}"
-    return f"Accuracy against training cost (bars: 95 % intervals, {basis})"
+    return basis
 
 
 def _epochs(report: Report) -> str:
@@ -68,7 +172,7 @@ def _epochs(report: Report) -> str:
 
 def _draw_model(report: Report, judge: Judge, axis: Any, protocol: str, number: int, handles: dict[str, Any]) -> None:
     """All lines of one model; models differ in their line style."""
-    style = ("-", ":", "-.", (0, (1, 3)))[number % 4]
+    style = STYLES[number % 4]
     lines = _lines(report, judge)
     factor = report.unit()[1]
     widest = factor * max(group.cost("dense_gmacs") for group in judge.groups)

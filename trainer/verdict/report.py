@@ -3,18 +3,20 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from shards.console import duration, printable, table
+from shards.console import duration, printable
 from shards.errors import TicketSetError
 from trainer.options import PROTOCOLS
 from trainer.verdict.claim import OWN, Claim, Judge, judges_of, key_notes
 from trainer.verdict.groups import Group, check_comparable, group_runs
 from trainer.verdict.runs import LeftOut, Run, read_run
 from trainer.verdict.sentences import RESAMPLED, interval, sentence
-from trainer.verdict.statistics import DRAWS, Estimate
+from trainer.verdict.statistics import DRAWS
+from trainer.verdict.tables import Table, cell
+from trainer.verdict.weight_report import WEIGHT_READING, weight_notes, weight_sentence, weight_tables
+from trainer.verdict.weights import WeightClaim, weight_claims
 
 WIDTH = 120
 LETTERS = {"winning": "winning (a)", "random": "random (b)", "full": "full (c)"}
@@ -22,40 +24,6 @@ READING = (
     "a: trained on winning tickets, b: on random patches, both tested on the tickets; c: trained and tested on all patches.",
     "Tested on the selector's K patches (tickets), the whole image (all), K random patches (random). Last epoch, raw weights.",
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text.
-
-    Attributes:
-        right: the columns of figures.
-        by: the column at whose changes the screen shows a gap.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    right: frozenset[int]
-    by: int
-
-    def plain(self) -> str:
-        """For the screen."""
-        columns = list(zip(self.head, *self.rows, strict=True))
-        for i in self.right:
-            width = max(map(len, columns[i]))
-            columns[i] = tuple(cell.rjust(width) for cell in columns[i])
-        head, *rows = zip(*columns, strict=True)
-        first, *lines = table(rows, head).splitlines()
-        gaps = ["\n" if row[self.by] != last[self.by] else "" for row, last in zip(rows[1:], rows, strict=False)]
-        return "\n".join(
-            [f"{self.title}\n", first, *(gap + line for gap, line in zip(["", *gaps], lines, strict=True))]
-        )
-
-    def markdown(self) -> str:
-        """As a Markdown table under its title."""
-        lines = [self.head, ["---:" if i in self.right else "---" for i in range(len(self.head))], *self.rows]
-        return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 class Report:
@@ -76,17 +44,18 @@ class Report:
 
     def screen(self) -> str:
         """Plain text: what a, b and c are, each model's tables, the notes, and at last the sentences."""
-        parts = ["\n".join(READING)]
+        parts = ["\n".join(self.reading())]
         for judge in self.judges:
             parts += [self.title(judge), *(t.plain() for t in self.tables(judge)), _lines(self.model_notes(judge))]
-        sentences = [text for judge in self.judges for text in self.sentences(judge)]
+        sentences = [text for judge in self.judges for text in self.all_sentences(judge)]
         text = "\n\n".join([*parts, _lines(self.notes()), _lines(["VERDICT", *sentences])])
         return "\n".join(map(printable, text.split("\n")))  # folders may be called anything
 
     def markdown(self) -> str:
         """verdict.md."""
-        sentences = [f"- **{text}**" for judge in self.judges for text in self.sentences(judge)]
-        parts = ["# Verdict: does a ~ c > b hold?", "\n".join(READING), "\n".join(sentences)]
+        sentences = [f"- **{text}**" for judge in self.judges for text in self.all_sentences(judge)]
+        asked = "what do the weight tickets show?" if self.ticketed else "does a ~ c > b hold?"
+        parts = [f"# Verdict: {asked}", "\n".join(self.reading()), "\n".join(sentences)]
         parts.append("![accuracy against training cost](verdict.png)")
         for judge in self.judges:
             parts += [f"## {self.title(judge)}", *(t.markdown() for t in self.tables(judge))]
@@ -95,17 +64,30 @@ class Report:
         parts.append("Runs: " + ", ".join(f"`{run.folder}`" for run in self.runs))
         return "\n\n".join(parts) + "\n"
 
+    @property
+    def ticketed(self) -> bool:
+        """Whether there are runs with weight tickets."""
+        return any(judge.ticketed for judge in self.judges)
+
+    def reading(self) -> list[str]:
+        """What the words of the tables mean."""
+        told = not self.ticketed or any(judge.claims(self.margin) for judge in self.judges)
+        return [*READING[0 if told else 1 :], *(WEIGHT_READING if self.ticketed else ())]
+
     def title(self, judge: Judge) -> str:
         """Of a model's table: the model, and the sets of its runs."""
         sets = sorted(
-            {g.set_id for g in judge.groups if g.set_id} & self.set_names.keys(), key=self.set_names.__getitem__
+            {g.set_id for g in [*judge.groups, *judge.ticketed] if g.set_id} & self.set_names.keys(),
+            key=self.set_names.__getitem__,
         )
         names = ", ".join(self.set_names[s] for s in sets)
         return f"{judge.model}, {judge.patches} patches" + (f", tickets of {names}" if names else "")
 
     def tables(self, judge: Judge) -> list[Table]:
-        """Accuracy and cost; differences."""
+        """Accuracy and cost; differences; the same of weight tickets."""
         tables = [self._accuracies(judge), self._differences(judge)]
+        if judge.ticketed:
+            tables += weight_tables(judge, self.weight_claims(judge), self.data_of, *self.unit())
         return [found for found in tables if found.rows]
 
     def _accuracies(self, judge: Judge) -> Table:
@@ -115,7 +97,7 @@ class Report:
         head += [f"train {unit}", "train time", f"test {unit}"]
         rows = []
         for group in judge.groups:
-            cells = [_cell(judge.accuracy(group, protocol)) for protocol in PROTOCOLS]
+            cells = [cell(judge.accuracy(group, protocol)) for protocol in PROTOCOLS]
             names = [lettered(group), *([self.set_name(group.set_id)] if set_head else [])]
             rows.append([*names, str(group.tokens), str(len(group.runs)), *cells, *self._cost_cells(judge, group)])
         title = (
@@ -160,6 +142,24 @@ class Report:
             for claim in judge.claims(self.margin)
         ]
 
+    def weight_claims(self, judge: Judge) -> list[WeightClaim]:
+        """LTH, DLTH, LOTUS; none without weight tickets."""
+        return weight_claims(judge, self.margin)
+
+    def weight_sentences(self, judge: Judge) -> list[str]:
+        """The verdict on each of them."""
+        claims = self.weight_claims(judge)
+        return [weight_sentence(claim, f"{judge.model}, {self.data_of(claim.winning)}") for claim in claims]
+
+    def all_sentences(self, judge: Judge) -> list[str]:
+        """Of data tickets, then of weight tickets."""
+        return [*self.sentences(judge), *self.weight_sentences(judge)]
+
+    def data_of(self, group: Group) -> str:
+        """What a group was trained on: the set, where there are several, the arm and K."""
+        names = [self.set_name(group.set_id)] if group.set_id and len(self.set_names) > 1 else []
+        return ", ".join([*names, "full" if group.arm == "full" else f"{group.arm} K={group.tokens}"])
+
     def where(self, judge: Judge, claim: Claim) -> str:
         """What a sentence is about: the model, the tickets, K, and what `allow_diff` lets differ."""
         parts = [
@@ -178,13 +178,14 @@ class Report:
     def model_notes(self, judge: Judge) -> list[str]:
         """How a model's intervals were made, and what to be careful with."""
         if judge.resampled:
-            return [f"intervals: {RESAMPLED} (paired bootstrap, {DRAWS} draws)", *judge.notes()]
+            basis = f"intervals: {RESAMPLED} (paired bootstrap, {DRAWS} draws)"
+            return [basis, *judge.notes(), *weight_notes(judge, self.weight_claims(judge))]
         spread = judge.spreads[OWN]
         basis = (
             f"intervals: 95 %, Student's t over seeds, one standard deviation pooled over all rows of a column;"
             f" for a - c and a - b, each arm as it was trained, {spread.sd:.2f} points, {spread.df} degrees of freedom"
         )
-        return [basis, *judge.notes()]
+        return [basis, *judge.notes(), *weight_notes(judge, self.weight_claims(judge))]
 
     def notes(self) -> list[str]:
         """What all figures need."""
@@ -247,9 +248,3 @@ def _set_names(runs: Sequence[Run]) -> dict[str, str]:
 def lettered(group: Group) -> str:
     """Its name with (a), (b) or (c)."""
     return group.name.replace(group.arm, LETTERS.get(group.arm, group.arm), 1)
-
-
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "n/a"
-    return f"{estimate.value:.2f} ±{'?' if estimate.half is None else f'{estimate.half:.2f}'}"

@@ -18,7 +18,7 @@ from trainer.options import ARMS, PROTOCOLS
 TOP1_TOLERANCE = 0.01  # points
 MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
 MAX_IMAGES = 1 << 22  # rows
-
+WEIGHT_ARMS = ("winning", "reinit", "shuffled", "random", "dense")
 
 COUNT, POSITIVE, AMOUNT, NAME = integer(0, 2**63), integer(1, 2**31), number(0, 1e15), text(200)
 # Of args.yaml and of final.json, what the verdict reads.
@@ -37,10 +37,23 @@ ARGUMENTS = fields(
         "resolved_tokens": POSITIVE,
     }
 )
+# And what a run with a weight ticket has more.
+WEIGHT_ARGUMENTS = fields(
+    {
+        "weight_ticket_id": NAME,
+        "weight_group_id": NAME,
+        "weight_method": NAME,
+        "weight_arm": one_of(*WEIGHT_ARMS),
+        "weight_sparsity": number(0, 1),
+    }
+)
+WEIGHT_COSTS = {"updates": COUNT, "mining_updates": COUNT, "sparse_gmacs": AMOUNT}
+# A removed weight that is not zero makes it another model.
+REMOVED = fields({"nonzero_under_mask": integer(0, 0)})
 
 
-def final_of(names: Sequence[str]) -> Check:
-    """final.json of a run that was tested under some protocols."""
+def final_of(names: Sequence[str], ticketed: bool = False) -> Check:
+    """final.json of a run that was tested under some protocols; `ticketed`: of one with a weight ticket."""
     costs = {
         "tokens": POSITIVE,
         "patches": POSITIVE,
@@ -48,9 +61,42 @@ def final_of(names: Sequence[str]) -> Check:
         "dense_gmacs": number(1e-9, 1e15),
         "seconds": AMOUNT,
         "test_gmacs": fields(dict.fromkeys(names, AMOUNT)),
+        **(WEIGHT_COSTS if ticketed else {}),
     }
     results = fields(dict.fromkeys(names, fields({"top1": number(0, 100)})))
-    return fields({"epoch": COUNT, "results": results, "cost": fields(costs)})
+    cost = fields(costs, {"updates": COUNT})
+    return fields({"epoch": COUNT, "results": results, "cost": cost}, {"weights": REMOVED})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weight ticket makes of a run, without its seed.
+
+    Attributes:
+        arm: of WEIGHT_ARMS.
+        method: how the mask was found: "imp", ...; the arm's own name where a mask or the lack of one is the same in all plans.
+        sparsity: share of the prunable weights that are removed.
+        plan: weight_group_id; None where the plan plays no part.
+        mark: the start of `plan` where plans are to be told apart by it, else empty.
+    """
+
+    arm: str
+    method: str
+    sparsity: float
+    plan: str | None
+    mark: str = ""
+
+    @property
+    def name(self) -> str:
+        """Without the sparsity: "imp winning", "random mask", "dense start" (of a ticket, without its mask)."""
+        if self.plan is None:
+            return {"random": "random mask", "dense": "dense start"}[self.arm]
+        return " ".join(filter(None, [self.method, self.arm, self.mark]))
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """In a table."""
+        return self.sparsity, self.plan is None, self.method, self.mark, WEIGHT_ARMS.index(self.arm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +106,8 @@ class Run:
     Attributes:
         args: args.yaml.
         top1: {protocol: percent}, raw weights, last epoch.
-        cost: final.json's: tokens, patches, train_gmacs, test_gmacs {protocol: GMACs}, dense_gmacs, seconds.
+        cost: final.json's: tokens, patches, train_gmacs, test_gmacs {protocol: GMACs}, dense_gmacs, seconds; updates, but
+            for older runs; with a weight ticket also mining_updates and sparse_gmacs.
         keys: of the validation images.
         hits: {protocol: bool [images]}, in the order of `keys`.
     """
@@ -90,6 +137,25 @@ class Run:
         """The ticket set; None where its tickets play no part in training: runs of any set of the base are the same."""
         return None if self.arm in ("full", "resized") else self.args["set_id"]
 
+    @property
+    def weights(self) -> Weights | None:
+        """Its weight ticket's part; None without one."""
+        if self.args.get("weight_ticket_id") is None:
+            return None
+        arm, method = self.args["weight_arm"], self.args["weight_method"]
+        sparsity = round(self.args["weight_sparsity"], 6)  # that of a level is a power, an asked one is typed
+        if arm == "winning" and method == "random":
+            arm = "random"  # the ticket of a random mask is the control itself
+        elif arm == "winning" and self.args.get("weight_start"):
+            arm = "reinit"  # the mask on the start of another ticket, as rewinding needs it
+        # RST's start is not the first weights but transformed ones, so that none of its arms is another method's.
+        if arm in ("random", "dense") and method != "rst":
+            return Weights(arm, arm, sparsity, None)
+        return Weights(arm, method, sparsity, self.args["weight_group_id"])
+
+
+DENSE = Weights("dense", "dense", 0.0, None)  # a weight ticket's start without its mask
+
 
 class LeftOut(TicketSetError):
     """A folder with nothing wrong, and nothing for the verdict: `output/*` holds runs under way, selectors and other things."""
@@ -111,6 +177,9 @@ def read_run(folder: Path) -> Run:
         raise LeftOut(f"{folder}: not finished: no final.json; datalth-train --resume {folder} goes on")
     args = read_yaml(path)
     _check(ARGUMENTS, args, path)
+    ticketed = args.get("weight_ticket_id") is not None
+    if ticketed:
+        _check(WEIGHT_ARGUMENTS, args, path)
     try:
         json.dumps(args)  # so that any two values can be compared and shown
     except (TypeError, ValueError, RecursionError) as error:
@@ -127,7 +196,7 @@ def read_run(folder: Path) -> Run:
     results = final.get("results")
     if isinstance(results, dict) and [*results] == ["tickets"]:  # of ranked views whose last patches were cut off
         names = ["tickets"]
-    _check(final_of(names), final, path)
+    _check(final_of(names, ticketed), final, path)
     if final["epoch"] != args["epochs"] - 1:
         raise TicketSetError(f"{path}: expected epoch {args['epochs'] - 1}, the last, got {final['epoch']}")
     top1 = {name: float(final["results"][name]["top1"]) for name in names}
