@@ -34,14 +34,16 @@ CLASSES = {
     "sun": "\u2600",
     "umbrella": "\u2602",
 }
-OTHERS = "\u265b\u265c\u265f\u2601\u2605\u260e\u2618\u2622\u262f\u2640\u2642\u2660\u2663\u266b\u2694\u2696\u2699\u2709\u2744"
+OTHERS = (
+    "\u265b\u265c\u265f\u2601\u2605\u260e\u2618\u2622\u262f\u2640\u2642\u2660\u2663\u266b\u2694\u2696\u2699\u2709\u2744"
+)
 
 
 @cache
 def symbol(text: str) -> Image.Image:
-    """A symbol as large as it can be drawn from, L."""
+    """A symbol, somewhat larger than it will stand in a picture: L."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(path), 128)
+    font = ImageFont.truetype(str(path), 64)
     box = font.getbbox(text)
     image = Image.new("L", (int(box[2] - box[0]), int(box[3] - box[1])))
     ImageDraw.Draw(image).text((-box[0], -box[1]), text, 255, font)

@@ -20,10 +20,10 @@ from typing import Any
 
 import click
 import numpy as np
-from commands import BIN, HERE, figures, mine, plus_minus, run_all, say, show, training, write_table
-from weights import SELECTOR, weights
 
+from commands import BIN, HERE, figures, mine, plus_minus, run_all, say, show, training, write_table
 from trainer.verdict.statistics import difference, mean, pooled
+from weights import SELECTOR, Study, oneshot, weights
 
 AT_ONCE = 2  # trainings
 SWIN = ["embed_dim=24", "depths=(2,2,2)", "num_heads=(1,2,4)"]
@@ -59,7 +59,7 @@ main.add_command(weights)
 @main.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
 def demo(out: Path) -> None:
-    """Winning tickets, random ones and all patches, two seeds each, at 9 of 36 patches."""
+    """Winning tickets, random ones and all patches, two seeds each, at 9 of 36 patches. And a weight ticket."""
     start = time.perf_counter()
     digits, base, tickets, runs = out / "digits", out / "base", out / "tickets", out / "runs"
     say("Pictures: a digit among fragments of others; where it stands is known, but no model is told")
@@ -83,6 +83,16 @@ def demo(out: Path) -> None:
                  for seed in (0, 1) for arm in ("winning", "random")])  # fmt: skip
     say("The verdict")
     show("datalth-verdict", *sorted(p.parent for p in runs.glob("*/final.json")), "-o", out / "verdict")
+    say("A weight ticket: the largest tenth of the weights after a short training, and two controls")
+    short = Study(out / "weights", tickets, 2, ["--tickets", "winning"])
+    run_all([command for seed in (0, 1) for command in oneshot(short, seed)], AT_ONCE)
+    finished = sorted(path.parent for path in short.home.glob("**/final.json"))
+    show("datalth-verdict", *finished, "-o", out / "verdict-weights")
+    click.echo(
+        "\nThis shows what such a ticket must pass, not whether tickets of weights exist: it wins only where the same mask on"
+        " fresh weights (reinit) and as many weights at other places of each layer (shuffled) do worse, and two epochs and two"
+        " seeds tell little. Iterative pruning of trained models, five seeds: study.py weights."
+    )
     click.echo(
         f"\nDone in {time.perf_counter() - start:.0f} s. Look at {out}/tickets.png (pictures and their tickets)"
         f" and {out}/verdict/verdict.png (accuracy against cost)."

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 import numpy as np
-from commands import HERE, RECIPE, Command, figures, mine, plus_minus, run_all, show, training, write_table
 
+from commands import HERE, RECIPE, Command, figures, mine, plus_minus, run_all, show, training, write_table
 from trainer.config import read_yaml
 from trainer.verdict.statistics import difference, mean, pooled
 
@@ -242,9 +242,10 @@ def rows(runs: Iterable[Path]) -> list[str]:
     for run in runs:
         args = read_yaml(run / "args.yaml")
         cost = json.loads((run / "final.json").read_text(encoding="utf-8"))["cost"]
-        method = args["weight_method"] and f"{args['weight_method']} {args['weight_arm']}"
+        method, arm = args["weight_method"], args["weight_arm"]
+        name = "random mask" if "random" in (method, arm) else f"{method} {arm}" if method else "dense"
         sparsity = round(args["weight_sparsity"] or 0.0, 3)
-        key = (args["tickets"], method or "dense", sparsity, cost["updates"], cost.get("mining_updates", 0))
+        key = (args["tickets"], name, sparsity, cost["updates"], cost.get("mining_updates", 0))
         top1.setdefault(key, []).append(figures(run)["all" if args["tickets"] == "full" else "tickets"])
     samples = {key: np.array(values) for key, values in top1.items()}
     spread = pooled([*samples.values()])
