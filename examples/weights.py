@@ -152,10 +152,10 @@ def weights(
         name: Study(out / f"weights-{name}", out / f"weights-{name}" / "tickets", epochs, flags)
         for name in ("digits", "symbols")
     }
-    if set(chosen) - {"symbols"} or tune:
-        digits_set(out, studies["digits"], pictures)
-    if "symbols" in chosen:
-        symbols_set(out, studies["symbols"], pictures)
+    wanted = {"digits": bool(set(chosen) - {"symbols"}) or tune, "symbols": "symbols" in chosen}
+    for name, make in (("digits", digits_set), ("symbols", symbols_set)):
+        if wanted[name] and not (studies[name].tickets / "manifest.json").exists():  # one from elsewhere will do
+            make(out, studies[name], pictures)
     if tune:
         tune_rst(studies["digits"], at_once)
     commands: list[Command] = []
