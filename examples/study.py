@@ -4,6 +4,7 @@
     python examples/study.py results --out .results   # an hour and more; run again, it goes on
     python examples/study.py families --out .results  # another hour
     python examples/study.py ranked --out .results    # two hours
+    python examples/study.py weights --out .results   # hours on two cores
 
 Every command is printed before it runs. Trainings run two at a time, one thread each, with logs beside their runs.
 """
@@ -11,25 +12,20 @@ Every command is printed before it runs. Trainings run two at a time, one thread
 import csv
 import itertools
 import json
-import os
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from trainer.verdict.statistics import Estimate, difference, mean, pooled
+from commands import BIN, HERE, figures, mine, plus_minus, run_all, say, show, training, write_table
+from trainer.verdict.statistics import difference, mean, pooled
+from weights import SELECTOR, Study, oneshot, weights
 
-HERE = Path(__file__).parent
-BIN = Path(sys.executable).parent
 AT_ONCE = 2  # trainings
-SELECTOR = "test_vit"  # the student's own model; examples/digits.yaml names it too
 SWIN = ["embed_dim=24", "depths=(2,2,2)", "num_heads=(1,2,4)"]
 LVVIT = ["embed_dim=64", "depth=4", "num_heads=4", "stem_width=16"]
 MODELS: dict[str, list[Any]] = {  # name: timm's model, its arguments, flags
@@ -47,60 +43,9 @@ CROPS = ["--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--hflip", 0]
 Job = tuple[str, Path, Sequence[object]]  # name of the run, ticket set, further flags
 
 
-def say(text: str) -> None:
-    click.secho(f"\n=== {text}", bold=True)
-
-
-def show(*words: object) -> None:
-    """Print a command, run it, and let it write to the screen.
-
-    Raises:
-        click.ClickException: it failed; it has said why.
-    """
-    texts = [str(word) for word in words]
-    click.echo(f"\n$ {shlex.join(texts)}")
-    program = [sys.executable] if texts[0].endswith(".py") else [str(BIN / texts.pop(0))]
-    if subprocess.run([*program, *texts], check=False).returncode:
-        raise click.ClickException("the command above failed")
-
-
 def train(runs: Path, jobs: Sequence[Job]) -> None:
-    """Train what is not finished, two at a time, and print a line when each is.
-
-    Raises:
-        click.ClickException: one failed; its log says why.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs if not (runs / job[0] / "final.json").exists()]
-    click.echo(f"\n{len(todo)} runs to train, {AT_ONCE} at a time; logs: {runs}/NAME.log")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(train_one, runs, *job) for job in todo]
-        try:
-            for done, future in enumerate(futures, 1):
-                click.echo(f"[{done}/{len(todo)}] {future.result()}")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def train_one(runs: Path, name: str, tickets: Path, flags: Sequence[object]) -> str:
-    words = ["datalth-train", "--shards", tickets, "-c", HERE / "digits.yaml", *flags]
-    texts = [str(word) for word in [*words, "--output", runs, "--experiment", name]]
-    click.echo(f"$ {shlex.join(texts)}")
-    start = time.perf_counter()
-    with open(runs / f"{name}.log", "ab") as log:
-        command = [str(BIN / texts[0]), *texts[1:], "--resume", "latest"]  # an interrupted run goes on
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, check=False, stdout=log, stderr=log, env=one_thread).returncode
-    if code:
-        raise click.ClickException(f"{name}: exit code {code}; see {runs / name}.log")
-    found = ", ".join(f"{protocol} {top1:.1f}" for protocol, top1 in figures(runs / name).items())
-    return f"{name}: {time.perf_counter() - start:.0f} s, top-1 on {found}"
-
-
-def mine(out: Path, *flags: object) -> None:
-    """Mine a set; one that is finished is opened and left as it is."""
-    show("datalth-mine", "--img-size", 96, "--out", out, *flags)
+    """Train what is not finished, two at a time."""
+    run_all([training(runs, name, tickets, *flags) for name, tickets, flags in jobs], AT_ONCE)
 
 
 @click.group()
@@ -108,10 +53,13 @@ def main() -> None:
     """Mine, look, train, judge: on cluttered digits."""
 
 
+main.add_command(weights)
+
+
 @main.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
 def demo(out: Path) -> None:
-    """Winning tickets, random ones and all patches, two seeds each, at 9 of 36 patches."""
+    """Winning tickets, random ones and all patches, two seeds each, at 9 of 36 patches. And a weight ticket."""
     start = time.perf_counter()
     digits, base, tickets, runs = out / "digits", out / "base", out / "tickets", out / "runs"
     say("Pictures: a digit among fragments of others; where it stands is known, but no model is told")
@@ -135,6 +83,16 @@ def demo(out: Path) -> None:
                  for seed in (0, 1) for arm in ("winning", "random")])  # fmt: skip
     say("The verdict")
     show("datalth-verdict", *sorted(p.parent for p in runs.glob("*/final.json")), "-o", out / "verdict")
+    say("A weight ticket: the largest tenth of the weights after a short training, and two controls")
+    short = Study(out / "weights", tickets, 2, ["--tickets", "winning"])
+    run_all([command for seed in (0, 1) for command in oneshot(short, seed)], AT_ONCE)
+    finished = sorted(path.parent for path in short.home.glob("**/final.json"))
+    show("datalth-verdict", *finished, "-o", out / "verdict-weights")
+    click.echo(
+        "\nThis shows what such a ticket must pass, not whether tickets of weights exist: it wins only where the same mask on"
+        " fresh weights (reinit) and as many weights at other places of each layer (shuffled) do worse, and two epochs and two"
+        " seeds tell little. Iterative pruning of trained models, five seeds: study.py weights."
+    )
     click.echo(
         f"\nDone in {time.perf_counter() - start:.0f} s. Look at {out}/tickets.png (pictures and their tickets)"
         f" and {out}/verdict/verdict.png (accuracy against cost)."
@@ -384,22 +342,6 @@ def against(found: list[dict[Any, np.ndarray]], ours: list[Any], theirs: list[An
             "" if ours == theirs else plus_minus(difference(first, second, spread), "+"),
         ]
     return cells
-
-
-def plus_minus(estimate: Estimate, sign: str = "") -> str:
-    """A figure and half its interval."""
-    return f"{estimate.value:{sign}.1f} ±{estimate.half or float('nan'):.1f}"
-
-
-def write_table(path: Path, lines: list[str]) -> None:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    click.echo("\n" + path.read_text(encoding="utf-8"))
-
-
-def figures(run: Path) -> dict[str, float]:
-    """Top-1 by protocol."""
-    results = json.loads((run / "final.json").read_text(encoding="utf-8"))["results"]
-    return {protocol: found["top1"] for protocol, found in results.items()}
 
 
 def judge(runs: Path, names: Sequence[str], out: Path) -> None:

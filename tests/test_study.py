@@ -1,0 +1,91 @@
+"""The studies of examples/: their second set of pictures, what waits for what, and the smallest one to its end."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = {
+    "mine": "miner.cli",
+    "train": "trainer.cli",
+    "weights": "trainer.weights.cli",
+    "verdict": "trainer.verdict.cli",
+}
+
+
+@pytest.fixture
+def example(monkeypatch) -> Any:
+    """Imports a file of examples/ by its name."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for name in ("commands", "weights", "make_symbols"):  # `weights` is too plain a name to stay
+        sys.modules.pop(name, None)
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def test_symbols_are_a_function_of_the_seed_and_stand_where_masks_say(example, tmp_path):
+    main = example("make_symbols").main
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        flags = ["--out", str(tmp_path / name), "--train", "10", "--val", "1", "--seed", seed]
+        assert CliRunner().invoke(main, flags).exit_code == 0
+    first, again, other = (written(tmp_path / name) for name in "abc")
+    assert first == again and first.keys() == other.keys() and len(first) == 22
+    assert all(first[name] != other[name] for name in first)
+    for path in (tmp_path / "a" / "train").rglob("*.png"):
+        mask = np.asarray(Image.open(tmp_path / "a" / "masks" / path.relative_to(tmp_path / "a")))
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert Image.open(path).size == (110, 110) and mask.shape == (110, 110)
+        assert 7 <= min(rows[0], columns[0]) and max(rows[-1], columns[-1]) < 103  # the view leaves 7 pixels out
+        assert (
+            30 <= max(len(rows), len(columns)) <= 46
+            and mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        )
+
+
+def test_every_symbol_is_one_of_the_font(example):
+    symbols = example("make_symbols")
+    drawn = {text: symbols.symbol(text).tobytes() for text in [*symbols.CLASSES.values(), *symbols.OTHERS]}
+    missing = symbols.symbol("\U0010ffff").tobytes()  # the box that a font draws for what it does not have
+    assert len(set(drawn.values()) | {missing}) == len(drawn) + 1
+    assert len(drawn) == len(symbols.CLASSES) + len(symbols.OTHERS) and len(symbols.CLASSES) == 10
+
+
+def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):
+    weights = example("weights")
+    study = weights.Study(tmp_path, tmp_path / "tickets", 2)
+    digits = [command for name, part in weights.PARTS.items() if name != "symbols" for command in part(study, 0)]
+    for commands in (digits, weights.symbols(study, 0)):
+        files = [command.done for command in commands]
+        assert len(set(files)) == len(files)
+        assert {path for command in commands for path in command.needs} <= set(files)
+
+
+@pytest.mark.slow
+def test_smallest_study_of_weights_to_its_end(example, tmp_path, monkeypatch):
+    weights = example("weights").weights  # in this process, so that scripts need not be installed
+    for name, module in SCRIPTS.items():
+        script = tmp_path / f"datalth-{name}"
+        script.write_text(f"#!{sys.executable}\nfrom {module} import main\n\nmain()\n", encoding="utf-8")
+        script.chmod(0o755)
+    monkeypatch.setattr(example("commands"), "BIN", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    flags = ["--seeds", "1", "--epochs", "1", "--pictures", "64", "--parts", "symbols", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(weights, flags)
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "out" / "weights.md").read_text(encoding="utf-8")
+    for row in ("dense", "imp winning", "imp reinit", "imp shuffled", "random mask"):
+        assert f"| full | {row} |" in table
+    judged = json.loads((tmp_path / "out" / "verdict-weights-symbols" / "verdict.json").read_text(encoding="utf-8"))
+    assert len(judged["runs"]) == 7 and (tmp_path / "out" / "weights-symbols.png").exists()
+    again = CliRunner().invoke(weights, flags)
+    assert again.exit_code == 0 and "0 commands to run" in again.output
