@@ -198,6 +198,11 @@ def test_levels_without_controls_are_rows_alone(tmp_path: Path) -> None:
     )
 
 
+def test_controls_alone_say_nothing(tmp_path: Path) -> None:
+    runs = write_lth(tmp_path, without="winning")
+    assert sentences(verdict(*runs[:6])) == "deit_tiny: cannot be told: no runs of winning tickets."
+
+
 def test_several_sparsities_are_judged_at_bonferronis_level(tmp_path: Path) -> None:
     runs = write_lth(tmp_path / "runs")
     for name, top1 in LTH.items():

@@ -84,12 +84,12 @@ def _draw_sparsities(report: Report, figure: Any) -> None:
     handles: dict[str, Any] = {}
     for axis, (title, full) in zip(axes, panels.items(), strict=True):
         axis.set_xscale("log")  # each level of IMP takes the same share of what is left
+        if kept:
+            axis.set_xlim(kept[-1] * 1.3, kept[0] / 1.3)  # the sparsest to the right
         for number, judge in enumerate(report.judges):
             _draw_weights(report, judge, axis, full, number, handles)
         axis.set_title(title, fontsize=10)
         axis.minorticks_off()
-        if kept:
-            axis.set_xlim(kept[-1] * 1.3, kept[0] / 1.3)  # the sparsest to the right
         ticks = _apart(kept)
         axis.set_xticks(ticks, [f"{1 - x:.4g}" for x in ticks])
         _dress(axis)

@@ -153,7 +153,8 @@ class Report:
 
     def all_sentences(self, judge: Judge) -> list[str]:
         """Of data tickets, then of weight tickets."""
-        return [*self.sentences(judge), *self.weight_sentences(judge)]
+        found = [*self.sentences(judge), *self.weight_sentences(judge)]
+        return found or [f"{judge.model}: cannot be told: no runs of winning tickets."]
 
     def data_of(self, group: Group) -> str:
         """What a group was trained on: the set, where there are several, the arm and K."""
