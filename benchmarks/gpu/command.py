@@ -18,7 +18,8 @@ from benchmarks.gpu import correct, flow, speed
 from benchmarks.gpu.bench import SIZES, Bench
 from benchmarks.rounds import RESULTS, Part, Row, save
 from miner.models import choose_device
-from shards.errors import first_line
+from shards.errors import TicketSetError, first_line
+from shards.flags import as_flags
 
 Measure = Callable[[Bench, list[str]], Iterator[Row]]  # rows as they are found; notes go to the list
 PARTS: dict[str, tuple[float, Measure]] = {  # seconds of its box
@@ -56,8 +57,12 @@ def main(parts: tuple[str, ...], device: str, size: str, seconds: float, out: Pa
     started, found = time.perf_counter(), Part()
     os.environ["HF_HUB_OFFLINE"] = "1"  # weights are random; nobody is asked for others
     warnings.simplefilter("ignore")
+    try:
+        chosen = choose_device(device, ("cuda", "cpu"))
+    except TicketSetError as error:
+        raise click.ClickException(as_flags(str(error))) from None
     work = Path(tempfile.mkdtemp(prefix="datalth-gpu-"))
-    bench = Bench(choose_device(device, ("cuda", "cpu")), SIZES[size], work)
+    bench = Bench(chosen, SIZES[size], work)
     command = f"python -m benchmarks gpu --device {device} --size {size}"
     whole = True
     try:
