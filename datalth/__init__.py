@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trainer.options import Augment, Recipe, Tickets
     from trainer.trainer import Trainer
     from trainer.verdict.report import verdict
+    from trainer.weights.subnetwork import Subnetwork
+    from trainer.weights.ticket import WeightTicket
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,12 +31,14 @@ __all__ = [
     "Hook",
     "Recipe",
     "Sample",
+    "Subnetwork",
     "TicketDataset",
     "TicketSet",
     "TicketViT",
     "Tickets",
     "Trainer",
     "ValidationDataset",
+    "WeightTicket",
     "create_selector",
     "normalize",
     "register_method",
@@ -47,12 +51,14 @@ _HOMES = {
     "Hook": "trainer.hooks",
     "Recipe": "trainer.options",
     "Sample": "shards.sample",
+    "Subnetwork": "trainer.weights.subnetwork",
     "TicketDataset": "trainer.data.dataset",
     "TicketSet": "shards.reader",
     "TicketViT": "trainer.families.vit",
     "Tickets": "trainer.options",
     "Trainer": "trainer.trainer",
     "ValidationDataset": "trainer.data.dataset",
+    "WeightTicket": "trainer.weights.ticket",
     "create_selector": "miner.selectors",
     "normalize": "trainer.families.patches",
     "register_method": "miner.selectors",

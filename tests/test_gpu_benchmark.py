@@ -19,7 +19,7 @@ from benchmarks.rounds import Row
 TIMED = ("steps", "rivals", "mining", "feed", "masks", "compile")  # says nothing at this size, on a busy machine
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_runs_on_a_cpu_at_toy_size(tmp_path):
     flags = ["--device", "cpu", "--size", "toy", "--seconds", "1000", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

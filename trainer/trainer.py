@@ -160,9 +160,8 @@ class Trainer:
         """See `trainer.costs`."""
         found = costs(self.recipe, self.opened, self.student, self.dataset, self.protocols)
         found["updates"] = (self.recipe.optimization.epochs - self.subnetwork.first_epoch) * self.steps
-        if self.subnetwork.kept:
-            found["sparse_gmacs"] = sparse_gmacs(self.student, self.dataset.tokens, self.subnetwork.kept)
         if self.subnetwork.said:
+            found["sparse_gmacs"] = sparse_gmacs(self.student, self.dataset.tokens, self.subnetwork.kept)
             found["mining_updates"] = self.subnetwork.mining_updates
         return found
 

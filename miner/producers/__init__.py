@@ -59,6 +59,8 @@ def build_models(
         TicketSetError: a model, weights or a device that is not there, or that do not fit.
     """
     assert machine.batch_size is not None
+    # torch lets convolutions of float32 run in tf32: on an H200 that moved 0.2 % of the best 98 patches (`benchmarks gpu rankings`).
+    torch.backends.cudnn.allow_tf32 = False
     device = device_of(selection, labeling, machine)
     producers: list[Producer] = []
     if selection is not None and selection.ranks:
