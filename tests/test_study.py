@@ -47,7 +47,7 @@ def test_symbols_are_a_function_of_the_seed_and_stand_where_masks_say(example, t
         assert Image.open(path).size == (110, 110) and mask.shape == (110, 110)
         assert 7 <= min(rows[0], columns[0]) and max(rows[-1], columns[-1]) < 103  # the view leaves 7 pixels out
         assert (
-            30 <= max(len(rows), len(columns)) <= 46
+            40 <= max(len(rows), len(columns)) <= 56
             and mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
         )
 
