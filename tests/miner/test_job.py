@@ -194,3 +194,10 @@ def test_what_ranks_would_undo_for_each_other_is_refused(
 
 def test_the_version_is_that_of_the_package() -> None:
     assert mine("--version").output.split()[-1] == version("datalth")
+
+
+def test_selectors_convolve_in_float32_where_torch_would_take_tf32(photos, weights, tmp_path, monkeypatch):
+    """What it does to rankings only a GPU shows: `python -m benchmarks gpu rankings`."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    mine("--data", photos, "--out", tmp_path / "set", "--selector", SELECTOR, "--weights", weights, "--limit", 4)
+    assert not torch.backends.cudnn.allow_tf32
