@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +41,13 @@ def mine(out: Path, *flags: object) -> None:
     show("datalth-mine", "--img-size", 96, "--out", out, *flags)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Command:
     """One of many that run side by side.
 
     Attributes:
         words: a console script of ours and its flags; run again, it goes on where it was stopped.
-        done: the file that it writes last; its log stands beside that file's folder.
+        done: the file that it writes last, in a folder of its own.
         needs: files that must be there before it can begin.
     """
 
@@ -61,8 +60,10 @@ class Command:
         """Of its folder."""
         return self.done.parent.name
 
-    def __str__(self) -> str:
-        return shlex.join([str(word) for word in self.words])
+    @property
+    def log(self) -> Path:
+        """Beside its folder."""
+        return self.done.parent.with_name(f"{self.name}.log")
 
 
 def training(output: Path, name: str, tickets: Path, *flags: object, needs: Sequence[Path] = ()) -> Command:
@@ -78,48 +79,50 @@ def run_all(commands: Sequence[Command], at_once: int) -> None:
         click.ClickException: some failed, or wait for what never came; the others have run.
     """
     waiting = [command for command in commands if not command.done.exists()]
-    running: dict[Future[str], Command] = {}
+    running: dict[Command, tuple[subprocess.Popen[bytes], float]] = {}
     failed: list[str] = []
     total = len(waiting)
     click.echo(f"\n{total} commands to run, {at_once} at a time; logs: NAME.log beside each one's folder")
-    with ThreadPoolExecutor(at_once) as pool:
+    try:
         while True:
             ready = [command for command in waiting if all(path.exists() for path in command.needs)]
             for command in ready[: at_once - len(running)]:
                 waiting.remove(command)
-                running[pool.submit(run_one, command)] = command
+                running[command] = begin(command), time.perf_counter()
             if not running:
                 break
-            # A file that others need may come before its command ends.
-            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in finished:
-                error = future.exception()
-                failed += [str(error)] if error else []
-                command = running.pop(future)
-                click.echo(f"[{total - len(waiting) - len(running)}/{total}] {error or future.result()}")
-    if failed or waiting:
-        never = [command.name for command in waiting]
-        raise click.ClickException("; ".join([*failed, *([f"could not begin: {', '.join(never)}"] if never else [])]))
+            time.sleep(0.2)  # a file that others need may come before its command ends
+            for command, (process, start) in [*running.items()]:
+                if process.poll() is not None:
+                    del running[command]
+                    text = how_it_went(command, process.returncode, time.perf_counter() - start)
+                    failed += [text] if process.returncode else []
+                    click.echo(f"[{total - len(waiting) - len(running)}/{total}] {text}")
+    finally:  # they save where they are
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+    failed += [f"{command.name}: could not begin" for command in waiting]
+    if failed:
+        raise click.ClickException("; ".join(failed))
 
 
-def run_one(command: Command) -> str:
-    """How it went, in a line.
-
-    Raises:
-        click.ClickException: it failed; its log says why.
-    """
-    click.echo(f"$ {command}")
-    start, path = time.perf_counter(), command.done.parent.with_name(f"{command.name}.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def begin(command: Command) -> subprocess.Popen[bytes]:
+    """Print it, and start it with its log."""
     texts = [str(word) for word in command.words]
-    with open(path, "ab") as log:
+    click.echo(f"$ {shlex.join(texts)}")
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(command.log, "ab") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [str(BIN / texts[0]), *texts[1:]], check=False, stdout=log, stderr=log, env=environment
-        )  # fmt: skip
-    if done.returncode:
-        raise click.ClickException(f"{command.name}: exit code {done.returncode}; see {path}")
-    text = f"{command.name}: {time.perf_counter() - start:.0f} s"
+        return subprocess.Popen([str(BIN / texts[0]), *texts[1:]], stdout=log, stderr=log, env=environment)
+
+
+def how_it_went(command: Command, code: int, seconds: float) -> str:
+    """In a line."""
+    if code:
+        return f"{command.name}: exit code {code}; see {command.log}"
+    text = f"{command.name}: {seconds:.0f} s"
     if command.done.name != "final.json":
         return text
     found = ", ".join(f"{protocol} {top1:.1f}" for protocol, top1 in figures(command.done.parent).items())

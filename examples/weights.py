@@ -5,6 +5,8 @@ Parts of it are lists of commands for one seed; those that need what others writ
 
 import itertools
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +165,10 @@ def weights(
         study, few = (studies["symbols"], min(3, seeds)) if part == "symbols" else (studies["digits"], seeds)
         of_seeds = [PARTS[part](study, seed) for seed in range(few)]
         commands += itertools.chain.from_iterable(zip(*of_seeds, strict=True))  # the same of all seeds, then the next
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_all(commands, at_once)
-    finally:  # what is there is judged
+    finally:  # what is there is judged, after `timeout` too
         runs = {study: finished(study.home) for study in studies.values()}
         runs = {study: found for study, found in runs.items() if found}
         tables = [[f"{study.home.name}:", "", *rows(found), ""] for study, found in runs.items()]
