@@ -15,10 +15,11 @@ demo: .venv/installed ## Mine tickets, train on them, judge: the whole story in 
 	@rm -rf $(DEMO)
 	$(BIN)/python examples/study.py demo --out $(DEMO)
 
-results: .venv/installed ## The study of docs/RESULTS.md; some hours; goes on where it was interrupted
+results: .venv/installed ## The studies of docs/RESULTS.md and docs/WEIGHTS.md; many hours; goes on where it was interrupted
 	$(BIN)/python examples/study.py results --out $(RESULTS)
 	$(BIN)/python examples/study.py families --out $(RESULTS)
 	$(BIN)/python examples/study.py ranked --out $(RESULTS)
+	$(BIN)/python examples/study.py weights --out $(RESULTS)
 
 quick: .venv/installed ## Run the quick tests, under a minute
 	$(BIN)/python -m pytest -n 2 -m "not slow"

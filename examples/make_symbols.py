@@ -1,8 +1,8 @@
 """Cluttered symbols: a small labeled image set that is not digits; pictures of the same size and masks as make_digits.py's.
 
 One of ten symbols (chess pieces, an anchor, scissors, ...), of a light color, any size, slant and place, on a darker canvas
-among pieces of other symbols: too small to be told by, so that only the whole symbol tells the class. Of any color, at half
-the size, a small ViT learns next to nothing from 3000 pictures.
+among pieces of other symbols: too small to be told by, so that only the whole symbol tells the class. Smaller ones of any
+color take a small ViT more than 3000 pictures.
 
     python examples/make_symbols.py --out symbols --train 3000 --val 500
 

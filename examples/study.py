@@ -89,9 +89,10 @@ def demo(out: Path) -> None:
     finished = sorted(path.parent for path in short.home.glob("**/final.json"))
     show("datalth-verdict", *finished, "-o", out / "verdict-weights")
     click.echo(
-        "\nThis shows what such a ticket must pass, not whether tickets of weights exist: it wins only where the same mask on"
-        " fresh weights (reinit) and as many weights at other places of each layer (shuffled) do worse, and two epochs and two"
-        " seeds tell little. Iterative pruning of trained models, five seeds: study.py weights."
+        "\nThis shows what a weight ticket must pass: it wins only where the same mask on fresh weights (reinit) and as many"
+        " weights at other places of each layer (shuffled) do worse. It does not show that winning tickets exist: after two"
+        " epochs the mask is ahead by what the training before it has learned, and two seeds tell little. Trained to the end,"
+        " iteratively, five seeds: study.py weights."
     )
     click.echo(
         f"\nDone in {time.perf_counter() - start:.0f} s. Look at {out}/tickets.png (pictures and their tickets)"
