@@ -370,9 +370,11 @@ def build_state(
         )
         if getattr(optimizer, "is_second_order", False):
             raise ValueError("second-order optimizers are not supported")
+        # timm before 1.0.30 has no constant schedule; steps that are never taken are one.
+        constant = {"sched": "step", "decay_epochs": optimization.epochs + 1}
         scheduler, _ = create_scheduler_v2(
             optimizer,
-            optimization.sched,
+            **(constant if optimization.sched == "constant" else {"sched": optimization.sched}),
             num_epochs=optimization.epochs,
             min_lr=optimization.min_lr,
             warmup_lr=optimization.warmup_lr,
