@@ -11,8 +11,11 @@ Every training is an ordinary run of datalth-train, with the hooks that keep mas
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from shards.flags import function_of
 from shards.reader import TicketSet
@@ -78,13 +81,9 @@ def by_scores(work: Work) -> Found:
     updates, spent = [0], 0
     for level in range(plan.levels + 1):
         if level:
-            name, before = f"level-{level - 1:02d}" if trains else None, kept or None
-
-            def elect() -> Kept:
-                scores = work.scores(score, start, name, recipe, subnetwork)  # noqa: B023  called at once
-                return keep_best(scores, work.count(level), before, plan.scope)  # noqa: B023
-
-            kept = work.masks(level, elect)
+            name = f"level-{level - 1:02d}" if trains else None
+            scores = partial(work.scores, score, start, name, recipe, subnetwork)
+            kept = work.masks(level, partial(_elect, work, level, kept, scores))
             updates.append(spent)
             recipe, subnetwork = work.level(level, kept, start, spent)
         if trains:
@@ -96,6 +95,10 @@ def by_scores(work: Work) -> Found:
         if not level:
             start = work.start(None if plan.rewind_epochs else work.first)  # rewinding: level 0 has written others
     return results, updates
+
+
+def _elect(work: Work, level: int, before: Kept, scores: Callable[[], dict[str, np.ndarray]]) -> Kept:
+    return keep_best(scores(), work.count(level), before or None, work.plan.scope)
 
 
 class _Rewinding(Hook):
@@ -137,21 +140,19 @@ def by_votes(work: Work) -> Found:
     plan, mining, start = work.plan, work.mining, work.start(work.first)
     kept: Kept = {}
     for level in range(1, plan.levels + 1):
-        before, trained = kept, []
-        for number in range(mining.soup_runs):
-            recipe = work.short(mining.soup_epochs, named_seed("soup", plan.seed, level, number))
-            work.train(f"level-{level:02d}-{number}", recipe, Subnetwork(before, start, said=work.own))
-            weights = work.trained(f"level-{level:02d}-{number}")
-            trained.append({name: weights[name].abs().double().cpu().numpy() for name in plan.prunable})
-
-        def elect() -> Kept:
-            count = work.count(level)  # noqa: B023  called at once
-            named = [keep_best(weights, count, before or None, plan.scope) for weights in trained]  # noqa: B023
-            return keep_best(votes(named, trained), count, before or None, plan.scope)  # noqa: B023
-
-        kept = work.masks(level, elect)
+        names = [f"level-{level:02d}-{number}" for number in range(mining.soup_runs)]
+        for name in names:
+            recipe = work.short(mining.soup_epochs, named_seed("soup", plan.seed, name))
+            work.train(name, recipe, Subnetwork(kept, start, said=work.own))
+        kept = work.masks(level, partial(_elect, work, level, kept, partial(_votes, work, level, kept, names)))
     each = mining.soup_runs * mining.soup_epochs * work.steps
     return [None] * (plan.levels + 1), [level * each for level in range(plan.levels + 1)]
+
+
+def _votes(work: Work, level: int, before: Kept, names: Sequence[str]) -> dict[str, np.ndarray]:
+    trained = [work.magnitudes(name) for name in names]
+    elected = [keep_best(found, work.count(level), before or None, work.plan.scope) for found in trained]
+    return votes(elected, trained)
 
 
 def by_chance(work: Work) -> Found:

@@ -135,6 +135,11 @@ class Work:
         weights: State = checkpoint.read(self.path / name / checkpoint.LAST)["state_dict"]
         return weights
 
+    def magnitudes(self, name: str) -> dict[str, np.ndarray]:
+        """Of the prunable weights that a run has ended with; on rank 0."""
+        weights = self._trained(name)
+        return {tensor: weights[tensor].abs().double().numpy() for tensor in self.plan.prunable}
+
     def masks(self, level: int, make: Callable[[], Kept]) -> Kept:
         """A level's masks, made on rank 0 where they are not written yet."""
 
