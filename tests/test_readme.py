@@ -21,6 +21,7 @@ import miner.cli
 import shards.inspect.cli
 import trainer.cli
 import trainer.verdict.cli
+import trainer.weights.cli
 from conftest import SELECTOR
 from trainer.config import RECIPES
 from training import QUICK
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Any] = {
     "datalth-shards": shards.inspect.cli.main,
     "datalth-train": trainer.cli.main,
     "datalth-verdict": trainer.verdict.cli.main,
+    "datalth-weights": trainer.weights.cli.main,
 }
 
 
@@ -58,7 +60,7 @@ def run_command(line: str, photos: Path, weights: Path) -> str:
         flags += ["--img-size", "64", "-j", "2", "--device", "cpu"]
         of_a_set = {"link", "ranked"} & set(flags)  # which then decides the rest
         flags += [] if of_a_set else ["--views", "4", "--selector", SELECTOR, "--weights", str(weights)]
-    if name == "datalth-train":
+    if name == "datalth-train" or flags[0] == "mine":
         flags += [*QUICK, "--epochs", "1", "--warmup-epochs", "0"]
     result = CliRunner().invoke(COMMANDS[name], flags)
     assert result.exit_code == 0, (line, result.output, result.exc_info)
