@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 import yaml
 
 from shards.errors import TicketSetError, first_line
-from trainer.options import DERIVED
+from trainer.options import DERIVED, GROUPS
 
 RECIPES = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 MAX_BYTES = 100_000
@@ -85,7 +86,9 @@ def read_config(context: click.Context, parameter: click.Parameter, text: str | 
     try:
         values = _named(text, read_yaml(find_config(text)))
         if values.keys() & DERIVED:  # a run's args.yaml: another run like it
-            values = {name: value for name, value in values.items() if name not in DERIVED | OWN}
+            # It has settings that another command has no flag for.
+            others = {one.name for group in GROUPS for one in fields(group)} - known.keys()  # type: ignore[arg-type]
+            values = {name: value for name, value in values.items() if name not in DERIVED | OWN | others}
         unknown = sorted(values.keys() - known.keys())
         if unknown:
             near = difflib.get_close_matches(unknown[0], [str(name) for name in known], 1)

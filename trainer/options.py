@@ -22,6 +22,11 @@ Arm = Literal["winning", "random", "random-fixed", "center", "inverse", "full"]
 ARMS: tuple[str, ...] = get_args(Arm)
 PROTOCOLS = ("tickets", "all", "random")  # how a student is tested
 WeightArm = Literal["winning", "reinit", "shuffled", "random", "dense"]
+WEIGHT_ARMS: tuple[str, ...] = get_args(WeightArm)
+# What args.yaml holds of a run's weight ticket beside its settings; of a run without one each is None.
+WEIGHT_DERIVED = (
+    "weight_ticket_id", "weight_group_id", "weight_method", "weight_sparsity", "weight_from", "weight_start_id",
+)  # fmt: skip
 
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
 SHARE, AMOUNT = Finite(0, 1), Finite(min=0)
@@ -290,9 +295,6 @@ class Recipe:
         tickets, epochs = self.tickets, self.optimization.epochs
         if tickets.unmask_epochs > epochs:
             raise TicketSetError(f"`unmask_epochs` {tickets.unmask_epochs}: expected at most `epochs` {epochs}")
-        if self.weights.weight_ticket and (self.model.pretrained or self.model.initial_checkpoint):
-            name = "pretrained" if self.model.pretrained else "initial_checkpoint"
-            raise TicketSetError(f"`{name}`: the weight ticket has the weights to start from; leave one of both out")
         if self.dropping.drop_blocks is None:
             return
         if tickets.tickets != "full" or tickets.resize_to_tokens:
@@ -339,5 +341,4 @@ FREE_TO_CHANGE = marked("free", *GROUPS) | {"world_size"}
 # What args.yaml holds beside the settings.
 DERIVED = frozenset(
     ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"]
-    + ["weight_ticket_id", "weight_group_id", "weight_method", "weight_sparsity", "weight_start_id"]
-)
+).union(WEIGHT_DERIVED)

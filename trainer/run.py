@@ -134,6 +134,9 @@ def train(
         more: hooks beside those of the command.
         subnetwork: see `Trainer`.
     """
+    if recipe.weights.weight_ticket and (recipe.model.pretrained or recipe.model.initial_checkpoint):
+        name = "pretrained" if recipe.model.pretrained else "initial_checkpoint"
+        raise TicketSetError(f"`{name}`: the weight ticket has the weights to start from; leave one of both out")
     default, signals = f"{recipe.model.model}-{recipe.tickets.tickets}", Signals()
     with contextlib.closing(Claim()) as claim:
         path, newest = rank.on_first(lambda: find(output, default, claim))

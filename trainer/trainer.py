@@ -30,11 +30,10 @@ from trainer.evaluate import Figures, evaluate
 from trainer.families.base import TicketModel
 from trainer.families.dropping import FallingKeepRate
 from trainer.hooks import Average, Epoch, Hook
-from trainer.options import Machine, Optimization, Recipe
+from trainer.options import WEIGHT_DERIVED, Machine, Optimization, Recipe
 from trainer.ranks import Rank
 from trainer.student import build_student
 from trainer.weights.masks import Masked
-from trainer.weights.subnetwork import DERIVED as SUBNETWORK_FIELDS
 from trainer.weights.subnetwork import Subnetwork
 
 
@@ -180,7 +179,7 @@ class Trainer:
             "world_size": self.rank.size,
             "global_batch": self.dataset.global_batch,
             "resolved_tokens": self.dataset.tokens,
-            **dict.fromkeys(SUBNETWORK_FIELDS),
+            **dict.fromkeys(WEIGHT_DERIVED),
             **self.subnetwork.said,
         }
 

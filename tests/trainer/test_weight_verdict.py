@@ -43,7 +43,8 @@ def write_group(
         if arm:
             ticket = {"weight_ticket": "W", "weight_level": 1, "weight_arm": arm, "weight_start": None,
                       "weight_ticket_id": f"{seed}" * 64, "weight_group_id": plan or PLAN[method],
-                      "weight_method": method, "weight_sparsity": 0.0 if arm == "dense" else s}  # fmt: skip
+                      "weight_method": method, "weight_sparsity": 0.0 if arm == "dense" else s,
+                      "weight_from": "transformed" if method == "rst" else "first"}  # fmt: skip
         run = write_run(root / name, (found,) * 3, seed, **{"tickets": "full", **ticket, **changed})
         final = json.loads((run / "final.json").read_text())
         final["cost"]["updates"] = UPDATES * epochs // 20
@@ -356,15 +357,59 @@ def test_fields_of_a_run_without_a_ticket_may_be_null_or_not_there(tmp_path: Pat
     runs = write_arms(tmp_path / "runs")
     alone = verdict(*runs)
     for run in runs[1::2]:
-        names = ("ticket", "level", "start", "ticket_id", "group_id", "method", "sparsity", "start_id")
+        names = ("ticket", "level", "start", "ticket_id", "group_id", "method", "sparsity", "from", "start_id")
         edit(run / "args.yaml", weight_arm="winning", **{f"weight_{name}": None for name in names})
     assert verdict(*runs) == alone
 
 
-def test_a_mask_on_the_start_of_another_ticket_is_reinit(tmp_path: Path) -> None:
-    runs = write_lth(tmp_path / "runs", without="reinit")
-    runs += write_group(tmp_path / "other", "imp winning", 65, weight_start="W2")
-    assert "LTH of imp at s=0.9: the claim holds" in sentences(verdict(*runs))
+def test_controls_begin_where_the_ticket_does(tmp_path: Path) -> None:
+    """Of a start that is not the first weights, random masks and dense are of its own plan."""
+    usual = write_lth(tmp_path / "first", random=20)  # at the first weights: of another start
+    rewound = [
+        run
+        for arm, top1 in (("winning", 75), ("reinit", 65), ("shuffled", 60), ("random", 72))
+        for run in write_group(tmp_path / "later", f"imp {arm}", top1, weight_from="rewound", plan="9" * 64)
+    ]
+    dense = [run for run in usual if "dense" in run.name]
+    (claim,) = claims(*dense, *rewound)
+    assert claim["outcome"] == "no room" and values(claim)["random mask - dense"] == pytest.approx(2)
+    assert values(claim)["winning - dense"] == pytest.approx(5)  # plain runs have seen as many epochs
+    said = verdict(*usual, *rewound, "--allow-diff", "weight_group_id")
+    assert "random mask           0.9" in said and "imp random" in said  # two groups, not the mean of both
+
+    given = [run for run in rewound if "random" not in run.name]
+    for run in given:
+        edit(run / "args.yaml", weight_from="given")
+    (claim,) = claims(*dense, *given)
+    assert claim["missing"] and "winning - dense" not in values(claim)  # those start from other weights
+    for run in dense:
+        edit(run / "args.yaml", pretrained=True)  # as level 0 of such a ticket
+    assert claims(*dense, *given)
+    own = write_group(tmp_path / "own", "imp dense", 74, weight_from="given", plan="9" * 64)
+    (claim,) = claims(*dense, *given, *own)
+    assert values(claim)["winning - dense"] == pytest.approx(1)
+
+
+def test_seeds_that_share_a_ticket_are_said(tmp_path: Path) -> None:
+    runs = write_lth(tmp_path)
+    words = "3 seeds of imp winning share 1 weight tickets"
+    assert words not in verdict(*runs)
+    for run in runs:
+        if "winning" in run.name:
+            edit(run / "args.yaml", weight_ticket_id="7" * 64)
+    assert words in " ".join(verdict(*runs).split())
+
+
+def test_trainings_of_the_miner_are_left_out(tmp_path: Path) -> None:
+    runs = write_lth(tmp_path)
+    (mined,) = write_group(tmp_path, "dense", 30, seeds=1, weight_method="rst", weight_group_id="3" * 64, lr_base=9.0)
+    assert "a training by which a weight ticket was mined" in " ".join(verdict(*runs, mined).split())
+
+
+def test_several_models_of_which_one_has_weight_tickets_alone(tmp_path: Path) -> None:
+    runs = write_group(tmp_path, "imp winning", 70, model="deit_small") + write_arms(tmp_path / "arms")
+    verdict(*runs, "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "verdict.png").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:

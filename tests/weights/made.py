@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from trainer.weights import ticket as tickets
+from trainer.weights.scores import count_of, sparsity_at
 from trainer.weights.ticket import LevelRecord, WeightManifest, WeightPlan, WeightTicket
 
 # Of two blocks of a ViT with D = 8 and two heads; 3 * 11 is no multiple of 8, so that its mask has unused bits.
@@ -39,7 +40,7 @@ def made_masks(plan: WeightPlan) -> list[dict[str, np.ndarray]]:
     order, levels = np.random.default_rng(plan.seed).permutation(plan.total), []
     for level in range(1, plan.levels + 1):
         flat = np.zeros(plan.total, bool)
-        flat[order[: round(plan.total * (1 - plan.sparsity) ** (level / plan.levels))]] = True
+        flat[order[: count_of(plan.total, sparsity_at(plan.sparsity, plan.levels, level))]] = True
         ends = np.cumsum([np.prod(shape) for shape in plan.prunable.values()])
         parts = np.split(flat, ends[:-1])
         levels.append(
@@ -70,7 +71,7 @@ def made_ticket(
     for level, kept in enumerate(made_masks(plan) if masks is None else masks, 1):
         file = tickets.write_masks(folder, level, kept)
         counts = {name: int(mask.sum()) for name, mask in kept.items()}
-        sparsity = 1 - (1 - plan.sparsity) ** (level / plan.levels)
+        sparsity = sparsity_at(plan.sparsity, plan.levels, level)
         identity = tickets.ticket_identity(file, dense)
         levels.append(_level(plan, level, sparsity, sum(counts.values()), counts, file, identity))
     ids = {"plan_id": plan.plan_id, "group_id": plan.group_id}

@@ -111,5 +111,18 @@ def test_votes_come_first_and_magnitude_breaks_their_ties():
     assert (found.astype(int) == [2, 2, 1, 1]).all()  # no magnitude weighs as much as a vote
 
 
+def test_votes_that_tie_are_ranked_over_all_tensors():
+    """A tensor of small weights is not ranked by its own greatest."""
+    weights = [{"a": np.array([0.019, 10.0]), "b": np.array([0.018, 0.02])}]
+    elected = [{"a": np.array([True, True]), "b": np.array([True, True])}]
+    assert keep_best(votes(elected, weights), 2, None, "global")["b"].tolist() == [False, True]
+    assert keep_best(votes(elected, weights), 3, None, "global")["a"].tolist() == [True, True]
+
+
+def test_scores_of_what_is_gone_may_be_anything():
+    before = {"w": np.array([True, False, True])}
+    assert keep_best({"w": np.array([1.0, np.nan, 2.0])}, 1, before, "global")["w"].tolist() == [False, False, True]
+
+
 def test_at_least_one_weight_is_kept():
     assert (count_of(100, 0.9), count_of(3, 0.9), count_of(245760, 0.9)) == (10, 1, 24576)

@@ -200,8 +200,8 @@ def test_a_plan_that_cannot_be_is_refused(field, value):
 
 
 def test_a_users_score_has_its_files_sum():
-    assert made_plan(method="own.py:score", score_sha256="ab" * 32).method == "own.py:score"
-    assert "score_sha256" in refusal(lambda: made_plan(method="own.py:score"))
+    assert made_plan(method="own:score", score_sha256="ab" * 32).method == "own:score"
+    assert "score_sha256" in refusal(lambda: made_plan(method="own:score"))
 
 
 # -- versions --

@@ -137,17 +137,29 @@ def test_stopped_anywhere_and_going_on_it_gives_the_same_bytes(center_set, imp, 
 @pytest.mark.slow
 def test_killed_after_any_file_and_moved_it_gives_the_same_bytes(center_set, imp, tmp_path):
     """What a kill leaves is a prefix of the files in the order that they are written in."""
-    order = ["plan.json", "level-00", "start.safetensors", "masks-01.safetensors", "level-01", "masks-02.safetensors"]
+    order = [
+        "plan.json.1-abcdef.tmp",
+        "plan.json",
+        "level-00",
+        "start.safetensors",
+        "masks-01.safetensors",
+        "level-01",
+        "masks-02.safetensors",
+    ]
     for count in range(1, len(order) + 1):
         out = tmp_path / f"cut-{count}"
         out.mkdir()
         for name in order[:count]:
+            if name.endswith(".tmp"):
+                (out / name).write_bytes(b"half")
+                continue
             copy = shutil.copytree if (imp / name).is_dir() else shutil.copy
             copy(imp / name, out / name)
-        if count == 2:  # start weights are written inside the run: a finished one without them cannot go on
+        if count == 3:  # start weights are written inside the run: a finished one without them cannot go on
             assert "remove" in mine(center_set, out, "--levels", 2, "--rewind-epochs", 1, code=1)
             continue
-        (out / "masks-02.safetensors.1-abcdef.tmp").write_bytes(b"half")
+        if count > 1:
+            (out / "masks-02.safetensors.1-abcdef.tmp").write_bytes(b"half")
         mine(center_set, out, "--levels", 2, "--rewind-epochs", 1)
         assert files(out) == files(imp) and not list(out.glob("*.tmp"))
 
@@ -175,6 +187,26 @@ def test_two_miners_of_one_folder(center_set, tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_a_runs_own_arguments_are_a_recipe_for_mining(center_set, imp, tmp_path):
+    """Without what names the run, or its weight ticket."""
+    told = ["mine", "-c", str(imp / "level-01" / "args.yaml"), "--method", "random", "--out", str(tmp_path / "w")]
+    result = CliRunner().invoke(main, told)
+    assert result.exit_code == 0, result.output
+    assert WeightTicket.open(tmp_path / "w").plan.arguments == WeightTicket.open(imp).plan.arguments
+
+
+def test_a_random_mask_at_a_later_epoch_has_cost_the_epochs_before(center_set, imp, tmp_path):
+    more = ("--no-model-ema", "--seed", 5, "--weight-ticket", imp, "--weight-arm", "random")
+    output = train(center_set, tmp_path, "run", *more).output
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert (final["cost"]["updates"], final["cost"]["mining_updates"]) == (6, 6)
+    assert "the weight ticket was mined with" not in output
+    assert (
+        "--seed 6: the weight ticket was mined with 5"
+        in train(center_set, tmp_path, "other", *more, "--seed", 6).output
+    )
 
 
 def test_oneshot_is_one_level(center_set, tmp_path):
@@ -234,6 +266,9 @@ def test_a_score_of_ones_own(center_set, tmp_path, monkeypatch):
 
             at_init.at_start = True
 
+            def none(trainer, start):
+                return None
+
             def wrong(trainer, start):
                 return {n: p.detach()[:1] for n, p in trainer.student.model.named_parameters()}
         """)
@@ -250,7 +285,14 @@ def test_a_score_of_ones_own(center_set, tmp_path, monkeypatch):
     assert WeightTicket.open(tmp_path / "start").level().updates == 0
     assert not list((tmp_path / "start").glob("level-*"))
     says = mine(center_set, tmp_path / "wrong", "--method", "mine_scores:wrong", "--levels", 1, code=1)
-    assert "--method mine_scores:wrong: blocks.0.attn.proj.weight: expected scores [32, 32], got [1, 32]" in says
+    assert (
+        "--method mine_scores:wrong: blocks.0.attn.proj.weight: expected a tensor of scores [32, 32], got [1, 32]"
+        in says
+    )
+    says = mine(center_set, tmp_path / "none", "--method", "mine_scores:none", "--levels", 1, code=1)
+    assert "--method mine_scores:none: expected scores by name, got NoneType" in says
+    says = mine(center_set, tmp_path / "x", "--method", "mine_scores:at_init", "--rewind-epochs", 1, code=1)
+    assert "--rewind-epochs: mine_scores:at_init scores weights before any training" in says
     sys.modules.pop("mine_scores")
 
 
@@ -291,6 +333,7 @@ def test_every_family_has_weight_tickets(photos, tmp_path, model):
     [
         (("--method", "magic"), "--method magic: expected one of imp, oneshot, rst, soup, random, or module:function"),
         (("--method", "nowhere:score"), "nowhere"),
+        (("--method", "math:sqrt"), "--method math:sqrt: expected a function of a file of yours, got a built-in one"),
         (("--method", "oneshot", "--levels", 3), "--levels 3: oneshot has one"),
         (("--method", "rst", "--rewind-epochs", 1), "--rewind-epochs: rst starts from the first weights"),
         (("--method", "random", "--scope", "global"), "--scope global: chance has no scores"),

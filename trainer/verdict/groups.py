@@ -10,7 +10,7 @@ import numpy as np
 
 from shards.console import printable
 from shards.errors import TicketSetError
-from trainer.options import ARMS, FREE_TO_CHANGE, PROTOCOLS
+from trainer.options import ARMS, FREE_TO_CHANGE, PROTOCOLS, WEIGHT_DERIVED
 from trainer.verdict.runs import Run, Weights
 
 ORDER = (*(arm for arm in ARMS if arm != "full"), "resized")  # of a table, below full
@@ -18,8 +18,7 @@ ORDER = (*(arm for arm in ARMS if arm != "full"), "resized")  # of a table, belo
 ARM_FIELDS = frozenset(
     ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"]
     + ["set_id", "set_method", "base_set_id", "resolved_tokens"]
-    + ["weight_ticket", "weight_level", "weight_arm", "weight_start", "weight_ticket_id", "weight_group_id"]
-    + ["weight_method", "weight_sparsity", "weight_start_id"]
+    + ["weight_ticket", "weight_level", "weight_arm", "weight_start", *WEIGHT_DERIVED]
 )
 PLAN = "weight_group_id"  # what `allow_diff` may name of these: tickets of several plans
 # A resumed run may say these otherwise because its weights come from the checkpoint; here they are another experiment.
@@ -118,10 +117,13 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str]) -> None:
             )
     differing = {}
     for name in sorted(comparable - set(_telling(runs, allowed))):
-        other = next((run for run in runs if run.args.get(name) != first.args.get(name)), None)
+        # A weight ticket holds the weights to start from.
+        among = [run for run in runs if name not in START_FIELDS or run.weights is None] or [first]
+        one = among[0]
+        other = next((run for run in among if run.args.get(name) != one.args.get(name)), None)
         if other is not None:
             differing[name] = (
-                f"{name}: {_text(first.args.get(name))} in {first.folder}, {_text(other.args.get(name))} in {other.folder}"
+                f"{name}: {_text(one.args.get(name))} in {one.folder}, {_text(other.args.get(name))} in {other.folder}"
             )
     if differing:
         flags = " ".join(f"`allow_diff` {name}" for name in differing)

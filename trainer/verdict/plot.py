@@ -172,6 +172,8 @@ def _epochs(report: Report) -> str:
 
 def _draw_model(report: Report, judge: Judge, axis: Any, protocol: str, number: int, handles: dict[str, Any]) -> None:
     """All lines of one model; models differ in their line style."""
+    if not judge.groups:  # all of its runs have weight tickets
+        return
     style = STYLES[number % 4]
     lines = _lines(report, judge)
     factor = report.unit()[1]

@@ -41,6 +41,7 @@ class Report:
     ) -> None:
         self.runs, self.judges, self.margin, self.left_out = list(runs), list(judges), margin, list(left_out)
         self.set_names = _set_names(runs)
+        self._weight_claims = {judge: weight_claims(judge, margin) for judge in judges}
 
     def screen(self) -> str:
         """Plain text: what a, b and c are, each model's tables, the notes, and at last the sentences."""
@@ -144,7 +145,7 @@ class Report:
 
     def weight_claims(self, judge: Judge) -> list[WeightClaim]:
         """LTH, DLTH, LOTUS; none without weight tickets."""
-        return weight_claims(judge, self.margin)
+        return self._weight_claims[judge]
 
     def weight_sentences(self, judge: Judge) -> list[str]:
         """The verdict on each of them."""

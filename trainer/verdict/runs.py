@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from shards.checks import Check, fields, integer, number, one_of, or_null, parse
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
 from trainer.config import read_yaml
-from trainer.options import ARMS, PROTOCOLS
+from trainer.options import ARMS, PROTOCOLS, WEIGHT_ARMS
 
 TOP1_TOLERANCE = 0.01  # points
 MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
 MAX_IMAGES = 1 << 22  # rows
-WEIGHT_ARMS = ("winning", "reinit", "shuffled", "random", "dense")
 
 COUNT, POSITIVE, AMOUNT, NAME = integer(0, 2**63), integer(1, 2**31), number(0, 1e15), text(200)
 # Of args.yaml and of final.json, what the verdict reads.
@@ -43,6 +42,7 @@ WEIGHT_ARGUMENTS = fields(
         "weight_ticket_id": NAME,
         "weight_group_id": NAME,
         "weight_method": NAME,
+        "weight_from": one_of("first", "rewound", "given", "transformed"),
         "weight_arm": one_of(*WEIGHT_ARMS),
         "weight_sparsity": number(0, 1),
     }
@@ -78,6 +78,7 @@ class Weights:
         sparsity: share of the prunable weights that are removed.
         plan: weight_group_id; None where the plan plays no part.
         mark: the start of `plan` where plans are to be told apart by it, else empty.
+        start: where the start weights come from, see `WeightPlan.start`.
     """
 
     arm: str
@@ -85,6 +86,7 @@ class Weights:
     sparsity: float
     plan: str | None
     mark: str = ""
+    start: str = field(default="first", compare=False)
 
     @property
     def name(self) -> str:
@@ -146,12 +148,10 @@ class Run:
         sparsity = round(self.args["weight_sparsity"], 6)  # that of a level is a power, an asked one is typed
         if arm == "winning" and method == "random":
             arm = "random"  # the ticket of a random mask is the control itself
-        elif arm == "winning" and self.args.get("weight_start"):
-            arm = "reinit"  # the mask on the start of another ticket, as rewinding needs it
-        # RST's start is not the first weights but transformed ones, so that none of its arms is another method's.
-        if arm in ("random", "dense") and method != "rst":
+        start = self.args["weight_from"]
+        if arm in ("random", "dense") and start == "first":  # others are of a start that only their plan has
             return Weights(arm, arm, sparsity, None)
-        return Weights(arm, method, sparsity, self.args["weight_group_id"])
+        return Weights(arm, method, sparsity, self.args["weight_group_id"], start=start)
 
 
 DENSE = Weights("dense", "dense", 0.0, None)  # a weight ticket's start without its mask
@@ -178,6 +178,8 @@ def read_run(folder: Path) -> Run:
     args = read_yaml(path)
     _check(ARGUMENTS, args, path)
     ticketed = args.get("weight_ticket_id") is not None
+    if args.get("weight_method") is not None and not ticketed:
+        raise LeftOut(f"{folder}: a training by which a weight ticket was mined, which is of no arm")
     if ticketed:
         _check(WEIGHT_ARGUMENTS, args, path)
     try:

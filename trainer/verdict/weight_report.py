@@ -9,11 +9,11 @@ from trainer.verdict.groups import Group, differing, place
 from trainer.verdict.sentences import RESAMPLED, interval
 from trainer.verdict.statistics import LEVEL
 from trainer.verdict.tables import Table, cell
-from trainer.verdict.weights import Part, WeightClaim, sparsities
+from trainer.verdict.weights import Part, WeightClaim, sparsities, weights_of
 
 WEIGHT_READING = (
     "Weights: winning: a mask on the weights it was found for; reinit: on others; shuffled: as many a layer at other places;",
-    "random mask: found by nobody; dense: none. LTH: winning ~ dense, > reinit, > shuffled. DLTH: rst ~ imp, > random mask of",
+    "random mask: drawn at random; dense: none. LTH: winning ~ dense, > reinit, > shuffled. DLTH: rst ~ imp, > random mask of",
     "as many updates. LOTUS: both tickets ~ dense on all patches, > either of the two replaced by a random one.",
 )
 # What a part of a claim says where it is surely above its bound, surely below, or neither.
@@ -192,6 +192,13 @@ def weight_notes(judge: Judge, claims: Sequence[WeightClaim]) -> list[str]:
             f"{len(judged)} sparsities are judged ({', '.join(map(_share, judged))}), so each interval of a claim on weights is"
             f" at {_percent(claims[0].level)}, for {_percent(LEVEL)} in all (Bonferroni)"
         )
+    for group in judge.ticketed:
+        tickets = {run.args["weight_ticket_id"] for run in group.runs}
+        if weights_of(group).plan is not None and len(tickets) < len(group.runs):
+            notes.append(
+                f"WARNING: {len(group.runs)} seeds of {weights_of(group).name} share {len(tickets)} weight tickets: the intervals say"
+                " nothing about other tickets; mine one for each seed"
+            )
     blind = dict.fromkeys(claim_name(claim) for claim in claims if claim.name != "DLTH" and claim.room is None)
     if blind:
         notes.append(

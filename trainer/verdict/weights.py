@@ -211,8 +211,17 @@ class _Peers:
         every = [*judge.groups, *judge.ticketed]
         same = [g for g in every if g.arm == arm and g.tokens in tokens and g.set_id == set_id]
         self.groups = [g for g in same if g.but_epochs == group.but_epochs]
-        self.unmasked = [*(g for g in self.groups if g.weights is None), *self.having(DENSE)]
-        self.masked = self.having(Weights("random", "random", weights_of(group).sparsity, None))
+        weights = weights_of(group)
+        plain = [g for g in self.groups if g.weights is None]
+        # A start that was given is no plain run's; a rewound one is of its plan alone, and plain runs have seen as many epochs.
+        # RST is held against masks on the first weights.
+        if weights.start in ("first", "transformed"):
+            self.unmasked = [*plain, *self.having(DENSE)]
+            self.masked = self.having(Weights("random", "random", weights.sparsity, None))
+        else:
+            dense = self.having(replace(weights, arm="dense", sparsity=0.0))
+            self.unmasked = dense if weights.start == "given" else [*plain, *dense]
+            self.masked = self.having(replace(weights, arm="random"))
 
     def having(self, weights: Weights) -> list[Group]:
         """Those of some weights."""

@@ -33,8 +33,13 @@ class Masked(Hook):
         said, count = trainer.subnetwork.said, trainer.subnetwork.counts(trainer.student.model)
         log.info(
             f"weight ticket {said.get('weight_method', '')}, {trainer.recipe.weights.weight_arm}: {count['kept']} of"
-            f" {count['prunable']} weights are trained; what is multiplied and how long it takes is as without"
+            f" {count['prunable']} weights are trained; GMACs and time are those of the dense model"
         )
+        seed, of = trainer.recipe.machine.seed, trainer.subnetwork.mined_with
+        if of is not None and seed != of:
+            log.warning(
+                f"`seed` {seed}: the weight ticket was mined with {of}; a ticket belongs to its seed's first weights"
+            )
 
     def before_update(self, trainer: "Trainer", update: int) -> None:
         for weight, where in self._pruned:

@@ -13,9 +13,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from shards.flags import function_of
 from shards.reader import TicketSet
@@ -56,7 +56,7 @@ def mine(mining: Mining, recipe: Recipe, boards: Boards, opened: TicketSet, rank
         return 0
 
 
-def magnitude(trainer: Trainer, start: State) -> Mapping[str, Any]:
+def magnitude(trainer: Trainer, start: State) -> Mapping[str, Tensor]:
     """Scores of weights: how far from zero training has left them. Source: Han et al. (2015); Frankle and Carbin (2019).
 
     Args:

@@ -28,13 +28,14 @@ def plan_of(mining: Mining, trainer: "Trainer") -> WeightPlan:
     names = prunable(model, mining.prune, mining.keep)
     by_levels = mining.method == "imp" or mining.method not in METHODS
     by_chance = mining.method in ("rst", "random")
+    score = None if mining.method in METHODS else function_of(mining.method, "method")
+    if mining.rewind_epochs and getattr(score, "at_start", False):
+        raise TicketSetError(f"`rewind_epochs`: {mining.method} scores weights before any training; leave it out")
     if mining.rewind_epochs >= trainer.recipe.optimization.epochs:
         raise TicketSetError(f"`rewind_epochs` {mining.rewind_epochs}: expected less than `epochs`")
     return WeightPlan.of(
         method=mining.method,
-        score_sha256=None
-        if mining.method in METHODS
-        else _sha256(inspect.getfile(function_of(mining.method, "method"))),
+        score_sha256=None if score is None else _sha256_of(score, mining.method),
         sparsity=mining.sparsity,
         levels=mining.levels or (default_levels(mining.sparsity) if by_levels else 1),
         scope=mining.scope or ("layer" if by_chance else "global"),
@@ -61,6 +62,13 @@ def _arguments(trainer: "Trainer") -> dict[str, Any]:
     return found
 
 
+def _sha256_of(score: Any, method: str) -> str:
+    try:
+        return _sha256(inspect.getfile(score))
+    except TypeError:
+        raise TicketSetError(f"`method` {method}: expected a function of a file of yours, got a built-in one") from None
+
+
 def _sha256(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -68,5 +76,7 @@ def _sha256(path: str) -> str:
 def difference(there: WeightPlan, here: WeightPlan) -> str:
     """The first things in which two plans differ."""
     ours, theirs = ({**plan.to_json(), **plan.arguments} for plan in (here, there))
-    names = [n for n in ours if n not in ("arguments", "plan_id", "group_id") and ours[n] != theirs.get(n)]
-    return "; ".join(f"{name}: {str(theirs.get(name))[:80]} there, {str(ours[name])[:80]} here" for name in names[:5])
+    names = [n for n in ours | theirs if n not in ("arguments", "plan_id", "group_id") and ours.get(n) != theirs.get(n)]
+    return "; ".join(
+        f"{name}: {str(theirs.get(name))[:80]} there, {str(ours.get(name))[:80]} here" for name in names[:5]
+    )

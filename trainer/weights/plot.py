@@ -17,6 +17,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#00
 MARKERS = "osD^v"
 # blocks.3 . attn.qkv . weight; the block's number is the last one that something other than a number follows
 _BLOCK = re.compile(r"(.*\.\d+)\.([A-Za-z_].*)\.weight")
+MAX_CELLS = 1 << 20  # of the heat map: somebody's plan may name any number of heads
 
 
 def draw(ticket: WeightTicket) -> bytes:
@@ -54,10 +55,11 @@ def head_shares(ticket: WeightTicket) -> tuple[list[str], np.ndarray]:
         for name in natural_sorted(ticket.plan.heads)
         if name in ticket.plan.prunable and ticket.plan.prunable[name][0] % (3 * ticket.plan.heads[name]) == 0
     ]
-    if not names:
+    most = max((ticket.plan.heads[name] for name in names), default=0)
+    if not names or 3 * most * len(names) > MAX_CELLS:
         return [], np.zeros((0, 3, 0))
     kept = ticket.kept()
-    shares = np.full((len(names), 3, max(ticket.plan.heads[name] for name in names)), np.nan)
+    shares = np.full((len(names), 3, most), np.nan)
     for number, name in enumerate(names):
         heads = ticket.plan.heads[name]
         shares[number, :, :heads] = kept[name].reshape(3, heads, -1).mean(axis=2)  # rows: (q, k, v) x heads x head_dim

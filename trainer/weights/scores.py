@@ -61,13 +61,8 @@ def keep_best(scores: Mapping[str, np.ndarray], count: int, before: Kept | None,
     Raises:
         TicketSetError: a score is not finite.
     """
-    for name, values in scores.items():
-        if not np.isfinite(values).all():
-            raise TicketSetError(
-                f"{name}: expected finite scores of its weights, got {values[~np.isfinite(values)][0]}"
-            )
     names = sorted(scores)
-    flat = {name: _remaining(scores[name], before[name] if before else None) for name in names}
+    flat = {name: _remaining(name, scores[name], before[name] if before else None) for name in names}
     if scope == "global":
         best = _best(np.concatenate([flat[name] for name in names]), count)
         parts = np.split(best, np.cumsum([flat[name].size for name in names])[:-1])
@@ -77,8 +72,11 @@ def keep_best(scores: Mapping[str, np.ndarray], count: int, before: Kept | None,
     return {name: part.reshape(scores[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
-def _remaining(scores: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+def _remaining(name: str, scores: np.ndarray, before: np.ndarray | None) -> np.ndarray:
     flat = scores.astype(np.float64).ravel()  # exact for every float type that a model has
+    there = flat if before is None else flat[before.ravel()]
+    if not np.isfinite(there).all():
+        raise TicketSetError(f"{name}: expected finite scores of its weights, got {there[~np.isfinite(there)][0]}")
     return flat if before is None else np.where(before.ravel(), flat, -np.inf)
 
 
@@ -98,11 +96,14 @@ def votes(elected: Sequence[Kept], trained: Sequence[Mapping[str, np.ndarray]]) 
 
     Source: Instant Soup (Jaiswal et al., ICML 2023), whose union of masks is the case of one vote; here exact counts.
     """
-    out = {}
-    for name in elected[0]:
-        size = np.mean([np.abs(weights[name].astype(np.float64)) for weights in trained], axis=0)
-        out[name] = sum(kept[name].astype(np.float64) for kept in elected) + size / (1 + 2 * size.max())  # below a vote
-    return out
+    sizes = {
+        name: np.mean([np.abs(weights[name].astype(np.float64)) for weights in trained], axis=0) for name in elected[0]
+    }
+    most = max(float(size.max()) for size in sizes.values())  # of all: where votes are equal, tensors compete too
+    return {
+        name: sum(kept[name].astype(np.float64) for kept in elected) + size / (1 + 2 * most)  # below a vote
+        for name, size in sizes.items()
+    }
 
 
 def drawn(shapes: Mapping[str, tuple[int, ...]], count: int, *name: object, before: Kept | None = None) -> Kept:

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import TicketSetError, first_line
-from trainer.options import Weights
+from trainer.options import WEIGHT_DERIVED, Weights
 from trainer.weights.scores import Kept, drawn, shuffled
-from trainer.weights.ticket import WeightTicket
-
-# What args.yaml holds of a run's weight ticket beside its settings; of a run without one each is None.
-DERIVED = ("weight_ticket_id", "weight_group_id", "weight_method", "weight_sparsity", "weight_start_id")
+from trainer.weights.ticket import WeightPlan, WeightTicket
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +26,7 @@ class Subnetwork:
         first_epoch: that training begins at; the start weights saw those before (rewinding).
         seed: of the student's own first weights, where not the run's.
         mining_updates: of the optimizer, spent on finding this mask.
+        mined_with: the seed of the ticket.
         said: what args.yaml holds of it.
     """
 
@@ -37,6 +35,7 @@ class Subnetwork:
     first_epoch: int = 0
     seed: int | None = None
     mining_updates: int = 0
+    mined_with: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -65,17 +64,21 @@ class Subnetwork:
             kept = shuffled(ticket.kept(record.level), "shuffled", seed)
         elif arm != "dense":
             kept = ticket.kept(record.level)
-        said = (record.ticket_id, plan.group_id, plan.method, record.sparsity if kept else 0.0)
+        other = start.plan.plan_id if weights.weight_start else None
+        said = said_of(plan, record.ticket_id, record.sparsity if kept else 0.0, other)
         fresh = arm == "reinit" and start is ticket
-        # Random masks cost nothing to find, but a transformed start does, whatever mask is laid on it.
-        free = plan.method != "rst" and arm in ("random", "dense")
+        updates = record.updates
+        # A random mask costs nothing to find; a transformed start does, and one of a later epoch, whatever is laid on it.
+        if plan.method != "rst" and arm in ("random", "dense"):
+            updates = ticket.level(1).updates * plan.rewind_epochs // plan.arguments.get("epochs", 1)
         return cls(
             kept,
             None if fresh else load_start(start.start_bytes(), str(start.path)),
             plan.rewind_epochs,
             named_seed("reinit", seed) if fresh else None,
-            0 if free else record.updates,
-            dict(zip(DERIVED, (*said, start.plan.plan_id if weights.weight_start else None), strict=True)),
+            updates,
+            plan.seed,
+            said,
         )
 
     def lay_on(self, model: nn.Module) -> None:
@@ -115,6 +118,12 @@ class Subnetwork:
         ]
 
 
+def said_of(plan: WeightPlan, ticket_id: str | None, sparsity: float, start_id: str | None = None) -> dict[str, Any]:
+    """What args.yaml holds of an arm of a ticket."""
+    said = (ticket_id, plan.group_id, plan.method, sparsity, plan.start, start_id)
+    return dict(zip(WEIGHT_DERIVED, said, strict=True))
+
+
 @torch.no_grad()
 def empty(pruned: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Weights under the mask become +0.0. Not by multiplying: half of them would be -0.0, and infinity stays NaN."""
@@ -147,8 +156,12 @@ def prunable(model: Any, more: tuple[str, ...] = (), fewer: tuple[str, ...] = ()
     layers = (nn.Linear, nn.Conv2d)
     names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)]
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
-    stem = model.group_matcher(coarse=True)["stem"]  # timm's: a pattern, or several with what follows them
-    stems = [stem] if isinstance(stem, str) else [first for first, *_ in stem]
+    groups = model.group_matcher(
+        coarse=True
+    )  # timm's: a pattern of names, several with what follows them, or a function
+    if not isinstance(groups, dict):
+        raise TicketSetError(f"model {type(model).__name__}: timm does not say which of its weights are the stem's")
+    stems = [groups["stem"]] if isinstance(groups["stem"], str) else [first for first, *_ in groups["stem"]]
     head = model.pretrained_cfg.get("classifier") or ()
     heads = (head,) if isinstance(head, str) else tuple(head)
     outside = {

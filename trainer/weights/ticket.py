@@ -31,7 +31,7 @@ from shards.schema import HEX, MAX_SEED, FileDigest
 
 FORMAT = (1, 0)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
 PLAN, MANIFEST, START = "plan.json", "manifest.json", "start.safetensors"
-METHODS = ("imp", "oneshot", "rst", "soup", "random")  # others are FILE:function, a user's own score
+METHODS = ("imp", "oneshot", "rst", "soup", "random")  # others are module:function, a user's own score
 
 MAX_JSON_BYTES = 10 << 20
 MAX_MASKS_BYTES = 1 << 30
@@ -55,7 +55,7 @@ class WeightPlan(Record):
 
     Attributes:
         format: (major, minor).
-        method: one of METHODS, or NAME.py:function, a user's own score.
+        method: one of METHODS, or module:function, a user's own score.
         score_sha256: of the user's file.
         sparsity: share of the prunable weights that the last level removes.
         levels: L, masks.
@@ -102,6 +102,17 @@ class WeightPlan(Record):
     def total(self) -> int:
         """N, prunable weights."""
         return sum(math.prod(shape) for shape in self.prunable.values())
+
+    @property
+    def start(self) -> str:
+        """Where its start weights come from: "transformed" (rst), "given" (pretrained, or of a checkpoint), "rewound" (of a
+        later epoch) or "first" (of the seed).
+        """
+        if self.method == "rst":
+            return "transformed"
+        if self.arguments.get("pretrained") or self.arguments.get("initial_checkpoint"):
+            return "given"
+        return "rewound" if self.rewind_epochs else "first"
 
     def identities(self) -> tuple[str, str]:
         """What `group_id` and `plan_id` should be."""
@@ -363,7 +374,7 @@ def _checked_plan(content: dict[str, Any], where: str) -> WeightPlan:
     fmt.check_format(content.get("format"), where, FORMAT)
     plan = WeightPlan.parse(content, where)
     if (plan.method in METHODS) != (plan.score_sha256 is None):
-        raise TicketSetError(f"{where}: score_sha256: expected that of the file of a FILE:function alone")
+        raise TicketSetError(f"{where}: score_sha256: expected that of the file of a module:function alone")
     if plan.total > 8 * MAX_MASKS_BYTES:
         raise TicketSetError(f"{where}: prunable: expected at most {8 * MAX_MASKS_BYTES} weights, got {plan.total}")
     return plan

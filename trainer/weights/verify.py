@@ -7,6 +7,7 @@ import numpy as np
 
 from shards.errors import TicketSetError, first_line
 from shards.storage import list_names
+from trainer.weights.scores import count_of
 from trainer.weights.ticket import (
     MANIFEST,
     MASKS_PREFIX,
@@ -55,8 +56,7 @@ def _problems(ticket: WeightTicket) -> Iterator[str]:
 
 def _of_level(ticket: WeightTicket, record: LevelRecord) -> Iterator[str]:
     """What reading the manifest does not look at: sparsities and ids."""
-    # Each tensor may round for itself (scope "layer").
-    if abs(record.kept - record.prunable * (1 - record.sparsity)) > len(record.tensors):
+    if record.kept != count_of(record.prunable, record.sparsity):
         yield f"expected sparsity {record.sparsity:g}, got {record.kept} of {record.prunable} weights kept"
     if record.level == ticket.levels and record.sparsity != ticket.plan.sparsity:
         yield f"expected sparsity {ticket.plan.sparsity:g} ({PLAN}), got {record.sparsity:g}"

@@ -7,13 +7,13 @@ writes, and the others are told.
 import gc
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from shards.errors import TicketSetError
@@ -29,7 +29,7 @@ from trainer.trainer import Trainer
 from trainer.weights.options import Mining
 from trainer.weights.plan import difference, plan_of
 from trainer.weights.scores import Kept, count_of, sparsity_at
-from trainer.weights.subnetwork import DERIVED, Subnetwork, load_start
+from trainer.weights.subnetwork import Subnetwork, load_start, said_of
 from trainer.weights.ticket import (
     MANIFEST,
     START,
@@ -47,8 +47,11 @@ from trainer.weights.ticket import (
 )
 
 log = logging.getLogger("datalth")
+_UNFINISHED = re.compile(
+    r"plan\.json\.\d+-[0-9a-f]{6}\.tmp"
+)  # what a kill leaves that came before the plan was written
 State = dict[str, Tensor]
-Score = Callable[[Trainer, State], Mapping[str, Any]]
+Score = Callable[[Trainer, State], Mapping[str, Tensor]]
 Results = dict[str, float] | None  # top-1 by protocol; None: not trained
 
 
@@ -87,11 +90,13 @@ class Work:
         return self._rank.on_first(lambda: self._begin(claim))
 
     def _begin(self, claim: Claim) -> bool:
-        there = read_plan(self.path) if self.path.is_dir() else None
-        if there is None and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise TicketSetError(f"`out` {self.path}: expected a weight ticket or an empty folder, got something else")
+        if not self.path.is_dir() and self.path.exists():
+            raise TicketSetError(f"`out` {self.path}: expected a folder, got a file")
         self.path.mkdir(parents=True, exist_ok=True)
         claim.hold(self.path)
+        there = read_plan(self.path)
+        if there is None and not all(_UNFINISHED.fullmatch(path.name) for path in self.path.iterdir()):
+            raise TicketSetError(f"`out` {self.path}: expected a weight ticket or an empty folder, got something else")
         if there is not None and there.plan_id != self.plan.plan_id:
             raise TicketSetError(f"`out` {self.path}: holds a ticket of another plan: {difference(there, self.plan)}")
         for left in self.path.glob("*.tmp"):
@@ -191,11 +196,11 @@ class Work:
         """
         plan, files = self.plan, (self.path / masks_name(level), self.path / START)
         identity = self._rank.on_first(lambda: ticket_identity(file_record(files[0]), file_record(files[1])))
-        said = dict(zip(DERIVED, (identity, plan.group_id, plan.method, self._sparsity(level), None), strict=True))
+        said = said_of(plan, identity, self._sparsity(level))
         recipe = self.recipe.but(
             weight_ticket=str(self.path), weight_level=level, pretrained=False, initial_checkpoint=None
         )
-        return recipe, Subnetwork(kept, start, plan.rewind_epochs, None, updates, said)
+        return recipe, Subnetwork(kept, start, plan.rewind_epochs, None, updates, plan.seed, said)
 
     @property
     def own(self) -> dict[str, Any]:
@@ -216,12 +221,16 @@ class Work:
         if name is not None:
             trainer.student.model.load_state_dict(self._trained(name))
         found, out = score(trainer, start), {}
+        if not isinstance(found, Mapping):
+            raise TicketSetError(f"`method` {self.plan.method}: expected scores by name, got {type(found).__name__}")
         for tensor, shape in self.plan.prunable.items():
             values = found.get(tensor)
-            if values is None or tuple(values.shape) != shape:
-                got = "none" if values is None else list(values.shape)
-                raise TicketSetError(f"`method` {self.plan.method}: {tensor}: expected scores {list(shape)}, got {got}")
-            out[tensor] = torch.as_tensor(values).detach().double().cpu().numpy()
+            if not isinstance(values, Tensor) or tuple(values.shape) != shape:
+                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise TicketSetError(
+                    f"`method` {self.plan.method}: {tensor}: expected a tensor of scores {list(shape)}, got {got}"
+                )
+            out[tensor] = values.detach().double().cpu().numpy()
         return out
 
     def finish(self, results: Sequence[Results], updates: Sequence[int], seconds: float) -> None:
