@@ -126,10 +126,10 @@ def soup(study: Study, seed: int) -> list[Command]:
 
 
 def symbols(study: Study, seed: int) -> list[Command]:
-    """IMP in three levels, and its controls at the last."""
+    """IMP in two levels, .9 and .99, and its controls at the last."""
     return [
-        study.mine("imp", seed, "--levels", 3, "--sparsity", TO_99),
-        *study.controls(seed, "imp", 3, "reinit", "shuffled", "random"),
+        study.mine("imp", seed, "--levels", 2, "--sparsity", TO_99),
+        *study.controls(seed, "imp", 2, "reinit", "shuffled", "random"),
     ]
 
 

@@ -402,7 +402,9 @@ def test_seeds_that_share_a_ticket_are_said(tmp_path: Path) -> None:
 
 def test_trainings_of_the_miner_are_left_out(tmp_path: Path) -> None:
     runs = write_lth(tmp_path)
-    (mined,) = write_group(tmp_path / "mined", "dense", 30, seeds=1, weight_method="rst", weight_group_id="3" * 64, lr_base=9.0)
+    (mined,) = write_group(
+        tmp_path / "mined", "dense", 30, seeds=1, weight_method="rst", weight_group_id="3" * 64, lr_base=9.0
+    )
     assert "a training by which a weight ticket was mined" in " ".join(verdict(*runs, mined).split())
 
 

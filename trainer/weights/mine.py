@@ -25,10 +25,9 @@ from trainer.output.claim import Claim
 from trainer.ranks import Rank
 from trainer.trainer import Trainer
 from trainer.weights.extrude import Extrude
-from trainer.weights.options import Mining
+from trainer.weights.options import METHODS, Mining
 from trainer.weights.scores import Kept, drawn, keep_best, votes
 from trainer.weights.subnetwork import Subnetwork, named_seed
-from trainer.weights.ticket import METHODS
 from trainer.weights.work import Results, State, Stopped, Work
 
 log = logging.getLogger("datalth")

@@ -9,8 +9,8 @@ from shards.console import Finite
 from shards.errors import TicketSetError
 from shards.flags import Settings, setting
 from trainer.options import COUNT, POSITIVE
-from trainer.weights.ticket import METHODS
 
+METHODS = ("imp", "oneshot", "rst", "soup", "random")  # others are module:function, one's own score
 OF_METHOD = {
     "transform_epochs": ("rst",), "mining_lr": ("rst", "soup"), "power": ("rst",), "soup_runs": ("soup",), "soup_epochs": ("soup",),
 }  # fmt: skip

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import TicketSetError
 from shards.flags import function_of
 from trainer.options import FREE_TO_CHANGE
-from trainer.weights.options import Mining
+from trainer.weights.options import METHODS, Mining
 from trainer.weights.scores import default_levels
 from trainer.weights.subnetwork import heads_of, prunable
-from trainer.weights.ticket import METHODS, WeightPlan
+from trainer.weights.ticket import WeightPlan
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer

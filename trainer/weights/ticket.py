@@ -28,10 +28,10 @@ from shards import format as fmt
 from shards.errors import TicketSetError, first_line
 from shards.record import Record
 from shards.schema import HEX, MAX_SEED, FileDigest
+from trainer.weights.options import METHODS
 
 FORMAT = (1, 0)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
 PLAN, MANIFEST, START = "plan.json", "manifest.json", "start.safetensors"
-METHODS = ("imp", "oneshot", "rst", "soup", "random")  # others are module:function, a user's own score
 
 MAX_JSON_BYTES = 10 << 20
 MAX_MASKS_BYTES = 1 << 30
