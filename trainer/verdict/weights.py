@@ -127,7 +127,7 @@ def _claims(judge: Judge, margin: float, level: float) -> list[WeightClaim]:
     return [
         *(_controlled(lth, "winning - reinit", "winning - shuffled") or _sparsest(lth)),
         *(_controlled(dlth, "rst - imp", "rst - random mask of as many updates") or _sparsest(dlth)),
-        *_controlled(lotus, "both - dense on all patches", "both - random patches with the mask"),
+        *_controlled(lotus, "both - tickets with a random mask", "both - random patches with the mask"),
     ]
 
 
