@@ -22,7 +22,6 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import miner.selectors
 from conftest import SELECTOR, mine
 from miner.drop import default_blocks, keep_counts, keep_counts_for
 from miner.models import build_vit, load_weights, meta_model, patch_size_of, state_hash
@@ -473,7 +472,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
     del sys.modules["own_methods"]
     for name in [name for name in METHODS if ":" in name]:
         del METHODS[name]
-    miner.selectors._import_method.cache_clear()
 
 
 def test_a_method_without_a_model_sees_pixels_from_0_to_1(own: ModuleType, tmp_path: Path) -> None:
