@@ -86,6 +86,6 @@ def test_smallest_study_of_weights_to_its_end(example, tmp_path, monkeypatch):
     for row in ("dense", "imp winning", "imp reinit", "imp shuffled", "random mask"):
         assert f"| full | {row} |" in table
     judged = json.loads((tmp_path / "out" / "verdict-weights-symbols" / "verdict.json").read_text(encoding="utf-8"))
-    assert len(judged["runs"]) == 7 and (tmp_path / "out" / "weights-symbols.png").exists()
+    assert len(judged["runs"]) == 6 and (tmp_path / "out" / "weights-symbols.png").exists()
     again = CliRunner().invoke(weights, flags)
     assert again.exit_code == 0 and "0 commands to run" in again.output

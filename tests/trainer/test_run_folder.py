@@ -466,7 +466,7 @@ HEAD = "epoch,train_loss,lr\n"
 def test_the_summary_is_mended_after_a_crash(tmp_path, left, kept):
     path = tmp_path / "summary.csv"
     path.write_bytes(left.encode())
-    summary = Summary(path, 1)
+    summary = Summary(path, range(1))
     assert path.read_bytes().decode() == kept
     summary.add(ROW)
     assert path.read_bytes().decode() == HEAD + kept.removeprefix(HEAD).strip("\n") + "\n" * bool(kept) + "1,0.5,0.25\n"
@@ -475,7 +475,7 @@ def test_the_summary_is_mended_after_a_crash(tmp_path, left, kept):
 def test_a_row_of_the_summary_that_is_lost_is_said(tmp_path, caplog):
     path = tmp_path / "summary.csv"
     path.write_bytes(b"epoch,loss\n0,2.5\n1,\0\0\n2,2.0\n")
-    Summary(path, 3)
+    Summary(path, range(3))
     assert path.read_bytes() == b"epoch,loss\n0,2.5\n2,2.0\n"
     assert f"{path}: no readable row of epoch 1" in caplog.text
 
