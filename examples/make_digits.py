@@ -47,6 +47,13 @@ def compose(digits: np.ndarray, chosen: int, rng: np.random.Generator) -> tuple[
     return canvas.clip(0, 255), mask
 
 
+def write(out: Path, name: Path, picture: np.ndarray, mask: np.ndarray) -> None:
+    """A picture, and its mask under the same name in masks/."""
+    for root, pixels in ((out, picture), (out / "masks", mask)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / name)
+
+
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
 @click.option("--train", default=3000, show_default=True, help="Pictures for training.")
@@ -62,10 +69,7 @@ def main(out: Path, train: int, val: int, seed: int) -> None:
             rng = np.random.default_rng([seed, pool.start, i])
             chosen = i % len(part)
             picture, mask = compose(part, chosen, rng)
-            name = Path(split, str(labels[pool.start + chosen]), f"{i:05d}.png")
-            for root, pixels in ((out, picture), (out / "masks", mask)):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / name)
+            write(out, Path(split, str(labels[pool.start + chosen]), f"{i:05d}.png"), picture, mask)
     click.echo(f"{out}: {train} train and {val} val pictures of 10 classes, {CANVAS} x {CANVAS} pixels")
 
 

@@ -20,7 +20,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CANVAS, MARGIN = 110, 7  # the canonical view leaves the margin out
+from make_digits import CANVAS, MARGIN, write
+
 SIZES, SLANT = (40, 56), 30  # pixels of the longer side; degrees
 PIECES, PIECE = 14, 14
 CLASSES = {
@@ -94,10 +95,7 @@ def main(out: Path, train: int, val: int, seed: int) -> None:
             rng = np.random.default_rng([seed, number, i])
             label = [*CLASSES][i % len(CLASSES)]
             picture, mask = compose(CLASSES[label], rng)
-            name = Path(split, label, f"{i:05d}.png")
-            for root, pixels in ((out, picture), (out / "masks", mask)):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / name)
+            write(out, Path(split, label, f"{i:05d}.png"), picture, mask)
     click.echo(f"{out}: {train} train and {val} val pictures of {len(CLASSES)} classes, {CANVAS} x {CANVAS} pixels")
 
 

@@ -25,7 +25,7 @@ def example(monkeypatch) -> Any:
     """Imports a file of examples/ by its name."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield importlib.import_module
-    for name in ("commands", "weights", "make_symbols"):  # `weights` is too plain a name to stay
+    for name in ("commands", "weights", "make_symbols", "make_digits"):  # `weights` is too plain a name to stay
         sys.modules.pop(name, None)
 
 

@@ -1,6 +1,7 @@
 """Seconds and memory of training steps, each way; what runs in them; what compiling gives."""
 
 import gc
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from benchmarks.rounds import Row
 from benchmarks.steps import Steps
 from trainer.data.loader import Batch, pinned
 from trainer.engine import apply_update, train_micro_batch
+from trainer.weights.masks import Masked
+from trainer.weights.scores import count_of, drawn
+from trainer.weights.subnetwork import Subnetwork, prunable
 
 TOKENS = (196, 98, 144, 49)  # all patches first: the others are compared with it
 RATES = {0.9: 144, 0.75: 84}
@@ -89,22 +93,17 @@ def masks(bench: Bench, notes: list[str]) -> Iterator[Row]:
     """What it costs to hold four matrices a block at their zeros: gradients before the update, weights after it."""
     name, batch = bench.size.models[0]
     model = bench.steps(name, batch)
-    weights = [p for name, p in model.model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    removed = [torch.rand_like(weight) < 0.8 for weight in weights]
-    tickets = model.tickets(K)
+    shapes = prunable(model.model)
+    kept = drawn(shapes, count_of(sum(map(math.prod, shapes.values())), 0.8), "benchmark")
+    hook, tickets = Masked(Subnetwork(kept), model.model), model.tickets(K)
 
     def masked() -> None:
         train_micro_batch(model.state, tickets, model.setup, 0, 0)
-        for weight, mask in zip(weights, removed, strict=True):
-            weight.grad.masked_fill_(mask, 0)
-        apply_update(model.state, model.setup, 0)
-        with torch.no_grad():
-            for weight, mask in zip(weights, removed, strict=True):
-                weight.masked_fill_(mask, 0)
+        apply_update(model.state, model.setup, 0, partial(hook.before_update, None), partial(hook.after_update, None))
 
     plain = bench.timed(model.ours(K))
     cost = statistics.median(bench.timed(masked)) / statistics.median(plain)
-    yield row(f"{name}, K = {K}: weight masks against none", cost, against=f"{len(weights)} matrices")
+    yield row(f"{name}, K = {K}: weight masks against none", cost, against=f"{len(kept)} matrices")
 
 
 def kernels(bench: Bench, notes: list[str]) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from made import made_ticket
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from trainer.costs import gmacs, sparse_gmacs
 from trainer.engine import apply_update, train_micro_batch
 from trainer.hooks import Hook
 from trainer.options import Recipe
@@ -90,7 +91,7 @@ def test_muon_needs_its_weights_settled_and_the_norm_its_gradients_silent(opened
     if silent:
         monkeypatch.setattr(masked.Masked, "after_update", Hook.after_update)
         found = trainer(opened, Subnetwork(kept), opt="muon", epochs=1, warmup_epochs=0, model_ema=False)
-        with pytest.raises(AssertionError, match="weights under the mask are not zero"):
+        with pytest.raises(TicketSetError, match="weights under the mask are not zero; nothing is saved"):
             _run(found)
     else:
         monkeypatch.setattr(masked.Masked, "before_update", Hook.before_update)
@@ -309,6 +310,15 @@ def test_wrong_flags_are_one_line(center_set, ticket, tmp_path, flags, says):
 def test_a_mask_of_a_shape_that_the_model_lacks_is_refused(opened):
     with pytest.raises(TicketSetError, match=r"nothing.weight: expected \[2, 2\], got none"):
         trainer(opened, Subnetwork({"nothing.weight": np.ones((2, 2), bool)}))
+
+
+def test_arithmetic_in_theory_leaves_out_the_products_of_zeros(opened, kept):
+    """Every prunable weight of a ViT meets each token once: K patches and the class token."""
+    found = trainer(opened)
+    gone = sum(int((~mask).sum()) for mask in kept.values())
+    dense = gmacs(found.student, 13)
+    assert sparse_gmacs(found.student, 13, kept) == pytest.approx(dense - gone * 14 / 1e9, rel=1e-12)
+    assert sparse_gmacs(found.student, 13, {}) == dense
 
 
 def test_what_may_be_pruned_lies_between_stem_and_head(opened):

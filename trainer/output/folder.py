@@ -128,9 +128,12 @@ class Summary:
     """summary.csv, a row an epoch, written whole each time: a full disk or a crash leaves the last good one."""
 
     def __init__(self, path: Path, epochs: range) -> None:
-        """Over `epochs` so far. Rows of epochs that will be trained again are taken back: a run may be killed between its row and its checkpoint.
+        """Rows of epochs that will be trained again are taken back: a run may be killed between its row and its checkpoint.
 
         What is no row of the file's own columns, as the tail may be after a crash, is left out and said.
+
+        Args:
+            epochs: that are over.
         """
         self._path = path
         if not path.exists():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from shards.errors import TicketSetError
 from trainer.hooks import Average, Hook
 from trainer.weights.subnetwork import Subnetwork, empty, not_zero
 
@@ -50,11 +51,16 @@ class Masked(Hook):
         empty(self._pruned)
 
     def on_save(self, trainer: "Trainer") -> dict[str, Any]:
-        """Nothing to keep; a checkpoint with weights under the mask is none."""
+        """Nothing to keep.
+
+        Raises:
+            TicketSetError: a weight under the mask is not +0.0: some other hook has changed it.
+        """
         averages = [hook.ema.module for hook in trainer.hooks if isinstance(hook, Average)]
         for model in (trainer.student.model, *averages):
             found = not_zero(model, self._kept)
-            assert not found, f"{found} weights under the mask are not zero"
+            if found:
+                raise TicketSetError(f"weight ticket: {found} weights under the mask are not zero; nothing is saved")
         return {}
 
     def at_end(self, trainer: "Trainer", results: "Mapping[str, Figures]", answers: Tensor) -> None:

@@ -154,11 +154,10 @@ def prunable(model: Any, more: tuple[str, ...] = (), fewer: tuple[str, ...] = ()
         TicketSetError: there are none, or a pattern fits nothing.
     """
     layers = (nn.Linear, nn.Conv2d)
-    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)]
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
-    groups = model.group_matcher(
-        coarse=True
-    )  # timm's: a pattern of names, several with what follows them, or a function
+    # timm's word for what belongs together: patterns of names, alone or each with what follows it; of a few models a function.
+    groups = model.group_matcher(coarse=True)
     if not isinstance(groups, dict):
         raise TicketSetError(f"model {type(model).__name__}: timm does not say which of its weights are the stem's")
     stems = [groups["stem"]] if isinstance(groups["stem"], str) else [first for first, *_ in groups["stem"]]
