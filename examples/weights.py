@@ -47,18 +47,22 @@ class Study:
     def mine(self, name: str, seed: int, *flags: object) -> Command:
         """A weight ticket, mined on all patches."""
         out = self.home / f"{name}-{seed}"
-        words = ["datalth-weights", "mine", "--out", out, "--shards", self.tickets, "-c", RECIPE, "--tickets", "full"]
-        words += ["--epochs", self.epochs, "--seed", seed, *self.flags, *flags]
-        return Command(words, out / "manifest.json")
+        words = ["datalth-weights", "mine", "--out", out, "--shards", self.tickets, "-c", RECIPE]
+        return Command([*words, *self._flags(self.epochs, seed, *flags)], out / "manifest.json")
 
     def run(self, name: str, seed: int, *flags: object, ticket: str | None = None, longer: int = 1) -> Command:
         """A training on all patches, unless flags say otherwise, with a weight ticket of its seed or without one."""
-        words: list[object] = ["--tickets", "full", "--epochs", longer * self.epochs, "--seed", seed, *self.flags]
+        words = self._flags(longer * self.epochs, seed, *flags)
         needs = []
         if ticket is not None:
             words += ["--weight-ticket", self.home / f"{ticket}-{seed}"]
             needs.append(self.home / f"{ticket}-{seed}" / "manifest.json")
-        return training(self.home / "runs", f"{name}-{seed}", self.tickets, *words, *flags, needs=needs)
+        return training(self.home / "runs", f"{name}-{seed}", self.tickets, *words, needs=needs)
+
+    def _flags(self, epochs: int, seed: int, *flags: object) -> list[object]:
+        given = [*self.flags, *flags]
+        patches = [] if "--tickets" in given else ["--tickets", "full"]
+        return [*patches, "--epochs", epochs, "--seed", seed, *given]
 
     def imp(self, seed: int) -> Command:
         """Level 0 is dense; the others are the winning arm's runs."""
