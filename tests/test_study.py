@@ -70,7 +70,7 @@ def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):
         assert {path for command in commands for path in command.needs} <= set(files)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smallest_study_of_weights_to_its_end(example, tmp_path, monkeypatch):
     weights = example("weights").weights  # in this process, so that scripts need not be installed
     for name, module in SCRIPTS.items():
