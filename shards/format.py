@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 TIMM_INFO = "_info.json"  # timm's wds/ reader
 OPEN_CLIP_SIZES = "sizes.json"
 INDEX = "index"
+CLAIMS = "claims"  # while several workers mine: who is at which shard
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
 RANKING, VIEWS, LABEL, TOKEN_LABELS, RANKED = "ranking.npy", "views.npy", "cls", "labels.npy", "ranked.bin"
