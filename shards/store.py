@@ -11,6 +11,7 @@ No store has a rename, and only some have locks, so these two conditions are all
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import tempfile
@@ -312,7 +313,10 @@ def _swap_s3(fs: Any, path: str, data: bytes, tag: str) -> None:
 def _swap_gcs(fs: Any, path: str, data: bytes, tag: str) -> None:
     bucket, key, _ = fs.split_path(path)
     where = f"{fs._location}/upload/storage/v1/b/{quote(bucket)}/o"
-    fs.call("POST", where, uploadType="media", name=key, ifGenerationMatch=tag, data=data, json_out=True)
+    parts = ("application/json", json.dumps({"name": key}).encode()), ("application/octet-stream", data)
+    body = b"".join(b"--datalth\nContent-Type: %s\n\n%s\n" % (kind.encode(), part) for kind, part in parts)
+    headers = {"Content-Type": "multipart/related; boundary=datalth"}
+    fs.call("POST", where, uploadType="multipart", ifGenerationMatch=tag, headers=headers, data=body + b"--datalth--")
 
 
 def _swap_azure(fs: Any, path: str, data: bytes, tag: str) -> None:
