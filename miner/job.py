@@ -13,9 +13,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from miner.batcher import Batcher
 from miner.producers import Producer, build_models, build_producers
@@ -26,6 +25,7 @@ from miner.sources import Source
 from miner.writer import Writer
 from shards.errors import TicketSetError
 from shards.schema import Plan, ShardStats
+from shards.store import Store
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,22 @@ class Job:
     Attributes:
         plan: of the whole folder.
         source: listed, with the plan's splits.
-        folder: of the ticket set.
+        store: the folder of the ticket set.
         selection, labeling, geometry, output: the settings that the producers are built by; no selection: the source's
             rankings are kept.
         machine: its batch size is the plan's; a device and workers that are not named are chosen where the job arrives.
+        shared: other processes may write the same shards.
     """
 
     plan: Plan
     source: Source
-    folder: Path
+    store: Store
     selection: Selection | None
     labeling: Labeling
     geometry: Geometry
     machine: Machine
     output: Output
+    shared: bool = False
 
     @property
     def workers(self) -> int:
@@ -68,7 +70,7 @@ class Job:
         for producer in producers:
             if producer.identity != getattr(self.plan.common, producer.name):
                 raise TicketSetError(
-                    f"`{producer.name}`: expected the model, weights and versions of the plan in {self.folder}, got others"
+                    f"`{producer.name}`: expected the model, weights and versions of the plan in {self.store}, got others"
                 )
         return producers
 
@@ -94,6 +96,7 @@ class Progress:
         images, views, failures: that are done.
         reasons: of the first few failures, `source: reason`.
         waited: seconds that the main thread waited for each leg.
+        shard: that is mined now; where an error came out of it, the one that failed.
     """
 
     max_failures: float = math.inf
@@ -102,6 +105,7 @@ class Progress:
     failures: int = 0
     reasons: list[str] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "select": 0.0, "write": 0.0})
+    shard: Shard | None = None
 
     def changed(self) -> None:
         """Called now and then; a progress bar overrides it."""
@@ -150,6 +154,7 @@ def mine_shards(
     shards: Iterable[Shard],
     producers: Sequence[Producer] | None = None,
     progress: Progress | None = None,
+    committed: Callable[[Shard], None] | None = None,
 ) -> list[ShardStats]:
     """`mine_shard` of several: the same bytes, without the gaps between calls.
 
@@ -160,6 +165,7 @@ def mine_shards(
         shards: (split, number) of each, in order.
         producers: of the job, where they are built already.
         progress: counts, and says how many images may fail.
+        committed: told of each shard when it is done, by another thread.
     Returns:
         What the shards' JSON says.
     Raises:
@@ -170,13 +176,17 @@ def mine_shards(
     progress = progress or Progress()
     to_read, to_mine = itertools.tee(shards)
     ahead = read_ahead(job.plan, job.source, producers, to_read, job.workers)
-    writer = Writer(job.plan, job.folder, producers, job.workers)
+    writer = Writer(job.plan, job.store, producers, job.workers, job.shared, committed)
     try:
         for split, number in to_mine:
+            progress.shard = split, number
             images = iter(functools.partial(next, ahead), None)  # up to the mark behind the shard's last
             _mine_one(split, number, images, producers, writer, progress)
         with progress.waiting("write"):
             return writer.finish()
+    except BaseException:
+        progress.shard = writer.failed or progress.shard
+        raise
     finally:
         ahead.close()
         writer.close()

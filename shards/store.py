@@ -169,7 +169,7 @@ class Store:
         return lambda: entry.modified + (time.monotonic() - started)
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str | Path) -> Store:
     """The folder at a path or a URL; it need not be there yet."""
     url = storage.local(str(url)).rstrip("/") or "/"
     return RemoteStore(url) if storage.is_remote(url) else LocalStore(url)
@@ -218,8 +218,12 @@ class LocalStore(Store):
         return True
 
     def remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            Path(self.at(name)).unlink(missing_ok=True)
+        paths = [Path(self.at(name)) for name in names]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in paths} - {Path(self.url)}:  # object stores know no empty folders
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         path = Path(self.at(name))
