@@ -144,6 +144,7 @@ class Worker:
             try:
                 if not finish(store, plan, self._job.source, self._max_failures):
                     return False
+                claims.forget(MANIFEST)
                 remove_claims(store)
             finally:
                 claims.drop()
