@@ -139,11 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = behind.getresponse()
         data = found.read()
         behind.close()
-        if fault == "lost":
-            return self._end(method, path, body)
-        if fault == "stall":
-            time.sleep(STALL)
-            return self._end(method, path, body)
+        if fault in ("lost", "stall"):
+            return self._end(method, path, body, STALL if fault == "stall" else 0)
         if fault == "flip":
             data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
         skipped = ("transfer-encoding", "connection", "content-length", "date", "server")
@@ -190,8 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         if cut:
             self._hang_up()
 
-    def _end(self, method: str, path: str, body: bytes) -> None:
+    def _end(self, method: str, path: str, body: bytes, wait: float = 0) -> None:
         self.server.requests.append(Request(method, path, len(body), 0, 0))
+        time.sleep(wait)
         self._hang_up()
 
     def _hang_up(self) -> None:

@@ -19,7 +19,7 @@ import pytest
 from fsspec.registry import _registry, known_implementations
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from shards import storage
+from shards import remote, storage
 from shards.copies import fetch, own_folder
 from shards.errors import TicketSetError, first_line, is_machine_error
 from shards.reader import TicketSet
@@ -257,7 +257,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Store]:
     Mine.root.mkdir()
     Mine.reads = []
     monkeypatch.setitem(_registry, "faulty", Mine)
-    monkeypatch.setattr(storage, "REMOTE_BLOCK", 4096)
+    monkeypatch.setattr(remote, "BLOCK", 4096)
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
     return Mine
 
 
@@ -290,7 +291,7 @@ REMOTE = {
     **READERS,
     "exists": storage.exists,
     "list_names": storage.list_names,
-    "glob_remote": lambda url: storage.glob_remote(f"{url}*"),
+    "glob_remote": lambda url: remote.glob(f"{url}*"),
     "TicketSet.open": TicketSet.open,
 }
 
