@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -134,7 +133,7 @@ def test_a_copy_is_fetched_once_checked_and_never_from_flipped_bits(url, faults,
     assert not list((tmp_path / "cache").glob("*.tar*tmp")) and not list((tmp_path / "cache").glob("*.tar"))
     faults.clear()
     for _ in range(2):
-        assert Path(fetch(url, tmp_path / "cache", len(CONTENT), digest)).read_bytes() == CONTENT
+        assert fetch(url, tmp_path / "cache", len(CONTENT), digest).path.read_bytes() == CONTENT
     assert (faults.count("HEAD"), faults.count("GET"), faults.bytes()) == (1, 13, len(CONTENT))
 
 
