@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from shards import storage
+from shards import remote, storage
 from shards.errors import TicketSetError
 from shards.format import CLAIMS
 
@@ -236,8 +236,8 @@ class RemoteStore(Store):
 
     def tag(self, name: str) -> str | None:
         try:
-            with storage.remote_errors(self.at(name)):
-                fs, path = storage.filesystem(self.at(name))
+            with remote.remote_errors(self.at(name)):
+                fs, path = remote.filesystem(self.at(name))
                 found = fs.info(path)
         except FileNotFoundError:
             return None
@@ -246,8 +246,8 @@ class RemoteStore(Store):
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
         try:
-            with storage.remote_errors(url):
-                fs, path = storage.filesystem(url)
+            with remote.remote_errors(url):
+                fs, path = remote.filesystem(url)
                 found = fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
@@ -256,8 +256,8 @@ class RemoteStore(Store):
 
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
         url = self.at(name)
-        with storage.remote_errors(url):
-            fs, path = storage.filesystem(url)
+        with remote.remote_errors(url):
+            fs, path = remote.filesystem(url)
             try:
                 if expected not in (ANY, None):
                     _swap(fs, path, data.read_bytes() if isinstance(data, Path) else data, str(expected))
@@ -275,8 +275,8 @@ class RemoteStore(Store):
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            with contextlib.suppress(FileNotFoundError), storage.remote_errors(self.at(name)):
-                fs, path = storage.filesystem(self.at(name))
+            with contextlib.suppress(FileNotFoundError), remote.remote_errors(self.at(name)):
+                fs, path = remote.filesystem(self.at(name))
                 fs.rm_file(path)
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
