@@ -14,7 +14,6 @@ Claims save work and decide nothing: that no worker undoes another's shard is up
 
 import random
 import re
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from shards.store import Conflict, Store
 _NAME = re.compile(r"(.+)\.a([0-9]{1,6})(?:\.(failed|dropped))?", re.DOTALL)
 CONFLICTS_TO_LOOK_AGAIN = 3  # in a row: what was listed is old
 RENEWALS = 3  # in the time that a claim holds
+MOST_WAITED = 15.0  # seconds between looks while others are at work
 
 
 class Stolen(TicketSetError):
@@ -71,6 +71,11 @@ class State:
     free: dict[str, int] = field(default_factory=dict)
     working: dict[str, float] = field(default_factory=dict)
     poisoned: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def pause(self) -> float:
+        """Seconds until it is worth looking again: somebody's claim has run out then, or a shard may be done."""
+        return min([MOST_WAITED, *self.working.values()]) * random.uniform(0.5, 1) + 0.05
 
 
 class Claims:
@@ -145,7 +150,7 @@ class Claims:
             self._store.put(_place(name, attempt), self._said, expected=None)
         except Conflict:
             return False
-        self._held[name] = attempt, time.monotonic()
+        self._held[name] = attempt, self._now()
         return True
 
     @property
@@ -164,13 +169,13 @@ class Claims:
             Stolen: a later attempt is there.
         """
         for name, (attempt, put) in list(self._held.items()):
-            if time.monotonic() - put < self._seconds / RENEWALS:
+            if self._now() - put < self._seconds / RENEWALS:
                 continue
             if self._store.tag(_place(name, attempt + 1)):
                 del self._held[name]
                 raise Stolen(f"{self._store.at(name)}: another worker has taken this shard over")
             self._store.put(_place(name, attempt), self._said)
-            self._held[name] = attempt, time.monotonic()
+            self._held[name] = attempt, self._now()
 
     def forget(self, name: str) -> None:
         """Hold a claim no longer: its JSON is there. Another thread may call it."""

@@ -6,7 +6,6 @@ knows of the others but by the claims in the folder, and whoever sees that all s
 
 import contextlib
 import os
-import random
 import secrets
 import socket
 import time
@@ -30,7 +29,6 @@ from shards.ranks import rank_and_world
 from shards.schema import Plan
 from shards.store import Conflict
 
-MOST_WAITED = 15.0  # seconds between looks while others are at work
 SICK = 3  # shards that fail in a row: it is this worker, not the shards
 MANIFEST = fmt.MANIFEST.removesuffix(".json")
 
@@ -73,7 +71,7 @@ class Worker:
         with contextlib.closing(progress):
             while state.free or state.working:
                 if not state.free:
-                    wait(state)
+                    time.sleep(state.pause)
                 own, error = len(self._own), self._mine_free(producers, progress)
                 sick = 0 if error is None or len(self._own) > own else sick + 1
                 if sick == SICK and error is not None:
@@ -139,7 +137,7 @@ class Worker:
         claims = Claims(store, self._name, [MANIFEST], self._fleet.claim_seconds, self._fleet.attempts)
         while not (state := claims.look()).done:
             if claims.take() is None:
-                wait(state)
+                time.sleep(state.pause)
                 continue
             try:
                 if not finish(store, plan, self._job.source, self._max_failures):
@@ -161,11 +159,6 @@ class _Progress(ProgressBar):
     def changed(self) -> None:
         super().changed()
         self._claims.renew()
-
-
-def wait(state: State) -> None:
-    """Until it is worth looking again: somebody's claim has run out, or a shard may be done."""
-    time.sleep(min([MOST_WAITED, *state.working.values()]) * random.uniform(0.5, 1) + 0.05)
 
 
 def mine_elastic(job: Job, mined: Plan, producers: Sequence[Producer], fleet: Fleet, device: torch.device) -> None:

@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from miner.batcher import Batcher
-from miner.producers import Producer, build_models, build_producers
+from miner.producers import Producer, build_models, build_producers, device_of
 from miner.producers.producer import Image, answering
 from miner.reading import Shard, read_ahead
 from miner.settings import Geometry, Labeling, Machine, Output, Selection
@@ -56,6 +58,13 @@ class Job:
     def workers(self) -> int:
         """Threads that read and decode, and as many that encode."""
         return self.machine.workers or min(os.cpu_count() or 1, 16)
+
+    @property
+    def made_on(self) -> dict[str, str]:
+        """What may change the last bits of scores, and with them the bytes: not part of the plan, but worth knowing."""
+        device = device_of(self.selection, self.labeling, self.machine)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {"device": name, "torch": torch.__version__}
 
     def producers(self) -> tuple[Producer, ...]:
         """The job's producers; the last job's are kept in this process.
@@ -181,7 +190,7 @@ def mine_shards(
         for split, number in to_mine:
             progress.shard = split, number
             images = iter(functools.partial(next, ahead), None)  # up to the mark behind the shard's last
-            _mine_one(split, number, images, producers, writer, progress)
+            _mine_one(job, (split, number), images, producers, writer, progress)
         with progress.waiting("write"):
             return writer.finish()
     except BaseException:
@@ -193,8 +202,8 @@ def mine_shards(
 
 
 def _mine_one(
-    split: str,
-    number: int,
+    job: Job,
+    shard: Shard,
     images: Iterator[Image],
     producers: Sequence[Producer],
     writer: Writer,
@@ -204,7 +213,7 @@ def _mine_one(
     viewed = any(not producer.whole for producer in producers)
     started, before = time.perf_counter(), dict(progress.waited)
     with progress.waiting("write"):
-        writer.begin(split, number)
+        writer.begin(*shard)
     for image in _answered(images, producers, progress):
         progress.done(image, viewed)
         with progress.waiting("write"):
@@ -212,7 +221,7 @@ def _mine_one(
     waited = {f"{leg}_seconds": round(s - before[leg], 3) for leg, s in progress.waited.items()}
     seconds = round(time.perf_counter() - started, 3)
     with progress.waiting("write"):
-        writer.commit({"seconds": seconds, **waited})
+        writer.commit({"seconds": seconds, **waited, **job.made_on})
     progress.changed()
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from miner.job import Progress
 from miner.sources import Source
 from shards.console import duration, printable, size, table
+from shards.errors import TicketSetError
 from shards.flags import as_flags
-from shards.reader import TicketSet
+from shards.reader import TicketSet, resolve_base
 from shards.schema import Plan, SelectorIdentity
-from shards.storage import is_remote
 from shards.store import Store
 
 LOG_SECONDS = 15  # between plain log lines
@@ -177,8 +177,11 @@ def show_summary(store: Store, seconds: float, progress: Progress, who: str = "m
         click.echo(as_flags(printable(line)))
     where = shlex.quote(store.url)
     base = manifest.base
-    if base and is_remote(base.path):  # no reader follows a manifest to another store by itself
-        where += f" --base {shlex.quote(base.path)}"
+    if base:
+        try:
+            resolve_base(store.url, base.path)
+        except TicketSetError:  # no reader follows a manifest to another store by itself
+            where += f" --base {shlex.quote(base.path)}"
     look = f"datalth-shards sheet {where} -o sheet.png, then " if opened.has_tickets else ""
     click.echo(printable(f"next: {look}datalth-shards verify {where} --deep"))
 

@@ -27,7 +27,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from shards import remote, storage
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.format import CLAIMS
 
 ANY = "whatever is there"  # as what a put expects
@@ -267,6 +267,10 @@ class RemoteStore(Store):
                     fs.pipe_file(path, data, **how)
                 else:
                     fs.put_file(str(data), path, **how)
+            except FileNotFoundError as error:
+                if expected in (ANY, None):
+                    raise TicketSetError(f"{url}: cannot be written: {first_line(error)}") from None
+                return False  # nothing is there to swap
             except Exception as error:
                 if expected is ANY or not _is_refusal(error):
                     raise
@@ -292,8 +296,8 @@ def _modified(info: dict[str, Any]) -> float:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a client's error is the store's answer that a condition does not hold; 404 is one that has nothing to swap."""
-    if isinstance(error, FileExistsError | FileNotFoundError):
+    """Whether a client's error is the store's answer that a condition does not hold."""
+    if isinstance(error, FileExistsError):
         return True
     status = getattr(error, "code", getattr(error, "status_code", None))
     # EINVAL is s3fs's word for 412, unless the server says by which condition, which not all do.

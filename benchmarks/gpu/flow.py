@@ -35,7 +35,7 @@ def mining(bench: Bench, notes: list[str]) -> Iterator[Row]:
         ready[name] = bench.timed(lambda ranker=ranker: ranker.rank_and_score(images))
         yield rates(f"selector alone, {name}", SELECTOR_BATCH, ready[name])
     timings, views = timing(bench.mined, bench.size.views)
-    spent = {name: sum(entry[name] for entry in timings) for name in timings[0]}
+    spent = {name: sum(entry[name] for entry in timings) for name in timings[0] if name.endswith("seconds")}
     notes.append("mining: the main thread waited " + ", ".join(f"{n} {s:.1f} s" for n, s in sorted(spent.items())))
     whole = views / spent["seconds"]
     yield row("whole, copies, float32", whole / 1000, unit="k views/s")
