@@ -80,8 +80,9 @@ def remove_set(store: Store) -> None:
 
 
 def remove_claims(store: Store) -> None:
-    """Remove what workers wrote to agree by; none may be at work."""
-    store.remove(f"{fmt.CLAIMS}/{name}" for name in store.entries(fmt.CLAIMS))
+    """Remove what workers wrote to agree by. One may be about to put more."""
+    names = [name for name in store.entries(fmt.CLAIMS) if not name.endswith(".tmp")]
+    store.remove(f"{fmt.CLAIMS}/{name}" for name in names)
 
 
 def remove_temporary(store: Store) -> None:

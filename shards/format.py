@@ -47,6 +47,11 @@ PIXEL_MEMBERS = (*IMAGE_MEMBERS, RANKED)
 VIEW_COLUMNS = ("top", "left", "height", "width", "flip")
 
 
+def taken(token: str) -> bytes:
+    """The mark of who takes a shard over, in the place of its JSON."""
+    return canonical_json({TAKEN: token})
+
+
 def shard_name(split: str, number: int) -> str:
     """`train-000000`, the stem shared by a shard's tar, parquet and JSON."""
     return f"{split}-{number:06d}"
@@ -65,6 +70,9 @@ def digest(value: Any) -> str:
 
 def _spell(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+TAKEN_BYTES = len(taken("0" * 32))  # a listing tells a mark by it: any other JSON is longer
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
