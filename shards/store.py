@@ -278,10 +278,13 @@ class RemoteStore(Store):
         return True
 
     def remove(self, names: Iterable[str]) -> None:
-        for name in names:
+        def remove(name: str) -> None:
             with contextlib.suppress(FileNotFoundError), storage.remote_errors(self.at(name)):
                 fs, path = storage.filesystem(self.at(name))
                 fs.rm_file(path)
+
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "remove") as pool:
+            list(pool.map(remove, names))
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         return storage.temporary_file(Path(tempfile.gettempdir(), f"datalth-{name.replace('/', '-')}"))
