@@ -25,7 +25,7 @@ from miner.sources.tars import tar_source
 from miner.sources.ticket_set import ticket_set_source
 from miner.sources.timm_reader import timm_source
 from shards import format as fmt
-from shards import storage
+from shards import remote, storage
 from shards.errors import TicketSetError
 from shards.schema import check_split_name
 
@@ -135,7 +135,7 @@ def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | N
 
 
 def _remote_glob(url: str) -> list[str]:
-    found = storage.glob_remote(url)
+    found = remote.glob(url)
     if not found:
         raise TicketSetError(f"`data` {url}: no such files")
     return found
