@@ -216,7 +216,14 @@ def test_a_store_that_fails_is_no_shards_fault(store: MemoryStore) -> None:
 
 
 def test_others_files_among_the_claims_are_passed_over(store: MemoryStore) -> None:
-    for name in ("lock", "clock-0123", "train-000000.a1.77-abcdef.tmp", "train-000099.a1", "train-000001.a1.odd", ".a1"):
+    for name in (
+        "lock",
+        "clock-0123",
+        "train-000000.a1.77-abcdef.tmp",
+        "train-000099.a1",
+        "train-000001.a1.odd",
+        ".a1",
+    ):
         store.put(f"claims/{name}", b"?")
     assert sorted(worker(store).look().free.values()) == [1] * len(NAMES)
 
