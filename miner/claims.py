@@ -158,7 +158,7 @@ class Claims:
             else:
                 state.free[name] = last + 1
         # `take` begins at the end: what fails again and again is not to hold up the rest.
-        state.free = dict(sorted(state.free.items(), key=lambda item: -item[1]))
+        state.free = dict(sorted(state.free.items(), key=lambda item: -len(found[item[0]].failed)))
         self.state = state
         return state
 

@@ -42,8 +42,7 @@ def race(store: Store, number: int, ready: Barrier, wins: "multiprocessing.Queue
             won.append(key)
         except Conflict:
             pass
-    swaps = 0
-    for _ in range(SWAPS):
+    for swaps in range(SWAPS):
         while True:
             tag = store.tag("count")
             try:
@@ -51,7 +50,6 @@ def race(store: Store, number: int, ready: Barrier, wins: "multiprocessing.Queue
                 break
             except Conflict:
                 pass
-        swaps += 1
     wins.put((number, won))
 
 
