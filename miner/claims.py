@@ -117,6 +117,7 @@ class Claims:
         attempts: that may fail until a name is given up.
     Attributes:
         state: as of the last look.
+        now: tells the store's time, in seconds.
 
     Raises:
         TicketSetError: the store does not keep conditional writes.
@@ -126,7 +127,7 @@ class Claims:
         self._store, self._worker, self._seconds, self._attempts = store, worker, seconds, attempts
         self._names = list(names)
         random.Random(worker).shuffle(self._names)  # or a thousand workers would ask for the first of them
-        self._now = store.clock()
+        self.now = store.clock()
         self.state = State()
         self._held: dict[str, _Held] = {}
 
@@ -143,7 +144,7 @@ class Claims:
                 found[name].ended[number] = end
             else:
                 found[name].times[number] = entry.modified
-        state, now = State(), self._now()
+        state, now = State(), self.now()
         for name, attempts in found.items():
             json = there.get(f"{name}.json")
             if json and json.size != fmt.TAKEN_BYTES:
@@ -193,7 +194,7 @@ class Claims:
             self._store.put(_place(name, attempt), self._said, expected=None)
         except Conflict:
             return False
-        self._held[name] = _Held(attempt, self._now())
+        self._held[name] = _Held(attempt, self.now())
         return True
 
     @property
@@ -214,13 +215,13 @@ class Claims:
             Unreachable: the store fails.
         """
         for name, held in list(self._held.items()):
-            if self._now() - held.put < self._seconds / RENEWALS:
+            if self.now() - held.put < self._seconds / RENEWALS:
                 continue
             if self._store.tag(_place(name, held.attempt + 1)):
                 self.forget(name)
                 raise Stolen(f"{self._store.at(name)}: another worker has taken this shard over")
             self._store.put(_place(name, held.attempt), self._said)
-            held.put = self._now()
+            held.put = self.now()
 
     def forget(self, name: str) -> None:
         """Hold a claim no longer: its JSON is there. Another thread may call it."""

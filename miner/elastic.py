@@ -16,7 +16,7 @@ import torch
 
 from miner.claims import Claims, State, Stolen, Unreachable
 from miner.done import count_images, finish
-from miner.folder import remove_claims
+from miner.folder import remove_claims, remove_temporary
 from miner.job import Job, TooManyFailures, mine_shards
 from miner.producers import Producer
 from miner.progress import ProgressBar, show_plan, show_summary
@@ -147,7 +147,10 @@ class Worker:
                 claims.forget(MANIFEST)
             finally:
                 claims.drop()
-        remove_claims(store)  # each worker does: one that was taken for dead has put some after all others had ended
+        # By each worker: one that was taken for dead may put claims after all others have ended. And what a killed one was
+        # writing is older than half of what claims hold, for somebody has mined its shard since it was free.
+        remove_claims(store)
+        remove_temporary(store, before=claims.now() - self._fleet.claim_seconds / 2)
         return True
 
 

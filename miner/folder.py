@@ -1,5 +1,6 @@
 """The folder that a ticket set is mined into: whether it may be, what is done in it, what is removed from it."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -40,7 +41,11 @@ def check_target(out: str, data: str) -> None:
         raise TicketSetError(f"`out` {out}: expected a folder, got a file")
     if _is_inside(store.url, data):
         raise TicketSetError(f"`out` {out}: lies inside `data` {data}; its shards would be taken for images")
-    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp") and name != fmt.LISTINGS]
+    names = [
+        name
+        for name in storage.list_names(store.url)
+        if not name.endswith(".tmp") and name not in (fmt.CLAIMS, fmt.LISTINGS)
+    ]
     if "__init__.py" in names:
         raise TicketSetError(
             f"`out` {out}: this is Python source code (it holds __init__.py); run in a work folder, or name another `out`"
@@ -86,8 +91,9 @@ def remove_claims(store: Store) -> None:
         store.remove(f"{folder}/{name}" for name in names)
 
 
-def remove_temporary(store: Store) -> None:
-    """Remove what killed runs left; nobody else may be writing."""
+def remove_temporary(store: Store, before: float = math.inf) -> None:
+    """Remove what killed runs left: what was not written to since a time of the store's clock, as by nobody who lives."""
     for folder in ("", fmt.INDEX, fmt.CLAIMS):
-        stale = [name for name in store.entries(folder) if name.endswith(".tmp")]
+        found = store.entries(folder).items()
+        stale = [name for name, entry in found if name.endswith(".tmp") and entry.modified < before]
         store.remove(f"{folder}/{name}" if folder else name for name in stale)

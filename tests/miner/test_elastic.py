@@ -3,6 +3,7 @@
 Workers are forked from this process, so that what a test changes here holds in them, too.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -465,6 +466,27 @@ def test_what_a_worker_that_died_while_it_took_over_has_left_is_taken_over(
     assert "resuming: 7 of 8 shards are done" in mine(*words).output
     inspect("verify", out, "--deep")
     assert not claims_of(out)
+
+
+def test_what_killed_workers_were_writing_is_swept_at_the_end(
+    one: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(one, out)
+    left = [
+        out / name for name in ("train-000000.tar.7-ab.tmp", "index/val-000000.parquet.7-ab.tmp", "new.tar.8-cd.tmp")
+    ]
+    for path in left:
+        path.touch()
+    for path in left[:2]:
+        os.utime(path, (time.time() - 400,) * 2)
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # another is at work, or all would be swept at the start
+    try:
+        mine(*words)
+        assert [path.exists() for path in left] == [False, False, True]
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("flag", ["--overwrite", "--retry-failed"])
