@@ -71,10 +71,11 @@ class Worker:
         progress = _Progress(self._claims, total - self._before, self._max_failures * total, shown)
         with contextlib.closing(progress):
             while state.free or state.working:
-                if not state.free:
-                    time.sleep(state.pause)
-                self._mine_free(producers, progress)
-                state = self._claims.look()
+                if not self._mine_free(producers, progress):
+                    self._claims.look()
+                state = self._claims.state
+                if not state.free and state.working:
+                    time.sleep(self._claims.pause)
         if state.poisoned:
             raise self._given_up(state)
         return progress
@@ -82,13 +83,14 @@ class Worker:
     def _images(self, names: set[str]) -> int:
         return sum(self._sizes[name] for name in names)
 
-    def _mine_free(self, producers: Sequence[Producer], progress: ProgressBar) -> None:
-        """Mine what is free until nothing is, or a shard fails."""
+    def _mine_free(self, producers: Sequence[Producer], progress: ProgressBar) -> bool:
+        """Mine what is free until nothing is, or a shard fails; says whether nothing is."""
 
         def claimed() -> Iterator[Shard]:
             while (name := self._claims.take()) is not None:
                 state = self._claims.state
-                progress.others(self._images(state.done - self._own) - self._before, len(state.working) + 1)
+                elsewhere = state.working.keys() - set(self._claims.held)
+                progress.others(self._images(state.done - self._own) - self._before, len(elsewhere))
                 yield self._shards[name]
 
         def committed(shard: Shard) -> None:
@@ -99,6 +101,7 @@ class Worker:
 
         try:
             mine_shards(self._job, claimed(), producers, progress, committed)
+            return True
         except (Stolen, Conflict):  # this worker was taken for dead, and another is at its shard
             pass
         except (Unreachable, TooManyFailures, torch.OutOfMemoryError):
@@ -109,6 +112,7 @@ class Worker:
             self._blame(progress.shard, error)
         finally:
             self._claims.drop()
+        return False
 
     def _blame(self, shard: Shard | None, error: Exception) -> None:
         name = "" if shard is None else fmt.shard_name(*shard)
@@ -137,9 +141,9 @@ class Worker:
         """
         store, plan = self._job.store, self._job.plan
         claims = Claims(store, self._name, [MANIFEST], self._fleet.claim_seconds, ANY_NUMBER)
-        while not (state := claims.look()).done:
+        while not claims.look().done:
             if claims.take() is None:
-                time.sleep(state.pause)
+                time.sleep(claims.pause)
                 continue
             try:
                 if not finish(store, plan, self._job.source, self._max_failures):

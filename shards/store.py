@@ -196,11 +196,15 @@ class LocalStore(Store):
         return found
 
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
-        if isinstance(data, bytes):
+        while isinstance(data, bytes):
             with self.spool(name) as file:
                 file.write(data)
                 file.flush()
-                return self._put(name, Path(file.name), expected)
+                try:
+                    return self._put(name, Path(file.name), expected)
+                except FileNotFoundError:  # it was swept: somebody took this process for dead, as after a long stop
+                    if os.path.exists(file.name):
+                        raise
         path = Path(self.at(name))
         with open(data, "rb") as file:
             os.fsync(file.fileno())

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import format as fmt
-from shards.checks import parse_json
 from shards.errors import TicketSetError
 from shards.index import index_schema
 from shards.schema import (
@@ -180,7 +179,7 @@ class ShardWriter:
             Conflict: another process commits the shard, or has.
         """
         store, token = self.store, secrets.token_hex(16)
-        mark = fmt.taken(token)
+        mark = fmt.taken_mark(token)
         tag = store.tag(self._json)
         done = read_shard_json(store, self.split, self.number)
         if done is not None:
@@ -214,7 +213,7 @@ class ShardWriter:
             shutil.copyfileobj(whole, file, 1 << 20)
         self._file.file = file
         self._file.write(token.encode().ljust(512, b"\0"))  # behind the archive's end
-        return self._files(timing, **{f"datalth.{fmt.TAKEN}": token})
+        return self._files(timing, **{"datalth.taken_over": token})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -337,8 +336,6 @@ def read_shard_jsons(store: Store, shards: Iterable[tuple[str, int]]) -> list[Sh
 
 def _parse_done(data: bytes, where: str) -> ShardStats | None:
     try:
-        if fmt.TAKEN in parse_json(data, where):  # a mark: somebody is taking the shard over
-            return None
-        return parse_shard(data, where)
+        return None if fmt.is_mark(len(data)) else parse_shard(data, where)
     except TicketSetError as error:
         raise TicketSetError(f"{error} (without this file, its shard is mined again)") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from miner.claims import MOST_WAITED, Claims, Stolen, Unreachable
+from miner.claims import FIRST_WAIT, MOST_WAITED, Claims, Stolen, Unreachable
 from miner.folder import remove_claims
 from shards import format as fmt
 from shards.errors import TicketSetError
@@ -49,7 +49,7 @@ def test_a_claim_that_is_not_renewed_is_free_when_its_time_is_over(store: Memory
     take_all(one)
     store.time += 59
     assert two.take() is None and two.state.working == dict.fromkeys(NAMES, 1.0)
-    assert two.state.pause <= 1.05
+    assert two.pause <= 1.05
     store.time += 1.5
     assert sorted(take_all(two)) == NAMES
     assert claims_in(store) == sorted(f"{name}.a{attempt}" for name in NAMES for attempt in (1, 2))
@@ -133,7 +133,7 @@ def test_what_failed_is_tried_last(store: MemoryStore) -> None:
     """Or a worker would give up over one bad shard before it has seen the good ones."""
     for number in range(3):
         one = worker(store, f"worker {number}")
-        bad, *others = take_all(one)
+        bad = take_all(one)[0]
         one.fail(bad, "bad")
         one.drop()  # the others, which is another thing
         assert take_all(worker(store, "last"))[-1] == bad
@@ -152,7 +152,7 @@ def test_a_reason_is_one_line_of_plain_text(store: MemoryStore) -> None:
 def test_done_is_what_has_a_json_that_is_no_mark(store: MemoryStore) -> None:
     """A mark says that somebody takes a shard over; if he dies, another must."""
     store.put("train-000000.json", DONE)
-    store.put("train-000001.json", fmt.taken("0" * 32))
+    store.put("train-000001.json", fmt.taken_mark("0" * 32))
     one = worker(store, names=NAMES[:2])
     assert one.look().done == {"train-000000"}
     assert take_all(one) == ["train-000001"]
@@ -232,11 +232,17 @@ def test_others_files_among_the_claims_are_passed_over(store: MemoryStore) -> No
     assert sorted(worker(store).look().free.values()) == [1] * len(NAMES)
 
 
-def test_a_pause_is_short_of_what_others_need(store: MemoryStore) -> None:
-    one = worker(store, names=NAMES[:1])
+def test_pauses_grow_while_there_is_nothing_to_take(store: MemoryStore) -> None:
+    one, two = worker(store, "one", NAMES[:1]), worker(store, "two", NAMES[:1])
     one.take()
-    pauses = [one.look().pause for _ in range(50)]
-    assert MOST_WAITED / 2 <= min(pauses) < max(pauses) <= MOST_WAITED + 0.05
+    pauses = []
+    for _ in range(8):
+        assert two.take() is None
+        pauses.append(two.pause)
+    assert FIRST_WAIT / 2 <= pauses[0] <= FIRST_WAIT + 0.05 and MOST_WAITED / 2 <= pauses[-1] <= MOST_WAITED + 0.05
+    one.drop()
+    assert two.take() and one.take() is None
+    assert one.pause <= FIRST_WAIT + 0.05
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -34,6 +34,7 @@ Hook = Callable[[], None]
 
 @pytest.fixture(autouse=True)
 def waits_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "FIRST_WAIT", 0.2)
     monkeypatch.setattr(claims, "MOST_WAITED", 0.2)
 
 
@@ -245,8 +246,8 @@ def test_a_zombie_in_the_midst_of_taking_over_does_no_harm(
         name.endswith(".tar") and Path(self.at(f"{name[:-4]}.json")).exists()), monkeypatch)  # fmt: skip
     second = workers.start(words, lambda: (other_gpu(True, True)(), marked()))
     waits_for(lambda: stopped(second))
-    (mark,) = [path for path in out.glob("*-0*.json") if path.stat().st_size == fmt.TAKEN_BYTES]
-    assert fmt.TAKEN in json.loads(mark.read_bytes())
+    (mark,) = [path for path in out.glob("*-0*.json") if fmt.is_mark(path.stat().st_size)]
+    assert "taken_over" in json.loads(mark.read_bytes())
     assert workers.end(workers.start(words)) == 0, workers.said()
     finished = without_temporary(out)
     for zombie in (second, first):
@@ -461,7 +462,7 @@ def test_what_a_worker_that_died_while_it_took_over_has_left_is_taken_over(
     out = tmp_path / "set"
     shutil.copytree(one, out)
     (out / "manifest.json").unlink()
-    (out / "train-000002.json").write_bytes(fmt.taken("0" * 32))
+    (out / "train-000002.json").write_bytes(fmt.taken_mark("0" * 32))
     (out / "train-000002.tar").write_bytes(b"another's")
     assert "resuming: 7 of 8 shards are done" in mine(*words).output
     inspect("verify", out, "--deep")

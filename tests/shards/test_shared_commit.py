@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from shards import format as fmt
-from shards.checks import parse_json
 from shards.schema import ShardStats, parse_shard
 from shards.store import Conflict
 from shards.writer import ShardWriter
@@ -104,7 +103,7 @@ def make(store: MemoryStore, kind: Kind, number: int, shared: bool = True) -> Sh
 
 def done(store: MemoryStore) -> ShardStats | None:
     data = store.objects.get(JSON)
-    return None if data is None or fmt.TAKEN in parse_json(data, JSON) else parse_shard(data, JSON)
+    return None if data is None or fmt.is_mark(len(data)) else parse_shard(data, JSON)
 
 
 def torn(store: MemoryStore) -> bool:
@@ -124,7 +123,7 @@ def search(folder: Path, seed: int, hashed: bool) -> str:
         make(store, rng.choice(KINDS), -1 - number, shared=False)
         store.remove([JSON, *rng.choice([[], [TAR], [PARQUET]])])
     if rng.random() < 0.2:
-        store.put(JSON, fmt.taken("0" * 32))
+        store.put(JSON, fmt.taken_mark("0" * 32))
     turns, found = Turns(store, rng), Counter[str]()
     count = rng.randint(2, 4)
     kinds = rng.sample(KINDS, 2)
