@@ -31,6 +31,7 @@ class Writer:
         workers: threads that encode.
         shared: other processes may write the same shards.
         committed: told of each shard that is done.
+        waiting: called once a second while the caller waits: a slow store is no reason to be taken for dead.
 
     Attributes:
         failed: the shard that could not be written.
@@ -44,9 +45,10 @@ class Writer:
         workers: int,
         shared: bool = False,
         committed: Callable[[Shard], None] | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._plan, self._store, self._producers, self._shared = plan, store, producers, shared
-        self._committed = committed
+        self._committed, self._waiting = committed, waiting
         self.failed: Shard | None = None
         self._encoders = ThreadPoolExecutor(workers, "encode")
         self._queue: queue.Queue[Any] = queue.Queue(_most_waiting(plan, workers))
@@ -71,10 +73,13 @@ class Writer:
 
     def finish(self) -> list[ShardStats]:
         """Wait until everything is on disk; gives what each shard's JSON says."""
+        while wait(self._shards, 1).not_done:
+            self._waiting()
         return [shard.result() for shard in self._shards]
 
     def close(self) -> None:
         """Write the shards that are whole, drop one under way. Nothing is left behind, whatever was raised."""
+        self._waiting = lambda: None
         with contextlib.suppress(BaseException):  # the thread's own error: it has stopped then
             self._put(_ABORT)
         # Not shutdown alone: a join that a second Ctrl-C interrupts takes a running thread for dead (Python 3.11).
@@ -88,6 +93,7 @@ class Writer:
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=1)
                 return
+            self._waiting()
 
     def _raise(self) -> None:
         if self._error is not None:
