@@ -12,6 +12,7 @@ Claims save work and decide nothing: that no worker undoes another's shard is up
 (`shards.writer`), since a worker that was taken for dead may wake up at any time.
 """
 
+import contextlib
 import random
 import re
 from collections.abc import Iterable
@@ -194,9 +195,10 @@ class Claims:
         self._held.pop(name, None)
 
     def drop(self) -> None:
-        """Give up all that is held, so that others need not wait."""
+        """Give up all that is held, so that others need not wait; where the store fails they have to."""
         for name in self.held:
-            self._end(name, "dropped")
+            with contextlib.suppress(TicketSetError, OSError):
+                self._end(name, "dropped")
 
     def fail(self, name: str, reason: str) -> None:
         """Say that an attempt at what is held failed."""
