@@ -1,5 +1,6 @@
 """The folder that a ticket set is mined into: whether it may be, what is done in it, what is removed from it."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -90,8 +91,9 @@ def remove_claims(store: Store) -> None:
         store.remove(f"{folder}/{name}" for name in store.entries(folder) if ours.fullmatch(name))
 
 
-def remove_temporary(store: Store) -> None:
-    """Remove what killed runs left; nobody else may be writing."""
+def remove_temporary(store: Store, before: float = math.inf) -> None:
+    """Remove what killed runs left: what was not written to since a time of the store's clock, as by nobody who lives."""
     for folder in ("", fmt.INDEX, fmt.CLAIMS):
-        stale = [name for name in store.entries(folder) if name.endswith(".tmp")]
+        found = store.entries(folder).items()
+        stale = [name for name, entry in found if name.endswith(".tmp") and entry.modified < before]
         store.remove(f"{folder}/{name}" if folder else name for name in stale)

@@ -96,6 +96,10 @@ def _built(
     return build_models(selection, labeling, geometry, machine, classes)
 
 
+class TooManyFailures(TicketSetError):
+    """More images failed than may: the command stops, and no shard is to blame."""
+
+
 @dataclass
 class Progress:
     """What is counted while shards are mined.
@@ -132,7 +136,7 @@ class Progress:
         """Count an image; `viewed` says whether its views were looked at, not only the whole.
 
         Raises:
-            TicketSetError: too many have failed.
+            TooManyFailures: see there.
         """
         self.images += 1
         if image.error is None:
@@ -142,7 +146,7 @@ class Progress:
         if len(self.reasons) < 5:
             self.reasons.append(f"{image.row['source']}: {image.error}")
         if self.failures > self.max_failures:
-            raise TicketSetError(
+            raise TooManyFailures(
                 f"{self.failures} images failed, `max_failures` allows {max(0, math.floor(self.max_failures))} of this"
                 f" run ({'; '.join(self.reasons)}); mend them, or raise `max_failures` and run the same command again"
             )
