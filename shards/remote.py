@@ -220,6 +220,18 @@ def _read_part(url: str, cat_file: Callable[..., bytes], start: int, end: int) -
     return data
 
 
+def read_start(url: str, size: int) -> bytes:
+    """The first bytes of a file of an object store, by one request; fewer where it has no more.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        TicketSetError: the store fails.
+    """
+    fs, path = filesystem(url)
+    data: bytes = retry(url, fs.cat_file, path, start=0, end=size)
+    return data
+
+
 def blocks(found: RemoteFile) -> Iterator[bytes]:
     """A whole file from its beginning to its end, BLOCKS_AT_ONCE blocks at a time where it can be read by parts.
 
