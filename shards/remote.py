@@ -11,8 +11,9 @@ import random
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ _PASSING_ERRNO = frozenset(
     + [errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH]
 )
 _PASSING_CLASSES = frozenset(  # or bases: the clients' own, of which none is installed for sure, and Python's
-    ["ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteRead"]  # botocore
+    ["ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteRead", "FlexibleChecksumError"]  # botocore
     + ["ClientConnectionError", "ClientPayloadError"]  # aiohttp
     + ["ChecksumError", "ServiceRequestError", "ServiceResponseError", "TransportError"]  # gcsfs, azure, httpx
 )
@@ -233,7 +234,7 @@ def read_start(url: str, size: int) -> bytes:
 
 
 def blocks(found: RemoteFile) -> Iterator[bytes]:
-    """A whole file from its beginning to its end, BLOCKS_AT_ONCE blocks at a time where it can be read by parts.
+    """A whole file from its beginning to its end, by parts where it has some: a few are on their way at any time.
 
     Raises:
         TicketSetError: the store fails, or the file is gone or of another length.
@@ -241,10 +242,22 @@ def blocks(found: RemoteFile) -> Iterator[bytes]:
     if not found.ranged or found.size is None:
         yield from _stream(found.url)
         return
-    starts = range(0, found.size, BLOCK)
-    for first in range(0, len(starts), BLOCKS_AT_ONCE):
-        some = starts[first : first + BLOCKS_AT_ONCE]
-        yield from read_ranges([(found.url, start, min(start + BLOCK, found.size)) for start in some])
+    places = [(found.url, start, min(start + BLOCK, found.size)) for start in range(0, found.size, BLOCK)]
+    if len(places) < 2 or not filesystem(found.url)[0].async_impl:  # the others log in anew in every thread
+        for place in places:
+            yield from read_ranges([place])
+        return
+    pool = ThreadPoolExecutor(BLOCKS_AT_ONCE, "blocks")
+    try:
+        waiting: deque[Future[list[bytes]]] = deque()
+        for place in places:
+            waiting.append(pool.submit(read_ranges, [place]))
+            if len(waiting) == BLOCKS_AT_ONCE:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _stream(url: str) -> Iterator[bytes]:

@@ -3,17 +3,21 @@
 import hashlib
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
+from conftest import inspect, mine
 from servers import FaultServer, upload
 from shards import remote, storage
 from shards.copies import fetch
 from shards.errors import TicketSetError
+from shards.reader import TicketSet
 
 CONTENT = np.random.default_rng(0).bytes(50_000)
 BLOCK = 4096
@@ -63,6 +67,15 @@ def test_what_does_not_pass_is_one_line_with_the_url(url, faults, reader, kind):
     with pytest.raises(TicketSetError) as raised:
         reader(url)
     assert str(raised.value).startswith(f"{url}: ") and "\n" not in str(raised.value)
+
+
+def test_a_flipped_bit_in_a_whole_file_is_seen_by_the_client(s3, url, faults):
+    put(f"{s3}/set/small.json", b"content")
+    faults.plan("flip", "GET", "small.json", times=1)
+    assert storage.read_bytes(f"{s3}/set/small.json") == b"content"
+    faults.plan("flip", "GET", "small.json")
+    with pytest.raises(TicketSetError, match=f"^{s3}/set/small.json: .*checksum"):
+        storage.read_bytes(f"{s3}/set/small.json")
 
 
 def test_a_server_that_says_nothing_is_asked_again(url, faults):
@@ -162,3 +175,30 @@ def test_another_process_finds_the_store_by_its_environment(center_set, s3):
     command = [sys.executable, "-m", "shards.inspect.cli", "info", f"{s3}/set"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "center" in said
+
+
+@pytest.fixture
+def sets(s3: str, center_set: Path, tmp_path: Path) -> tuple[str, Path]:
+    """A set and a link to it, in a bucket and in a folder."""
+    shutil.copytree(center_set, tmp_path / "sets/base")
+    mine("--data", tmp_path / "sets/base", "--out", tmp_path / "sets/link", "--method", "random", "--images", "link")
+    return upload(tmp_path / "sets", f"{s3}/sets"), tmp_path / "sets"
+
+
+def test_a_link_in_a_store_finds_its_base_there_or_where_it_is_told(sets, center_set):
+    far, near = sets
+    expected = [(s.key, s.image) for s in TicketSet.open(str(near / "link")).stream("train")]
+    for opened in (
+        TicketSet.open(f"{far}/link"),
+        TicketSet.open(f"{far}/link", str(center_set)),
+        TicketSet.open(str(near / "link"), f"{far}/base"),
+    ):
+        assert [(s.key, s.image) for s in opened.stream("train")] == expected
+
+
+def test_verify_finds_a_flipped_bit_in_a_store(sets):
+    far, near = sets
+    tar = bytearray((near / "base/train-000001.tar").read_bytes())
+    tar[len(tar) // 2] ^= 1
+    put(f"{far}/base/train-000001.tar", bytes(tar))
+    assert "train-000001.tar" in inspect("verify", f"{far}/base", "--deep", code=1).output
