@@ -45,7 +45,7 @@ def join(url: str, *names: str) -> str:
 
 
 @contextlib.contextmanager
-def _remote_errors(url: str) -> Iterator[None]:
+def remote_errors(url: str) -> Iterator[None]:
     """Whatever a store's client raises, as one line with the URL; a file that is not there stays FileNotFoundError."""
     try:
         yield
@@ -80,7 +80,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     Raises:
         TicketSetError: fsspec does not know the protocol, lacks the package for it, or cannot log in.
     """
-    with _remote_errors(url):
+    with remote_errors(url):
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(url)
@@ -135,7 +135,7 @@ def exists(url: str) -> bool:
     url = local(url)
     if is_remote(url):
         fs, path = filesystem(url)
-        with _remote_errors(url):
+        with remote_errors(url):
             return bool(fs.exists(path))
     return os.path.exists(url)
 
@@ -150,7 +150,7 @@ def size_of(url: str) -> int:
     url = local(url)
     if is_remote(url):
         fs, path = filesystem(url)
-        with _remote_errors(url):
+        with remote_errors(url):
             size = fs.size(path)
         return open_ranges(url).size if size is None else int(size)
     return _plain_size(url)
@@ -164,7 +164,7 @@ def ranged_size(url: str) -> int | None:
         TicketSetError: the store fails.
     """
     file, size, ranged = _open_remote(url)
-    with contextlib.closing(file), _remote_errors(url):
+    with contextlib.closing(file), remote_errors(url):
         # What is small was not tried: read at once it needs no ranges.
         return size if size and ranged and (size > REMOTE_BLOCK or _has_ranges(file, size)) else None
 
@@ -181,11 +181,11 @@ def read_ranges(places: list[tuple[str, int, int]]) -> list[bytes]:
     for url in dict.fromkeys(url for url, _, _ in places):
         fs, paths[url] = filesystem(url)
     urls, starts, ends = zip(*places, strict=True)
-    with _remote_errors(urls[0]):
+    with remote_errors(urls[0]):
         found = fs.cat_ranges([paths[url] for url in urls], list(starts), list(ends), on_error="return")
     for (url, start, end), part in zip(places, found, strict=True):
         try:
-            with _remote_errors(url):
+            with remote_errors(url):
                 if isinstance(part, Exception):
                     raise part
         except FileNotFoundError:
@@ -294,7 +294,7 @@ class _LocalRanges:
 def _open_remote(url: str) -> tuple[Any, int | None, bool]:
     """fsspec's file, at its beginning; its size, where the store says it; whether it can be read at offsets."""
     fs, path = filesystem(url)
-    with _remote_errors(url):
+    with remote_errors(url):
         file = fs.open(path, "rb", block_size=REMOTE_BLOCK, cache_type="none")
         size = getattr(file, "size", None)
         if size is None:
@@ -319,7 +319,7 @@ def _has_ranges(file: Any, size: int) -> bool:
 def _read_remote(url: str, file: Any, size: int) -> bytes:
     """The next `size` bytes; fewer only at the end."""
     parts = []
-    with _remote_errors(url):
+    with remote_errors(url):
         while size > 0 and (part := file.read(size)):
             parts.append(part)
             size -= len(part)
@@ -352,7 +352,7 @@ class _RemoteRanges:
         if number not in self._blocks:
             start = number * REMOTE_BLOCK
             expected = min(REMOTE_BLOCK, self.size - start)
-            with _remote_errors(self._url):
+            with remote_errors(self._url):
                 self._file.seek(start)
             block = _read_remote(self._url, self._file, expected)
             if len(block) != expected:
@@ -388,18 +388,24 @@ class _RangesFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name whole or not at all: .tmp, fsync, rename, fsync of the folder."""
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside the name that it may be given, opened for writing; what is left of it is removed."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name whole or not at all: .tmp, fsync, rename, fsync of the folder."""
+    with temporary_file(path) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
     sync_folder(path.parent)
 
 
@@ -424,7 +430,7 @@ def list_names(url: str) -> list[str]:
     url = local(url)
     if is_remote(url):
         fs, path = filesystem(url)
-        with _remote_errors(url):
+        with remote_errors(url):
             found = fs.ls(path, detail=False) if fs.exists(path) else []
         return sorted(p.rstrip("/").rpartition("/")[2] for p in found)
     return sorted(os.listdir(url)) if os.path.isdir(url) else []
@@ -433,7 +439,7 @@ def list_names(url: str) -> list[str]:
 def glob_remote(url: str) -> list[str]:
     """The URLs that a pattern matches, sorted."""
     fs, path = filesystem(url)
-    with contextlib.suppress(FileNotFoundError), _remote_errors(url):
+    with contextlib.suppress(FileNotFoundError), remote_errors(url):
         found = sorted(fs.glob(path))
         if not found:  # fsspec passes over what it cannot list; this says why
             fs.ls(re.split(r"[*[]", path)[0].rpartition("/")[0], detail=False)
