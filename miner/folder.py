@@ -40,7 +40,7 @@ def check_target(out: str, data: str) -> None:
         raise TicketSetError(f"`out` {out}: expected a folder, got a file")
     if _is_inside(store.url, data):
         raise TicketSetError(f"`out` {out}: lies inside `data` {data}; its shards would be taken for images")
-    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp")]
+    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp") and name != fmt.LISTINGS]
     if "__init__.py" in names:
         raise TicketSetError(
             f"`out` {out}: this is Python source code (it holds __init__.py); run in a work folder, or name another `out`"
@@ -80,8 +80,9 @@ def remove_set(store: Store) -> None:
 
 
 def remove_claims(store: Store) -> None:
-    """Remove what workers wrote to agree by; none may be at work."""
-    store.remove(f"{fmt.CLAIMS}/{name}" for name in store.entries(fmt.CLAIMS))
+    """Remove what workers wrote for each other; there must be nothing left to do."""
+    for folder in (fmt.CLAIMS, fmt.LISTINGS):
+        store.remove(f"{folder}/{name}" for name in store.entries(folder))
 
 
 def remove_temporary(store: Store) -> None:

@@ -59,7 +59,7 @@ class Job:
         """Threads that read and decode, and as many that encode."""
         return self.machine.workers or min(os.cpu_count() or 1, 16)
 
-    @functools.cached_property
+    @property
     def made_on(self) -> dict[str, str]:
         """What may change the last bits of scores, and with them the bytes: not part of the plan, but worth knowing."""
         device = device_of(self.selection, self.labeling, self.machine)

@@ -20,6 +20,7 @@ from miner.producers import Producer, build_models, build_producers, check_setti
 from miner.progress import ProgressBar, show_plan, show_summary
 from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import Source, open_source
+from miner.sources.listings import SharedListings
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
 from shards.flags import marked
@@ -50,7 +51,7 @@ def mine(
     check_alone(output, fleet, world=rank_and_world()[1])
     check_target(output.out, inputs.data)
     store = open_store(output.out)
-    source = open_source(inputs, geometry.seed)
+    source = open_source(inputs, geometry.seed, SharedListings(store) if fleet.elastic else None)
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
     check_settings(selects, labeling, output, machine)

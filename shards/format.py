@@ -38,7 +38,7 @@ TIMM_INFO = "_info.json"  # timm's wds/ reader
 OPEN_CLIP_SIZES = "sizes.json"
 INDEX = "index"
 SHARD_JSON = re.compile(r".*-[0-9]{6}\.json", re.DOTALL)
-CLAIMS = "claims"  # while several workers mine: who is at which shard
+CLAIMS, LISTINGS = "claims", "listings"  # while several workers mine: who is at which shard, what is in remote tars
 TAKEN = "taken_over"  # in the place of a shard's JSON: its files are being replaced
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")

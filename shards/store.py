@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from shards import storage
+from shards import remote, storage
 from shards.errors import TicketSetError, first_line
 from shards.format import CLAIMS
 
@@ -235,20 +235,18 @@ class RemoteStore(Store):
     """A folder of an object store, by fsspec. Its put is one request or one multipart upload, which is atomic in all."""
 
     def tag(self, name: str) -> str | None:
+        fs, path = remote.filesystem(self.at(name))
         try:
-            with storage.remote_errors(self.at(name)):
-                fs, path = storage.filesystem(self.at(name))
-                found = fs.info(path)
+            found = remote.retry(self.at(name), fs.info, path)
         except FileNotFoundError:
             return None
         return str(next(found[key] for key in ("generation", "ETag", "etag") if found.get(key)))
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
+        fs, path = remote.filesystem(url)
         try:
-            with storage.remote_errors(url):
-                fs, path = storage.filesystem(url)
-                found = fs.ls(path, detail=True)
+            found = remote.retry(url, fs.ls, path, detail=True)
         except FileNotFoundError:
             return {}
         files = (info for info in found if info["type"] == "file")
@@ -256,8 +254,9 @@ class RemoteStore(Store):
 
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
         url = self.at(name)
-        with storage.remote_errors(url):
-            fs, path = storage.filesystem(url)
+        fs, path = remote.filesystem(url)
+
+        def put() -> bool:
             try:
                 if expected not in (ANY, None):
                     _swap(fs, path, data.read_bytes() if isinstance(data, Path) else data, str(expected))
@@ -268,20 +267,25 @@ class RemoteStore(Store):
                 else:
                     fs.put_file(str(data), path, **how)
             except FileNotFoundError as error:
-                if expected in (ANY, None):
+                if expected in (ANY, None):  # no bucket
                     raise TicketSetError(f"{url}: cannot be written: {first_line(error)}") from None
                 return False  # nothing is there to swap
             except Exception as error:
                 if expected is ANY or not _is_refusal(error):
                     raise
                 return False
-        return True
+            return True
+
+        return remote.retry(url, put)
 
     def remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            with contextlib.suppress(FileNotFoundError), storage.remote_errors(self.at(name)):
-                fs, path = storage.filesystem(self.at(name))
-                fs.rm_file(path)
+        def remove(name: str) -> None:
+            fs, path = remote.filesystem(self.at(name))
+            with contextlib.suppress(FileNotFoundError):
+                remote.retry(self.at(name), fs.rm_file, path)
+
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "remove") as pool:
+            list(pool.map(remove, names))
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         return storage.temporary_file(Path(tempfile.gettempdir(), f"datalth-{name.replace('/', '-')}"))
