@@ -104,8 +104,9 @@ class Claims:
 
     def look(self) -> State:
         """What is done, free, at work and given up now: two listings."""
-        there = self._store.entries()
-        found = {name: _Attempts() for name in self._names}
+        there, state = self._store.entries(), State()
+        state.done = {name for name in self._names if f"{name}.json" in there}
+        found = {name: _Attempts() for name in self._names if name not in state.done}
         for file, entry in self._store.entries(fmt.CLAIMS).items():
             match = _NAME.fullmatch(file)
             if match is None or match[1] not in found:
@@ -115,11 +116,8 @@ class Claims:
                 found[name].ended[number] = end
             else:
                 found[name].times[number] = entry.modified
-        state, now = State(), self._now()
+        now = self._now()
         for name, attempts in found.items():
-            if f"{name}.json" in there:
-                state.done.add(name)
-                continue
             last = attempts.last
             left = attempts.times.get(last, 0.0) + self._seconds - now
             if last and last not in attempts.ended and left > 0:
