@@ -70,12 +70,13 @@ class Worker:
         sick = 0
         with contextlib.closing(progress):
             while state.free or state.working:
-                if not state.free:
+                if state.free:
+                    own, error = len(self._own), self._mine_free(producers, progress)
+                    sick = 0 if error is None or len(self._own) > own else sick + 1
+                    if sick == SICK and error is not None:
+                        raise error
+                else:
                     time.sleep(state.pause)
-                own, error = len(self._own), self._mine_free(producers, progress)
-                sick = 0 if error is None or len(self._own) > own else sick + 1
-                if sick == SICK and error is not None:
-                    raise error
                 state = self._claims.look()
         if state.poisoned:
             raise self._given_up(state)
