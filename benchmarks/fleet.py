@@ -7,14 +7,16 @@ and in the place of each comes another, five minutes later.
 """
 
 import contextlib
+import gc
 import heapq
 import itertools
 import json
 import math
 import random
+import statistics
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +38,40 @@ REPLACED = 300.0  # seconds until another is there
 REQUEST = 0.05  # seconds; assumed
 KEYS = 1000  # that one LIST gives; S3's limit
 READ_AHEAD = 0.03  # share of a shard's images that are left when the next is asked for; see miner.reading
-FLEETS = ((1, 1280), (64, 14_000), (1000, 14_000))  # workers, and shards of ImageNet-1k and -21k
-SECONDS = (600.0, 60.0)  # that a claim holds
+FLEETS = ((1, 1280), (64, 14_000), (1000, 10_000))  # workers, shards; of ImageNet-1k and -21k, and of 10 M images
+CASES = {  # name -> seconds that a claim holds, share of the workers that is killed in an hour, whether they are told before
+    "none killed": (600.0, 0.0, False),
+    "kill -9": (600.0, KILLED, False),
+    "kill -9, --claim-seconds 120": (120.0, KILLED, False),
+    "spot notice": (600.0, KILLED, True),
+}
+
+
+def measure(setting: Setting) -> Part:
+    notes = [
+        f"{REQUEST} s a request, assumed; {IMAGES * VIEWS / views_a_second():.1f} s a shard, of gpu.json; virtual time"
+    ]
+    part = Part(notes=notes)
+    for workers, shards in FLEETS:
+        for name, case in CASES.items():
+            runs = [Simulation(workers, shards, *case, seed) for seed in range(setting.rounds)]
+            for run in runs:
+                run.elastic()
+            split = statistics.median(run.split() / run.ideal for run in runs)
+            figures = "; ".join(f"{statistics.median(values):.2g} {what}" for what, values in figures_of(runs).items())
+            note = f"split by rank {split:.2f}x; {figures}"
+            what = f"{workers} workers, {shards} shards, {name}"
+            part.rows.append(Row(what, "nothing lost", [run.finished / run.ideal for run in runs], note=note))
+    return part
+
+
+def figures_of(runs: Sequence["Simulation"]) -> dict[str, list[float]]:
+    """Requests a shard; and shares of all workers' time, in percent."""
+    kinds = ("PUT", "conflict", "HEAD", "LIST")
+    found = {f"{kind} a shard": [run.store.requests[kind] / run.shards for run in runs] for kind in kinds}
+    for what in ("claims", "killed", "waiting"):
+        found[f"% {what}"] = [100 * run.shares()[what] for run in runs]
+    return found
 
 
 class Killed(BaseException):
@@ -122,11 +156,11 @@ class CountingStore(Store):
         self.requests[kind] += count
         self._fleet.pass_time(count * REQUEST, "claims")
 
-    def commit(self, name: str) -> None:
-        """Tar, parquet and JSON, which a thread puts beside the work."""
+    def commit(self, name: str) -> bool:
+        """Put tar, parquet and JSON, which a thread does beside the work; whether they were not there yet."""
         self.requests["PUT"] += 3
-        if self.folders[""].setdefault(f"{name}.json", Entry(1, self._fleet.clock.now)).modified < self._fleet.clock.now:
-            self.requests["twice"] += 1
+        entry = Entry(1, self._fleet.clock.now)
+        return self.folders[""].setdefault(f"{name}.json", entry) is entry
 
     def clock(self) -> Callable[[], float]:
         for kind in ("PUT", "PUT", "LIST", "DELETE"):
@@ -209,10 +243,21 @@ class Simulation:
             patches.enter_context(mock.patch.object(elastic.secrets, "token_hex", lambda _: next(names)))
             patches.enter_context(mock.patch.object(elastic, "count_images", lambda *_: IMAGES))
             patches.enter_context(mock.patch.object(elastic, "mine_shards", self._mine))
+            gc.disable()  # a listing makes many small objects, and there are thousands of listings
+            patches.callback(gc.enable)
             for slowness in self.slowness:
                 self._start(slowness, 0.0)
             self.clock.run()
         assert len(self.store.folders[""]) == self.shards
+
+    def shares(self) -> dict[str, float]:
+        """Of all workers' time: what went to claims, and to kills (shards begun in vain, and nobody there); the rest but
+        for useful work is waiting."""
+        total, deaths = self.workers * self.finished, len(self.fates) - self.workers
+        spent = sum((fate.spent for fate in self.fates), Counter[str]())
+        killed = spent["mining"] - spent["useful"] + deaths * REPLACED
+        rest = total - spent["useful"] - killed - spent["claims"]
+        return {"claims": spent["claims"] / total, "killed": killed / total, "waiting": rest / total}
 
     def _start(self, slowness: float, at: float) -> None:
         ends = at + self._random.expovariate(self._kills) if self._kills else math.inf
@@ -245,12 +290,12 @@ class Simulation:
             self._work(seconds * (1 - READ_AHEAD), progress)
             following = next(todo, None)
             self._work(seconds * READ_AHEAD, progress)
-            self.store.commit(fmt.shard_name(*shard))
+            fate.spent["useful"] += seconds if self.store.commit(fmt.shard_name(*shard)) else 0.0
             committed(shard)
 
     def _work(self, seconds: float, progress: Any) -> None:
         while seconds > 0:
-            self.pass_time(min(seconds, 5.0), "trying")
+            self.pass_time(min(seconds, 5.0), "mining")
             seconds -= 5.0
             progress.changed()
 
