@@ -27,7 +27,7 @@ from shards.store import Conflict, Store
 _NAME = re.compile(r"(.+)\.a([0-9]{1,6})(?:\.(failed|dropped))?", re.DOTALL)
 CONFLICTS_TO_LOOK_AGAIN = 3  # in a row: what was listed is old
 RENEWALS = 3  # in the time that a claim holds
-MOST_WAITED = 15.0  # seconds between looks while others are at work
+FIRST_WAIT, MOST_WAITED = 2.0, 40.0  # seconds between looks while others are at work
 
 
 class Stolen(TicketSetError):
@@ -72,11 +72,6 @@ class State:
     working: dict[str, float] = field(default_factory=dict)
     poisoned: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def pause(self) -> float:
-        """Seconds until it is worth looking again: somebody's claim has run out then, or a shard may be done."""
-        return min([MOST_WAITED, *self.working.values()]) * random.uniform(0.5, 1) + 0.05
-
 
 class Claims:
     """One worker's view of who is at what.
@@ -96,19 +91,19 @@ class Claims:
 
     def __init__(self, store: Store, worker: str, names: Iterable[str], seconds: float, attempts: int) -> None:
         self._store, self._worker, self._seconds, self._attempts = store, worker, seconds, attempts
-        self._names = list(names)
+        self._names = list(names)  # that were not done when it was looked last
         random.Random(worker).shuffle(self._names)  # or a thousand workers would ask for the first of them
         self._now = store.clock()
         self.state = State()
         self._held: dict[str, tuple[int, float]] = {}  # name -> attempt, when it was put last
+        self._in_vain = 0  # takes, one after another
 
     def look(self) -> State:
         """What is done, free, at work and given up now: two listings."""
-        there, state = self._store.entries(), State()
-        state.done = {name for name in self._names if f"{name}.json" in there}
-        found = {name: _Attempts() for name in self._names if name not in state.done}
-        for file, entry in self._store.entries(fmt.CLAIMS).items():
-            match = _NAME.fullmatch(file)
+        there = self._store.entries()
+        found = {name: _Attempts() for name in self._names}
+        for claim, entry in self._store.entries(fmt.CLAIMS).items():
+            match = _NAME.fullmatch(claim)
             if match is None or match[1] not in found:
                 continue
             name, number, end = match[1], int(match[2]), match[3]
@@ -116,8 +111,12 @@ class Claims:
                 found[name].ended[number] = end
             else:
                 found[name].times[number] = entry.modified
-        now = self._now()
+        state, now = State(self.state.done), self._now()
         for name, attempts in found.items():
+            file = there.get(f"{name}.json")
+            if file is not None and not fmt.is_mark(file.size):
+                state.done.add(name)
+                continue
             last = attempts.last
             left = attempts.times.get(last, 0.0) + self._seconds - now
             if last and last not in attempts.ended and left > 0:
@@ -126,22 +125,37 @@ class Claims:
                 state.poisoned[name] = last
             else:
                 state.free[name] = last + 1
+        self._names = [name for name in self._names if name not in state.done]
         self.state = state
         return state
 
     def take(self) -> str | None:
-        """Claim something that is free, or None where nothing is now."""
+        """Claim something that is free, or None where nothing is now: as `state` says, which is of this moment then."""
         for stale in (True, False):
             conflicts, free = 0, self.state.free if stale else self.look().free
             while free and conflicts < CONFLICTS_TO_LOOK_AGAIN:
                 name, attempt = free.popitem()
                 if not self._claim(name, attempt):
                     conflicts += 1
-                elif self._store.tag(f"{name}.json"):  # done since, and its claims removed with all others'
+                elif self._is_done(name):  # since it was looked, and its claims were removed with all others
                     self._end(name, "dropped")
                 else:
+                    self._in_vain = 0
                     return name
+        self._in_vain += 1
         return None
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait after taking in vain: a listing costs, so longer each time, but no longer than a claim holds."""
+        wait = min(FIRST_WAIT * 2 ** min(self._in_vain - 1, 10), MOST_WAITED, *self.state.working.values())
+        return wait * random.uniform(0.5, 1) + 0.05
+
+    def _is_done(self, name: str) -> bool:
+        try:
+            return not fmt.is_mark(len(self._store.read(f"{name}.json", MAX_JSON_BYTES)))
+        except FileNotFoundError:
+            return False
 
     def _claim(self, name: str, attempt: int) -> bool:
         try:

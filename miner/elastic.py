@@ -70,14 +70,13 @@ class Worker:
         sick = 0
         with contextlib.closing(progress):
             while state.free or state.working:
-                if state.free:
-                    own, error = len(self._own), self._mine_free(producers, progress)
-                    sick = 0 if error is None or len(self._own) > own else sick + 1
-                    if sick == SICK and error is not None:
-                        raise error
-                else:
-                    time.sleep(state.pause)
-                state = self._claims.look()
+                own, error = len(self._own), self._mine_free(producers, progress)
+                sick = 0 if error is None or len(self._own) > own else sick + 1
+                if sick == SICK and error is not None:
+                    raise error
+                state = self._claims.state
+                if not state.free and state.working:
+                    time.sleep(self._claims.pause)
         if state.poisoned:
             raise self._given_up(state)
         return progress
@@ -91,7 +90,8 @@ class Worker:
         def claimed() -> Iterator[Shard]:
             while (name := self._claims.take()) is not None:
                 state = self._claims.state
-                progress.others(self._images(state.done - self._own) - self._before, len(state.working) + 1)
+                elsewhere = state.working.keys() - set(self._claims.held)
+                progress.others(self._images(state.done - self._own) - self._before, len(elsewhere))
                 yield self._shards[name]
 
         def committed(shard: Shard) -> None:
@@ -136,9 +136,9 @@ class Worker:
         """
         store, plan = self._job.store, self._job.plan
         claims = Claims(store, self._name, [MANIFEST], self._fleet.claim_seconds, self._fleet.attempts)
-        while not (state := claims.look()).done:
+        while not claims.look().done:
             if claims.take() is None:
-                time.sleep(state.pause)
+                time.sleep(claims.pause)
                 continue
             try:
                 if not finish(store, plan, self._job.source, self._max_failures):

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import format as fmt
-from shards.checks import parse_json
 from shards.errors import TicketSetError
 from shards.index import index_schema
 from shards.schema import (
@@ -185,7 +184,7 @@ def _take_over(store: Store, data: dict[str, bytes | Path], stats: ShardStats) -
         Conflict: another process commits the shard, or has.
     """
     where = f"{stats.name}.json"
-    mark = fmt.canonical_json({fmt.TAKEN: secrets.token_hex(16)})
+    mark = fmt.taken_mark(secrets.token_hex(16))
     tag = store.tag(where)
     done = read_shard_json(store, stats.split, stats.shard)
     if done is not None:
@@ -315,8 +314,6 @@ def read_shard_jsons(store: Store, shards: Iterable[tuple[str, int]]) -> list[Sh
 
 def _parse_done(data: bytes, where: str) -> ShardStats | None:
     try:
-        if fmt.TAKEN in parse_json(data, where):  # a mark: somebody is taking the shard over
-            return None
-        return parse_shard(data, where)
+        return None if fmt.is_mark(len(data)) else parse_shard(data, where)
     except TicketSetError as error:
         raise TicketSetError(f"{error} (without this file, its shard is mined again)") from None
