@@ -37,13 +37,14 @@ KILLED = 0.1  # of the workers, an hour
 REPLACED = 300.0  # seconds until another is there
 REQUEST = 0.05  # seconds; assumed
 KEYS = 1000  # that one LIST gives; S3's limit
+JSON = 700  # bytes of a shard's
 READ_AHEAD = 0.03  # share of a shard's images that are left when the next is asked for; see miner.reading
 FLEETS = ((1, 1280), (64, 14_000), (1000, 10_000))  # workers, shards; of ImageNet-1k and -21k, and of 10 M images
 CASES = {  # name -> seconds that a claim holds, share of the workers that is killed in an hour, whether they are told before
-    "none killed": (600.0, 0.0, False),
-    "kill -9": (600.0, KILLED, False),
-    "kill -9, --claim-seconds 120": (120.0, KILLED, False),
-    "spot notice": (600.0, KILLED, True),
+    "none killed": (120.0, 0.0, False),
+    "spot notice": (120.0, KILLED, True),
+    "kill -9": (120.0, KILLED, False),
+    "kill -9, --claim-seconds 600": (600.0, KILLED, False),
 }
 
 
@@ -67,7 +68,7 @@ def measure(setting: Setting) -> Part:
 
 def figures_of(runs: Sequence["Simulation"]) -> dict[str, list[float]]:
     """Requests a shard; and shares of all workers' time, in percent."""
-    kinds = ("PUT", "conflict", "HEAD", "LIST")
+    kinds = ("PUT", "conflict", "GET", "LIST")
     found = {f"{kind} a shard": [run.store.requests[kind] / run.shards for run in runs] for kind in kinds}
     for what in ("claims", "killed", "waiting"):
         found[f"% {what}"] = [100 * run.shares()[what] for run in runs]
@@ -159,7 +160,7 @@ class CountingStore(Store):
     def commit(self, name: str) -> bool:
         """Put tar, parquet and JSON, which a thread does beside the work; whether they were not there yet."""
         self.requests["PUT"] += 3
-        entry = Entry(1, self._fleet.clock.now)
+        entry = Entry(JSON, self._fleet.clock.now)
         return self.folders[""].setdefault(f"{name}.json", entry) is entry
 
     def clock(self) -> Callable[[], float]:
@@ -167,8 +168,15 @@ class CountingStore(Store):
             self.request(kind)
         return lambda: self._fleet.clock.now
 
+    def read(self, name: str, limit: int = 0) -> bytes:
+        self.request("GET")
+        folder, _, name = name.rpartition("/")
+        if name not in self.folders[folder]:
+            raise FileNotFoundError(name)
+        return bytes(self.folders[folder][name].size)
+
     def tag(self, name: str) -> str | None:
-        self.request("HEAD")
+        self.request("GET")
         folder, _, name = name.rpartition("/")
         return str(self.folders[folder][name].modified) if name in self.folders[folder] else None
 
@@ -187,7 +195,7 @@ class CountingStore(Store):
         return True
 
     def _holds(self, name: str, data: Any) -> bool:
-        self.request("HEAD")
+        self.request("GET")
         return False
 
 
