@@ -4,12 +4,12 @@ import contextlib
 import os
 from pathlib import Path
 
-from miner.settings import Output
+from miner.settings import Fleet, Output
 from shards import format as fmt
 from shards.errors import TicketSetError
 
 
-def check_ranks(output: Output, world: int) -> None:
+def check_ranks(output: Output, fleet: Fleet, world: int) -> None:
     """Refuse what several ranks, `world` of them, would undo for each other.
 
     Raises:
@@ -17,6 +17,8 @@ def check_ranks(output: Output, world: int) -> None:
     """
     if world == 1:
         return
+    if fleet.ray is not None:
+        raise TicketSetError("`ray` under torchrun: Ray starts the workers; run the command once, without torchrun")
     if output.overwrite:
         raise TicketSetError(
             "`overwrite` under torchrun: ranks would remove each other's work; remove the folder first"

@@ -105,12 +105,16 @@ class ProgressBar(Progress):
         total: images to mine.
         max_failures: of them that may fail.
         shown: else nothing is seen of it, as of other ranks than the first.
+
+    Attributes:
+        workers: other processes that are at work; None where this one mines itself.
     """
 
     def __init__(self, total: int, max_failures: float, shown: bool = True) -> None:
         super().__init__(max_failures)
         self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
         self._bar, self._quiet = None, not shown
+        self.workers: int | None = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -125,6 +129,7 @@ class ProgressBar(Progress):
             return
         now = time.monotonic()
         detail = f"{self.views / max(now - self._start, 1e-9):.0f} views/s, failed {self.failures}"
+        detail += "" if self.workers is None else f", workers {self.workers}"
         shares = waiting_shares(self).items()
         if self._bar is not None:
             brief = " ".join(f"{leg[0]}{100 * share:.0f}" for leg, share in shares)

@@ -14,10 +14,11 @@ from miner.claim import Claim
 from miner.folder import check_ranks, check_target, remove_set, remove_temporary
 from miner.job import Job, mine_shards
 from miner.plan import base_link, check_unchanged, make_plan, shard_rows, write_plan
-from miner.producers import Producer, build_models, build_producers, check_settings, device_of
+from miner.producers import Producer, build_models, build_producers, check_settings, device_of, is_blind
 from miner.progress import ProgressBar, show_plan, show_summary
+from miner.ray_pool import RayPool
 from miner.reading import Shard
-from miner.settings import GROUPS, Geometry, Inputs, Labeling, Machine, Output, Selection
+from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import Source, open_source
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
@@ -34,6 +35,7 @@ def mine(
     geometry: Geometry = Geometry(),
     labeling: Labeling = Labeling(),
     machine: Machine = Machine(),
+    fleet: Fleet = Fleet(),
     given: frozenset[str] = frozenset(),
 ) -> None:
     """Mine a ticket set; under torchrun each rank mines its own shards and speaks to no other.
@@ -44,18 +46,20 @@ def mine(
         TicketSetError: whatever a person can mend.
     """
     logging.getLogger("timm").setLevel(logging.ERROR)  # it logs what the plan says anyway
-    check_ranks(output, world=rank_and_world()[1])
+    check_ranks(output, fleet, world=rank_and_world()[1])
     check_target(output.out, inputs.data)
     folder = Path(output.out)
     source = open_source(inputs, geometry.seed)
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
     check_settings(selects, labeling, output, machine)
-    device = device_of(selects, labeling, machine)
+    pool = None if fleet.ray is None else RayPool(fleet, machine, is_blind(selects, labeling))
+    device = device_of(selects, labeling, machine) if pool is None else pool.device
     batch_size = machine.batch_size or default_batch_size(output, device)
     machine = replace(machine, batch_size=batch_size)
     try:
-        loaded = build_models(selects, labeling, geometry, machine, tuple(source.classes))
+        here = machine if pool is None else replace(machine, device="cpu")  # for what the plan says of the models
+        loaded = build_models(selects, labeling, geometry, here, tuple(source.classes))
         producers = build_producers(loaded, selects, output, geometry, source)
         identities = {producer.name: producer.identity for producer in producers}
         plan = make_plan(source, inputs, output, geometry, identities, batch_size)
@@ -63,9 +67,12 @@ def mine(
         with Claim(folder) as claim, models.compiling():
             whole = settle(claim, output, plan, source, device)
             job = Job(whole, source, folder, selects, labeling, geometry, machine, output)
-            mine_missing(job, plan, producers, output, device)
+            mine_missing(job, plan, producers, output, device, pool)
     except torch.OutOfMemoryError as error:  # the device's; the host's is a MemoryError
         raise TicketSetError(f"`device` {device}: {first_line(error)} Take a smaller `batch_size`") from None
+    finally:
+        if pool is not None:
+            pool.close()
 
 
 def settle(claim: Claim, output: Output, mined: Plan, source: Source, device: torch.device) -> Plan:
@@ -96,11 +103,19 @@ def settle(claim: Claim, output: Output, mined: Plan, source: Source, device: to
     return plan
 
 
-def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], output: Output, device: torch.device) -> None:
+def mine_missing(
+    job: Job,
+    mined: Plan,
+    producers: Sequence[Producer],
+    output: Output,
+    device: torch.device,
+    pool: RayPool | None,
+) -> None:
     """Mine those of this rank's shards that are not done, and finalize the set when all ranks' are.
 
     Args:
         mined: what this command mines of the job's plan.
+        pool: of workers that mine instead of this process.
     """
     plan, source, folder = job.plan, job.source, job.folder
     rank, world = rank_and_world()
@@ -108,14 +123,18 @@ def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], output: O
     done = committed(folder, plan, own)
     todo = [shard for shard in own if shard not in done]
     if rank == 0:
-        show_plan(plan, source, folder, str(device), list(mined.splits))
+        where = str(device) if pool is None else f"{device}: workers of Ray, {pool.need} each"
+        show_plan(plan, source, folder, where, list(mined.splits))
         if done:
             print(f"resuming: {len(done)} of {len(own)} shards are done")
     allowed = output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
     started = time.monotonic()
     progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0 and bool(todo))
     with contextlib.closing(progress):
-        mine_shards(job, todo, producers, progress)
+        if pool is None:
+            mine_shards(job, todo, producers, progress)
+        else:
+            pool.mine(job, todo, progress)
     seconds = time.monotonic() - started
     if finish(folder, plan, source):
         if rank == 0 or todo:

@@ -238,4 +238,19 @@ class Machine(Settings):
     torchcompile: bool = setting(False, help="torch.compile the selector's blocks.")
 
 
-GROUPS: tuple[type[Settings], ...] = (Inputs, Output, Selection, Geometry, Labeling, Machine)
+@dataclass(frozen=True)
+class Fleet(Settings):
+    """Who mines: this process, or many."""
+
+    ray: str | None = setting(
+        None,
+        metavar="[ADDRESS]",
+        help="Mine on a Ray cluster, a worker on each GPU, or on CPUs where there is none. Without an address: that of RAY_ADDRESS or of this machine, else one is started here.",
+        bare="auto",
+    )
+    attempts: int = setting(
+        3, click.IntRange(min=1), "Failures of a shard after which it is left out and reported.", metavar="N"
+    )
+
+
+GROUPS: tuple[type[Settings], ...] = (Inputs, Output, Selection, Geometry, Labeling, Machine, Fleet)
