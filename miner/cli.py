@@ -80,12 +80,17 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
         return
 
+    received: list[signal.Signals] = []
+
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number))
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*received[:1]) from None  # what was raised in the handler, Ray raises anew
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -98,6 +98,7 @@ class Progress:
         images, views, failures: that are done.
         reasons: of the first few failures, `source: reason`.
         waited: seconds that the main thread waited for each leg.
+        workers: other processes that are at work; None where this one mines itself.
     """
 
     max_failures: float = math.inf
@@ -106,6 +107,7 @@ class Progress:
     failures: int = 0
     reasons: list[str] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "select": 0.0, "write": 0.0})
+    workers: int | None = None
 
     def changed(self) -> None:
         """Called now and then; a progress bar overrides it."""
@@ -148,7 +150,7 @@ class Progress:
         self.failures += stats.failed
         self.reasons += reasons[: 5 - len(self.reasons)]
         for leg in self.waited:
-            self.waited[leg] += stats.timing.get(f"{leg}_seconds", 0.0)
+            self.waited[leg] += (stats.timing or {}).get(f"{leg}_seconds", 0.0)
         self._check()
 
     def _check(self) -> None:

@@ -105,16 +105,12 @@ class ProgressBar(Progress):
         total: images to mine.
         max_failures: of them that may fail.
         shown: else nothing is seen of it, as of other ranks than the first.
-
-    Attributes:
-        workers: other processes that are at work; None where this one mines itself.
     """
 
     def __init__(self, total: int, max_failures: float, shown: bool = True) -> None:
         super().__init__(max_failures)
         self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
         self._bar, self._quiet = None, not shown
-        self.workers: int | None = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 

@@ -50,8 +50,6 @@ class Worker:
         Raises:
             TicketSetError: this node lacks what the job needs.
         """
-        import ray
-
         logging.getLogger("timm").setLevel(logging.ERROR)
         if os.path.isdir(folder):
             os.chdir(folder)
@@ -63,6 +61,8 @@ class Worker:
             self._producers = job.producers()
         except TicketSetError as error:
             raise TicketSetError(f"{error} (on node {socket.gethostname()})") from None
+        import ray
+
         return str(ray.get_runtime_context().get_node_id())
 
     def mine(self, split: str, number: int, max_failures: float) -> tuple[ShardStats, list[str]]:

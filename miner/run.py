@@ -137,6 +137,8 @@ def mine_missing(
             pool.mine(job, todo, progress)
     seconds = time.monotonic() - started
     if finish(folder, plan, source):
+        if pool is not None:
+            remove_temporary(folder)  # of workers that were killed
         if rank == 0 or todo:
             show_summary(folder, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
