@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from miner.folder import check_ranks, check_target
+from miner.folder import check_alone, check_target
 from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from shards.console import reports_errors
 from shards.flags import options_of, settings_from, usage_errors
@@ -26,6 +26,7 @@ Examples:
   datalth-mine --data shards --images link --method none --token-labels dm_nfnet_f6 --out shards-labels
   datalth-mine --data imagenet --out shards --ray
   torchrun --no-python --nproc-per-node 8 datalth-mine --data imagenet --out shards
+  datalth-mine --elastic --data s3://bucket/imagenet --out s3://bucket/shards
 """
 
 
@@ -52,9 +53,10 @@ def main(context: click.Context, **values: Any) -> None:
     inputs, output = settings_from(Inputs, values), settings_from(Output, values)
     selection, geometry = settings_from(Selection, values), settings_from(Geometry, values)
     labeling, machine = settings_from(Labeling, values), settings_from(Machine, values)
-    fleet, world = settings_from(Fleet, values), rank_and_world()[1]
+    fleet = settings_from(Fleet, values)
+    world = rank_and_world()[1]
     with usage_errors():
-        check_ranks(output, fleet, world)
+        check_alone(output, fleet, world)
     check_target(output.out, inputs.data)  # the library checks both as well; here before torch is imported
     from miner.run import mine
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,13 +24,15 @@ import click
 import torch
 
 from miner import models
+from miner.done import committed
 from miner.job import Job, Progress, TooManyFailures, mine_shards
+from miner.progress import ProgressBar
 from miner.reading import Shard
 from miner.settings import Fleet, Machine
 from shards import format as fmt
 from shards.errors import ImageError, TicketSetError, first_line
 from shards.schema import ShardStats
-from shards.writer import read_plan, read_shard_json
+from shards.writer import read_plan
 
 ROUND_SECONDS = 5  # between looks at the cluster, for nodes that came
 PATIENCE_SECONDS = 60  # until it is said that no worker is ready
@@ -55,8 +58,8 @@ class Worker:
             os.chdir(folder)
         self._job = job
         try:
-            if read_plan(job.folder) is None:
-                raise TicketSetError(f"{job.folder} is not the driver's; expected a folder that all nodes share")
+            if read_plan(job.store) is None:
+                raise TicketSetError(f"{job.store} is not the driver's; expected a folder that all nodes share")
             _check_readable(job)
             self._producers = job.producers()
         except TicketSetError as error:
@@ -167,13 +170,14 @@ class RayPool:
 
     def close(self) -> None:
         """Stop all workers, and the cluster if it was started for them."""
-        for hired in self._calls.values():
-            self._ray.kill(hired.actor)
-        self._calls.clear()
-        if self._own:
-            self._ray.shutdown()
+        with _silent():
+            for hired in self._calls.values():
+                self._ray.kill(hired.actor)
+            self._calls.clear()
+            if self._own:
+                self._ray.shutdown()
 
-    def mine(self, job: Job, todo: Sequence[Shard], progress: Progress) -> None:
+    def mine(self, job: Job, todo: Sequence[Shard], progress: ProgressBar) -> None:
         """Mine shards, each once, and again where that failed.
 
         Raises:
@@ -190,18 +194,17 @@ class RayPool:
                     self._hire()
                     for call in self._ray.wait(list(self._calls), timeout=ROUND_SECONDS)[0]:
                         self._answered(call)
-                    progress.workers = self._busy()
+                    progress.others(0, self._busy())
                     progress.changed()
-                    if (
-                        not (told or progress.images or progress.workers)
-                        and time.monotonic() - began > PATIENCE_SECONDS
-                    ):
+                    if not (told or progress.images or self._busy()) and time.monotonic() - began > PATIENCE_SECONDS:
                         told = True
                         click.echo(f"no worker is ready yet; a node must have {self.need} free", err=True)
         except self._ray.exceptions.RayError as error:
             raise TicketSetError(
                 f"`ray`: {first_line(error)}; finished shards are safe, and the same command goes on from there"
             ) from None
+        finally:
+            self.close()
         if self._poison:
             lines = [f"{fmt.shard_name(*shard)}: {why}" for shard, why in sorted(self._poison.items())]
             raise TicketSetError(
@@ -264,9 +267,8 @@ class RayPool:
             self._broken += blamed
             self._reason = _reason(error)
             return
-        stats = read_shard_json(self._job.folder, *shard)
-        if stats is not None and stats.plan_id == self._job.plan.splits[shard[0]].plan_id:
-            self._count(shard, stats)
+        if done := committed(self._job.store, self._job.plan, [shard]):
+            self._count(shard, done[shard])
             return
         self._failures[shard] += blamed
         if self._failures[shard] < self._attempts:
@@ -312,8 +314,10 @@ def _connect(address: str) -> tuple[Any, bool]:
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        # No address: the cluster of RAY_ADDRESS or of this machine, else a new one.
-        ray.init(None if address == "auto" else address, log_to_driver=False, logging_level=logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # No address: the cluster of RAY_ADDRESS or of this machine, else a new one.
+            ray.init(None if address == "auto" else address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, ImportError, those of grpc
         raise TicketSetError(f"`ray` {address}: cannot connect: {first_line(error)}") from None
     finally:

@@ -1,8 +1,14 @@
-"""Local copies of remote tars: fetched whole, once, and checked on their way; of ranked views only what is asked for."""
+"""Local copies of remote tars: fetched whole, once, and checked on their way; of ranked views only what is asked for.
+
+Processes share them. A copy that is open in any of them bears a lock, and nobody removes it; the others go, those first
+that were not opened for longest, where the copies grow beyond their bytes.
+"""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 import zlib
@@ -10,14 +16,13 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from shards import schema, storage
+from shards import remote, schema, storage
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.schema import FileDigest
 
-CACHED_TARS = 40  # more than two windows of an epoch's order
 BLOCK = 1024  # bytes of a tar that a partial copy has or lacks; the least that is fetched
 _PAGE = 4096
 
@@ -27,10 +32,12 @@ class TarCopies:
 
     Args:
         folder: for the copies; by default one for each user, in the folder of temporary files.
+        most: bytes that all copies in it may take on the disk, but for those that are open; by default half of what the
+            disk has free beside them.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self._folder = folder or os.path.join(tempfile.gettempdir(), f"datalth-{os.getuid()}")
+    def __init__(self, folder: str | None = None, most: int | None = None) -> None:
+        self._folder, self._most = folder or os.path.join(tempfile.gettempdir(), f"datalth-{os.getuid()}"), most
         self._tars: dict[tuple[str, str], FileDigest] = {}
 
     def open(self, url: str, opened: TicketSet) -> storage.Ranges:
@@ -46,16 +53,15 @@ class TarCopies:
         if (url, set_id) not in self._tars:
             self._tars[url, set_id] = tar_of(url)
         tar = self._tars[url, set_id]
-        # A folder for each set, so that sets do not drive out each other's tars.
+        # A folder for each set: a part of a tar has no hash that tells which set it is of.
         cache = own_folder(Path(self._folder)) / f"datalth-{hashlib.sha256(set_id.encode()).hexdigest()[:16]}"
         size = storage.ranged_size(url) if opened.manifest.ranked else None
         if size is None:
-            return storage.open_ranges(fetch(url, cache, tar.bytes, tar.sha256))
+            return fetch(url, cache, tar.bytes, tar.sha256, self._most)
         if size != tar.bytes:
             raise TicketSetError(f"{url}: expected {tar.bytes} bytes, as its JSON says, got {size}")
-        copy = PartialCopy(url, own_folder(cache) / f"{tar.sha256}.part", size, opened.check_unchanged)
-        _evict(cache)
-        return copy
+        make_room(cache.parent, self._most)
+        return PartialCopy(url, own_folder(cache) / f"{tar.sha256}.part", size, opened.check_unchanged)
 
 
 def tar_of(url: str) -> FileDigest:
@@ -82,35 +88,59 @@ def own_folder(folder: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise TicketSetError(
             f"{folder}: expected a folder of yours that nobody else can write, for copies of tars; remove it, or name"
-            " another place in TMPDIR"
+            " another as `cache`"
         )
     return folder
 
 
-def fetch(url: str, cache: Path, size: int, sha256: str) -> str:
-    """A local copy of a remote tar, which is that of its hash; processes share it, and those not opened for longest go.
+class WholeCopy:
+    """A copy of a whole tar, open; see `storage.Ranges`.
+
+    Attributes:
+        path: of the file.
+        size: bytes of the tar.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        _hold(self._held)
+        self._file = storage.open_ranges(str(path))
+        self.path, self.size = path, self._file.size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """As `storage.Ranges`."""
+        return self._file.read(offset, size)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # it may not have been opened
+            os.close(self._held)
+
+
+def fetch(url: str, cache: Path, size: int, sha256: str, most: int | None = None) -> WholeCopy:
+    """A local copy of a remote tar, which is that of its hash.
 
     A copy is named by its hash and appears only after it was checked: what is there needs no trust in where it came from.
 
     Args:
         url: of the tar.
-        cache: the folder for copies; see `own_folder`.
+        cache: the folder for copies of its set; see `own_folder`.
         size: bytes that the tar has.
         sha256: that it has, 64 hex digits.
+        most: bytes of the copies of all sets; see `TarCopies`.
     Raises:
         FileNotFoundError: there is no such tar.
         TicketSetError: it is another one, its store fails, or others can write in the folder.
     """
     path = own_folder(cache) / f"{sha256}.tar"
-    with FileLock(f"{path}.lock"):  # one process fetches it, the others wait
+    with FileLock(f"{path}.lock"):  # one process fetches it, the others wait; and nobody removes it before it is open
         if path.is_file() and path.stat().st_size == size:
             os.utime(path)
-            return str(path)
-        for left in cache.glob(f"{path.name}.*.tmp"):  # by a process that was killed: it had the lock
-            left.unlink()
-        _copy(url, path, size, sha256)
-    _evict(cache)
-    return str(path)
+        else:
+            for left in cache.glob(f"{path.name}.*.tmp"):  # by a process that was killed: it had the lock
+                left.unlink()
+            make_room(cache.parent, most, size)
+            _copy(url, path, size, sha256)
+        return WholeCopy(path)
 
 
 def _copy(url: str, path: Path, size: int, sha256: str) -> None:
@@ -150,7 +180,9 @@ class PartialCopy:
     def __init__(self, url: str, path: Path, size: int, check_unchanged: Callable[[], None]) -> None:
         self.url, self.size, self.check_unchanged, self._path = url, size, check_unchanged, str(path)
         self._data = -(-4 * -(-size // BLOCK) // _PAGE) * _PAGE  # where the blocks begin
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with FileLock(f"{path}.lock"):  # nobody removes it before it bears its own
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _hold(self._descriptor)
         with self._named_errors():
             os.ftruncate(self._descriptor, self._data + size)  # a hole; what is there stays
             os.utime(path)
@@ -242,7 +274,7 @@ def _fetch(blocks: Mapping[PartialCopy, Collection[int]]) -> None:
     if not runs:
         return
     places = [(copy.url, run.start * BLOCK, min(run.stop * BLOCK, copy.size)) for copy, run in runs]
-    parts = storage.read_ranges(places)
+    parts = remote.read_ranges(places)
     for check_unchanged in {copy.check_unchanged for copy in blocks}:
         check_unchanged()  # after the bytes have come and before they are kept: they are of the set that was opened
     for (copy, run), part in zip(runs, parts, strict=True):
@@ -260,14 +292,42 @@ def _runs(numbers: list[int]) -> list[range]:
     return runs
 
 
-def _evict(cache: Path) -> None:
-    """Remove all copies but those opened last; a process that reads one keeps its open file."""
-    for old in sorted((p for p in cache.iterdir() if p.suffix in (".tar", ".part")), key=_opened)[:-CACHED_TARS]:
-        old.unlink(missing_ok=True)
+def make_room(folder: Path, most: int | None, wanted: int = 0) -> None:
+    """Remove copies of any set until `wanted` more bytes fit: those first that were not opened for longest.
+
+    What is open anywhere stays, even if it is too much: it would fill the disk as well without a name, and be fetched anew.
+
+    Args:
+        folder: which holds a folder for each set.
+        most, wanted: bytes; see `TarCopies`.
+    """
+    found = []
+    for path in folder.glob("datalth-*/*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            status = path.stat()
+            # Bytes on the disk: a part of a tar is a file with holes.
+            found.append((status.st_mtime, path, status.st_blocks * 512))
+    held = sum(size for *_, size in found)
+    most = (shutil.disk_usage(folder).free + held) // 2 if most is None else most
+    for _, path, size in sorted(found):
+        if held + wanted <= most:
+            break
+        if path.suffix in (".tar", ".part") and _removed(path):
+            held -= size
 
 
-def _opened(path: Path) -> float:
+def _removed(path: Path) -> bool:
+    """Remove a copy that nobody has open, or is about to open."""
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another process has removed it
-        return 0.0
+        with FileLock(f"{path}.lock", timeout=0), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            return True
+    except (OSError, Timeout):
+        return False
+
+
+def _hold(descriptor: int) -> None:
+    """Keep a copy from being removed for as long as this is open, here or in a fork."""
+    with contextlib.suppress(OSError):  # a file system without locks: it may go, but what is open can be read
+        fcntl.flock(descriptor, fcntl.LOCK_SH)

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import reprlib
 import tokenize
 from typing import Any
@@ -36,6 +37,9 @@ MANIFEST = "manifest.json"
 TIMM_INFO = "_info.json"  # timm's wds/ reader
 OPEN_CLIP_SIZES = "sizes.json"
 INDEX = "index"
+SHARD_JSON = re.compile(r".*-[0-9]{6}\.json", re.DOTALL)
+CLAIMS, LISTINGS = "claims", "listings"  # while several workers mine: who is at which shard, what is in remote tars
+TAKEN = "taken_over"  # in the place of a shard's JSON: its files are being replaced
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
 RANKING, VIEWS, LABEL, TOKEN_LABELS, RANKED = "ranking.npy", "views.npy", "cls", "labels.npy", "ranked.bin"

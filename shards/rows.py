@@ -16,6 +16,7 @@ from shards.reader import EXTENTS, SampleReader, TicketSet
 from shards.sample import Row, Sample
 
 OPEN_TARS = 64
+OPEN_COPIES = 32  # two windows of an epoch's order; none of them is removed meanwhile
 
 
 class Rows:
@@ -31,21 +32,22 @@ class Rows:
     Args:
         opened: the set.
         split: its split.
-        cache: folder for copies of remote tars.
+        copies: of remote tars; None: as `TarCopies` says where nothing else is said.
         token_labels: another set over the same images that holds the token labels; it may be opened without images.
     Raises:
         TicketSetError: `opened` holds no tickets, or the other set no token labels of its images.
     """
 
     def __init__(
-        self, opened: TicketSet, split: str, cache: str | None = None, token_labels: TicketSet | None = None
+        self, opened: TicketSet, split: str, copies: TarCopies | None = None, token_labels: TicketSet | None = None
     ) -> None:
         opened.require_tickets()
         if token_labels is not None:
             check_token_labels(opened, token_labels)
         self._names = opened.shard_names(split)
         self._in_parts = opened.manifest.ranked is not None and storage.is_remote(opened.url)
-        self._reader = SampleReader(opened, token_labels, OPEN_TARS, TarCopies(cache).open)
+        keep = OPEN_COPIES if storage.is_remote(opened.url) else OPEN_TARS
+        self._reader = SampleReader(opened, token_labels, keep, (copies or TarCopies()).open)
         tables = [opened.joined(name, token_labels) for name in self._names]
         self.sizes = tuple(len(table) for table in tables)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])

@@ -79,6 +79,16 @@ class Data(Settings):
         marks=FREE,
     )
     base: str | None = setting(None, metavar="DIR", help="Where the base of a linked set is now.", marks=FREE)
+    cache: str | None = setting(
+        None,
+        metavar="DIR",
+        help="Where tars of a remote set are copied to, once for all runs and ranks of a machine.",
+        shown="datalth-UID in the folder of temporary files",
+        marks=FREE,
+    )
+    cache_size: float | None = setting(
+        None, AMOUNT, "What copies may take of its disk.", metavar="GB", shown="half of what is free", marks=FREE
+    )
     train_split: str = setting("train")
     val_split: str = setting("val")
 

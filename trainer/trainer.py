@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from miner.models import choose_device
+from shards.copies import TarCopies
 from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from trainer.costs import costs, sparse_gmacs
@@ -30,7 +31,7 @@ from trainer.evaluate import Figures, evaluate
 from trainer.families.base import TicketModel
 from trainer.families.dropping import FallingKeepRate
 from trainer.hooks import Average, Epoch, Hook
-from trainer.options import WEIGHT_DERIVED, Machine, Optimization, Recipe
+from trainer.options import WEIGHT_DERIVED, Data, Machine, Optimization, Recipe
 from trainer.ranks import Rank
 from trainer.student import build_student
 from trainer.weights.masks import Masked
@@ -81,6 +82,7 @@ class Trainer:
         self.subnetwork.lay_on(self.student.model)
         check_student(recipe, self.student)
         views = Views.of(opened, self.student, tickets.resize_to_tokens)
+        copies = copies_of(recipe.data)
         self.dataset = TicketDataset(
             opened,
             recipe.data.train_split,
@@ -92,6 +94,7 @@ class Trainer:
             seed=machine.seed,
             unmask_from=optimization.epochs - tickets.unmask_epochs if tickets.unmask_epochs else None,
             token_labels=open_token_labels(recipe),
+            copies=copies,
         )
         self.validation = ValidationDataset(
             opened,
@@ -100,6 +103,7 @@ class Trainer:
             batch_size=optimization.batch_size,
             rank=self.rank.number,
             ranks=self.rank.size,
+            copies=copies,
         )
         self.steps = self.dataset.steps
         self.lr = learning_rate_of(optimization, self.dataset.global_batch)
@@ -325,6 +329,11 @@ class Trainer:
 def learning_rate_of(optimization: Optimization, global_batch: int) -> float:
     """The rate at its height: `lr`, or `lr_base` for each 512 images of a step."""
     return optimization.lr_base * global_batch / 512 if optimization.lr is None else optimization.lr
+
+
+def copies_of(data: Data) -> TarCopies:
+    """Where remote tars are copied to."""
+    return TarCopies(data.cache, None if data.cache_size is None else round(data.cache_size * 1e9))
 
 
 def open_token_labels(recipe: Recipe) -> TicketSet | bool | None:

@@ -10,6 +10,7 @@ from miner.settings import Inputs
 from miner.sources.archive import compressed, packer_of
 from miner.sources.folder import folder_source
 from miner.sources.imagenet import imagenet_source, is_imagenet
+from miner.sources.listings import SharedListings
 from miner.sources.source import (
     JUNK_NOTE,
     Source,
@@ -24,7 +25,7 @@ from miner.sources.tars import tar_source
 from miner.sources.ticket_set import ticket_set_source
 from miner.sources.timm_reader import timm_source
 from shards import format as fmt
-from shards import storage
+from shards import remote, storage
 from shards.errors import TicketSetError
 from shards.schema import check_split_name
 
@@ -39,17 +40,18 @@ FORMS = """expected one of
   a name under $DATALTH_DATA                                            `data` imagenet"""
 
 
-def open_source(inputs: Inputs, seed: int = 0) -> Source:
+def open_source(inputs: Inputs, seed: int = 0, shared: SharedListings | None = None) -> Source:
     """List the images behind `data`.
 
     Args:
         inputs: where they are, as FORMS, and which of them; no splits = all there are.
         seed: of the set; takes part in which images become the val split of a source that has none.
+        shared: where several workers keep what they listed of remote tars.
     Raises:
         TicketSetError: nothing of the kind is there, it holds no images, or a split is missing.
     """
     spec, splits = inputs.data, inputs.splits
-    source = _open(spec, splits, inputs.labels, inputs.base)
+    source = _open(spec, splits, inputs.labels, inputs.base, shared)
     if source.base is None:
         source = replace(source, classes=spelled_classes(source.classes, f"`data` {spec}"))
         source = split_off_val(source, inputs.val_share, seed)
@@ -67,7 +69,9 @@ def open_source(inputs: Inputs, seed: int = 0) -> Source:
     return note_unlabeled(source)
 
 
-def _open(spec: str, splits: Sequence[str], labels: str | None, base: str | None) -> Source:
+def _open(
+    spec: str, splits: Sequence[str], labels: str | None, base: str | None, shared: SharedListings | None
+) -> Source:
     if spec.startswith("timm:"):
         return timm_source(spec, splits)
     path = storage.local(spec)
@@ -75,7 +79,9 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, base: str | None
     if packer:
         raise compressed(f"`data` {spec}", packer)
     if storage.is_remote(path):
-        return tar_source(spec, _expand(path), labels) if path.endswith(".tar") else ticket_set_source(path, base)
+        if path.endswith(".tar"):
+            return tar_source(spec, _expand(path), labels, shared)
+        return ticket_set_source(path, base)
     if not os.path.exists(path):
         under = os.path.join(os.environ.get("DATALTH_DATA", ""), path)
         if os.environ.get("DATALTH_DATA") and os.path.exists(under):
@@ -129,7 +135,7 @@ def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | N
 
 
 def _remote_glob(url: str) -> list[str]:
-    found = storage.glob_remote(url)
+    found = remote.glob(url)
     if not found:
         raise TicketSetError(f"`data` {url}: no such files")
     return found

@@ -21,10 +21,12 @@ from PIL import Image
 
 from conftest import SELECTOR, contents, mine
 from miner.cli import main
-from miner.job import Job, Progress
+from miner.job import Job
+from miner.progress import ProgressBar
 from miner.ray_pool import Need, RayPool, Worker
 from miner.settings import Fleet, Machine
 from shards.errors import TicketSetError
+from shards.store import open_store
 
 # A method of the user's own, beside where the command is typed. It waits where it is told to, and says who it is.
 METHOD = """
@@ -321,4 +323,8 @@ def test_where_no_worker_can_be_set_up_it_is_said(cluster: Any, job: Job, tmp_pa
         contextlib.closing(pool),
         pytest.raises(TicketSetError, match="`ray`: no worker can be set up: .*elsewhere is not"),
     ):
-        pool.mine(dataclasses.replace(job, folder=tmp_path / "elsewhere"), job.plan.shards(), Progress())
+        pool.mine(
+            dataclasses.replace(job, store=open_store(str(tmp_path / "elsewhere"))),
+            job.plan.shards(),
+            ProgressBar(0, 0),
+        )

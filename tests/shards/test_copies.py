@@ -2,22 +2,25 @@
 
 import contextlib
 import errno
+import gc
 import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from fsspec.registry import _registry
 from test_storage import ClientError, Store
 
 from conftest import mine
 from shards import copies, storage
-from shards.copies import BLOCK, PartialCopy, checksums, fetch_missing
+from shards.copies import BLOCK, PartialCopy, TarCopies, checksums, fetch_missing, make_room
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import Rows
@@ -37,12 +40,13 @@ def ranked_set(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class PartStore(Store):
-    """Notes what is asked for by parts, a list a request of several."""
+    """Notes what is asked for of tars and the like, a list a request of several parts."""
 
     asked: list[list[tuple[str, int, int]]]
 
     def cat_ranges(self, paths: list[str], starts: Any, ends: Any, **kwargs: Any) -> list[Any]:
-        self.asked.append(list(zip(paths, starts, ends, strict=True)))
+        if not paths[0].endswith((".json", ".parquet")):
+            self.asked.append(list(zip(paths, starts, ends, strict=True)))
         return super().cat_ranges(paths, starts, ends, **kwargs)
 
 
@@ -129,7 +133,8 @@ def test_of_photos_everything_is_fetched(store, center_set, tmp_path):
     rows = Rows(TicketSet.open("faulty://photos"), "train")
     expected = Rows(TicketSet.open(str(center_set)), "train")
     found = [sample.image for sample in rows.read_all([(0, 3), (1, 2)], [[0], [0]])]
-    assert found == [expected.read(0, 3).image, expected.read(1, 2).image] and store.asked == []
+    assert found == [expected.read(0, 3).image, expected.read(1, 2).image]
+    assert sorted(sizes(store)) == sorted((center_set / f"train-00000{i}.tar").stat().st_size for i in range(2))
     held = sorted(path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar"))
     assert held == sorted((center_set / f"train-00000{i}.tar").stat().st_size for i in range(2))
 
@@ -156,7 +161,7 @@ def test_a_store_of_whole_files_alone_is_copied_as_before(store, ranked_set, tmp
     store.ranged = False
     rows = Rows(TicketSet.open(URL), "train")
     assert views(rows) == views(Rows(TicketSet.open(str(ranked_set)), "train"))
-    assert store.asked == [] and parts(tmp_path / "cache") == []
+    assert len(store.asked) == 3 and parts(tmp_path / "cache") == []
     assert len(list((tmp_path / "cache").rglob("*.tar"))) == 3
 
 
@@ -336,12 +341,74 @@ def test_a_set_that_is_mined_anew_never_mixes_with_what_was_there(store, ranked_
     assert views(Rows(TicketSet.open(URL), "train")) == views(Rows(TicketSet.open(str(new)), "train"))
 
 
-def test_copies_beyond_the_limit_go(store, ranked_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(copies, "CACHED_TARS", 2)
-    rows = Rows(TicketSet.open(URL), "train")
-    for shard in range(3):
-        rows.read(shard, 0)
-        for number, path in enumerate(sorted(parts(tmp_path / "cache"), key=lambda path: path.stat().st_mtime)):
-            os.utime(path, (number, number))  # clocks of file systems may be coarse
-    assert len(parts(tmp_path / "cache")) == 2
-    assert views(rows) == views(Rows(TicketSet.open(str(ranked_set)), "train"))  # files that are gone are open
+def held(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.rglob("*") if path.suffix in (".tar", ".part"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Copies that nobody has open, of 100 kB each but for the last, which is a hole; a was opened first."""
+    (tmp_path / "copies/datalth-set").mkdir(parents=True)
+    for number, name in enumerate(("a.tar", "b.part", "c.tar", "d.part")):
+        path = tmp_path / "copies/datalth-set" / name
+        path.write_bytes(bytes(range(256)) * 400 if name != "d.part" else b"")
+        if name == "d.part":
+            os.truncate(path, 1 << 40)
+        os.utime(path, (number, number))
+    return tmp_path / "copies"
+
+
+def test_copies_go_by_when_they_were_opened_and_count_by_what_they_take(folder):
+    make_room(folder, 320_000)
+    assert held(folder) == ["a", "b", "c", "d"]  # a hole of a terabyte takes nothing
+    make_room(folder, 320_000, 1)
+    assert held(folder) == ["a", "b", "c", "d"]
+    make_room(folder, 320_000, 50_000)
+    assert held(folder) == ["b", "c", "d"]
+    os.utime(folder / "datalth-set/b.part")
+    make_room(folder, 150_000)
+    assert held(folder) == ["b", "d"]
+
+
+def test_without_a_limit_half_of_the_disk_is_left(folder, monkeypatch):
+    taken = sum(path.stat().st_blocks * 512 for path in folder.rglob("*.*"))
+    for free, left in ((taken, ["a", "b", "c", "d"]), (taken // 2, ["b", "c", "d"]), (0, ["c", "d"])):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        make_room(folder, None)
+        assert held(folder) == left
+        monkeypatch.undo()
+
+
+def _hold_open(path: Path, ready: Any, done: Any) -> None:
+    copy = copies.WholeCopy(path)
+    ready.set()
+    done.wait(30)
+    os._exit(copy.size == 0)
+
+
+def test_what_is_open_or_on_its_way_stays(folder):
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    process = fork.Process(target=_hold_open, args=(folder / "datalth-set/a.tar", ready, done))
+    process.start()
+    assert ready.wait(30)
+    with FileLock(folder / "datalth-set/c.tar.lock"):  # fetched, and not open yet
+        make_room(folder, 0)
+        assert held(folder) == ["a", "c"]
+    done.set()
+    process.join(30)
+    assert process.exitcode == 0
+    make_room(folder, 0)
+    assert held(folder) == []
+
+
+def test_a_partial_copy_that_is_open_stays(store, ranked_set, tmp_path):
+    cache = tmp_path / "elsewhere"
+    rows = Rows(TicketSet.open(URL), "train", TarCopies(str(cache), 0))
+    assert views(rows) == views(Rows(TicketSet.open(str(ranked_set)), "train")) and len(held(cache)) == 3
+    store.asked.clear()
+    assert views(Rows(TicketSet.open(URL), "train", TarCopies(str(cache), 0))) and store.asked == []
+    del rows
+    gc.collect()
+    make_room(cache, 0)
+    assert held(cache) == []

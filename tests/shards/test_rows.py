@@ -1,5 +1,6 @@
 """Random access to a split's samples: equal to the stream, for every kind of set and transport."""
 
+import gc
 import hashlib
 import json
 import os
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 
 from conftest import mine
-from shards import copies as copies_module
 from shards import rows as rows_module
 from shards import storage
+from shards.copies import TarCopies
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.rows import Rows
@@ -183,7 +184,7 @@ def test_a_missing_tar_is_an_error_in_words(pair, tmp_path):
 def test_a_missing_remote_tar_is_an_error_in_words(in_memory, tmp_path):
     fsspec.filesystem("memory").rm("/rows/base/train-000001.tar")
     for name in ("base", "link"):
-        rows = Rows(TicketSet.open(f"{in_memory}/{name}"), "train", str(tmp_path))
+        rows = Rows(TicketSet.open(f"{in_memory}/{name}"), "train", TarCopies(str(tmp_path)))
         with pytest.raises(TicketSetError, match="memory://rows/base/train-000001.tar: missing"):
             rows.read(1, 0)
         assert rows.read(0, 0).key
@@ -215,7 +216,7 @@ def test_an_image_that_the_base_lacks_is_an_error_in_words(pair, damaged, tmp_pa
 
 @pytest.mark.parametrize("name", ["base", "link"])
 def test_remote_rows_are_the_local_ones(pair, in_memory, tmp_path, name):
-    rows = Rows(TicketSet.open(f"{in_memory}/{name}"), "train", str(tmp_path))
+    rows = Rows(TicketSet.open(f"{in_memory}/{name}"), "train", TarCopies(str(tmp_path)))
     assert everything(rows) == streamed(pair / name)
 
 
@@ -223,43 +224,56 @@ def test_a_remote_tar_is_copied_once_for_all_rows_and_links(pair, in_memory, tmp
     base, link = (TicketSet.open(f"{in_memory}/{name}") for name in ("base", "link"))
     tars = [f"{in_memory}/base/train-00000{i}.tar" for i in range(3)]
     for _ in range(2):
-        rows = Rows(base, "train", str(tmp_path))
+        rows = Rows(base, "train", TarCopies(str(tmp_path)))
         assert everything(rows) == everything(rows) == streamed(pair / "base")
         assert fetched == tars
-    assert everything(Rows(link, "train", str(tmp_path))) == streamed(pair / "link")
+    assert everything(Rows(link, "train", TarCopies(str(tmp_path)))) == streamed(pair / "link")
     assert fetched == [*tars, *(tar.replace("base", "link") for tar in tars)]
     assert not list(tmp_path.rglob("*.tmp"))
-    elsewhere = Rows(base, "train", str(tmp_path / "elsewhere"))  # negative control
+    elsewhere = Rows(base, "train", TarCopies(str(tmp_path / "elsewhere")))  # negative control
     elsewhere.read(0, 0)
     assert fetched[6:] == tars[:1]
 
 
-def test_copies_beyond_the_limit_are_evicted_and_fetched_again(pair, in_memory, tmp_path, fetched, monkeypatch):
-    monkeypatch.setattr(copies_module, "CACHED_TARS", 2)
+def test_copies_beyond_the_limit_go_and_are_fetched_again(pair, in_memory, tmp_path, fetched, monkeypatch):
+    monkeypatch.setattr(rows_module, "OPEN_COPIES", 1)
     opened = TicketSet.open(f"{in_memory}/base")
-    rows = Rows(opened, "train", str(tmp_path))
-    for shard in range(3):
+    tars = [pair / "base" / f"train-00000{shard}.tar" for shard in range(3)]
+    room = TarCopies(str(tmp_path), sum(path.stat().st_size for path in tars) - 1)
+    rows = Rows(opened, "train", room)
+    for shard, tar in enumerate(tars):
         rows.read(shard, 0)
-        sha256 = hashlib.sha256((pair / "base" / f"train-00000{shard}.tar").read_bytes()).hexdigest()
-        for path in tmp_path.rglob(f"{sha256}.tar"):  # clocks of file systems may be coarse
-            os.utime(path, (shard, shard))
+        for path in tmp_path.rglob(f"{hashlib.sha256(tar.read_bytes()).hexdigest()}.tar"):
+            os.utime(path, (shard, shard))  # clocks of file systems may be coarse
     assert copies(tmp_path, pair / "base") == ["train-000001", "train-000002"]
-    assert plain(rows.read(0, 3)) == streamed(pair / "base")[3]  # from the file that is still open
-    assert len(fetched) == 3
-    again = Rows(opened, "train", str(tmp_path))
-    assert everything(again) == streamed(pair / "base")
+    assert everything(Rows(opened, "train", room)) == streamed(pair / "base")
     assert fetched.count(f"{in_memory}/base/train-000000.tar") == 2
 
 
+def test_a_cache_smaller_than_one_tar_keeps_what_is_open(pair, in_memory, tmp_path, fetched):
+    opened = TicketSet.open(f"{in_memory}/base")
+    rows = Rows(opened, "train", TarCopies(str(tmp_path), 0))
+    assert everything(rows) == everything(rows) == streamed(pair / "base") and len(fetched) == 3
+    assert everything(Rows(opened, "train", TarCopies(str(tmp_path), 0))) == streamed(pair / "base")
+    assert len(fetched) == 3  # they are open in `rows`
+    del rows
+    gc.collect()
+    assert len(list(tmp_path.rglob("*.tar"))) == 3
+    Rows(opened, "val", TarCopies(str(tmp_path), 0)).read(0, 0)
+    assert copies(tmp_path, pair / "base") == ["val-000000"]
+
+
 def test_a_set_mined_anew_under_the_same_url_is_copied_anew(pair, in_memory, photos, tmp_path):
-    assert everything(Rows(TicketSet.open(f"{in_memory}/base"), "val", str(tmp_path))) == streamed(pair / "base", "val")
+    assert everything(Rows(TicketSet.open(f"{in_memory}/base"), "val", TarCopies(str(tmp_path)))) == streamed(
+        pair / "base", "val"
+    )
     out = tmp_path / "new"
     mine("--data", photos, "--out", out, "--method", "random", "--views", 3, "--shard-size", 10)
     memory = fsspec.filesystem("memory")
     for path in out.rglob("*"):
         if path.is_file():
             memory.pipe_file(f"/rows/base/{path.relative_to(out).as_posix()}", path.read_bytes())
-    renewed = everything(Rows(TicketSet.open(f"{in_memory}/base"), "val", str(tmp_path)))
+    renewed = everything(Rows(TicketSet.open(f"{in_memory}/base"), "val", TarCopies(str(tmp_path))))
     assert renewed == streamed(out, "val") != streamed(pair / "base", "val")
 
 
@@ -269,7 +283,7 @@ def test_a_set_mined_anew_under_the_same_url_is_copied_anew(pair, in_memory, pho
 @pytest.mark.parametrize("name", ["base", "link"])
 def test_rows_travel_to_another_process_without_their_open_files(pair, in_memory, tmp_path, name):
     for url in (pair / name, f"{in_memory}/{name}"):
-        rows = Rows(TicketSet.open(str(url)), "train", str(tmp_path))
+        rows = Rows(TicketSet.open(str(url)), "train", TarCopies(str(tmp_path)))
         first = plain(rows.read(0, 0))
         copy = pickle.loads(pickle.dumps(rows))
         assert plain(copy.read(0, 0)) == first

@@ -19,11 +19,12 @@ import pytest
 from fsspec.registry import _registry, known_implementations
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from shards import storage
-from shards.copies import fetch, own_folder
+from shards import remote, storage
+from shards.copies import TarCopies, fetch, own_folder
 from shards.errors import TicketSetError, first_line, is_machine_error
 from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.store import open_store
 from shards.writer import read_shard_json
 
 
@@ -257,7 +258,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Store]:
     Mine.root.mkdir()
     Mine.reads = []
     monkeypatch.setitem(_registry, "faulty", Mine)
-    monkeypatch.setattr(storage, "REMOTE_BLOCK", 4096)
+    monkeypatch.setattr(remote, "BLOCK", 4096)
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
     return Mine
 
 
@@ -290,7 +292,7 @@ REMOTE = {
     **READERS,
     "exists": storage.exists,
     "list_names": storage.list_names,
-    "glob_remote": lambda url: storage.glob_remote(f"{url}*"),
+    "glob_remote": lambda url: remote.glob(f"{url}*"),
     "TicketSet.open": TicketSet.open,
 }
 
@@ -456,9 +458,9 @@ def sha256(data: bytes) -> str:
 def test_a_copy_is_named_by_the_hash_that_it_has(store, url, tmp_path, server):
     for name, value in server.items():
         setattr(store, name, value)
-    path = fetch(url, tmp_path / "cache/set", len(CONTENT), sha256(CONTENT))
-    assert path == str(tmp_path / f"cache/set/{sha256(CONTENT)}.tar")
-    assert Path(path).read_bytes() == CONTENT
+    path = fetch(url, tmp_path / "cache/set", len(CONTENT), sha256(CONTENT)).path
+    assert path == (tmp_path / f"cache/set/{sha256(CONTENT)}.tar")
+    assert path.read_bytes() == CONTENT
     assert (tmp_path / "cache/set").stat().st_mode & 0o777 == 0o700
 
 
@@ -486,15 +488,15 @@ def test_a_full_disk_names_the_copy_and_leaves_nothing(store, url, tmp_path, mon
 def test_a_fifo_as_a_shards_json_does_not_stop_its_writer(tmp_path):
     os.mkfifo(tmp_path / "train-000000.json")
     with within(5), pytest.raises(TicketSetError, match=r"train-000000.json: expected a plain file, got a FIFO"):
-        read_shard_json(tmp_path, "train", 0)
+        read_shard_json(open_store(tmp_path), "train", 0)
 
 
 def test_a_copy_that_was_cut_and_what_a_killed_process_left_are_mended(store, url, tmp_path):
-    path = Path(fetch(url, tmp_path / "cache", len(CONTENT), sha256(CONTENT)))
+    path = fetch(url, tmp_path / "cache", len(CONTENT), sha256(CONTENT)).path
     path.write_bytes(CONTENT[:100])
     left = path.with_name(f"{path.name}.1-abc.tmp")
     left.write_bytes(b"half")
-    assert Path(fetch(url, tmp_path / "cache", len(CONTENT), sha256(CONTENT))).read_bytes() == CONTENT
+    assert fetch(url, tmp_path / "cache", len(CONTENT), sha256(CONTENT)).path.read_bytes() == CONTENT
     assert not left.exists()
 
 
@@ -504,11 +506,11 @@ def test_a_folder_that_others_can_write_is_no_place_for_copies(store, url, tmp_p
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("target")
     for name in ("shared", "link"):
-        with pytest.raises(TicketSetError, match=f"{name}: expected a folder of yours .*TMPDIR"):
+        with pytest.raises(TicketSetError, match=f"{name}: expected a folder of yours .*`cache`"):
             fetch(url, tmp_path / name, len(CONTENT), sha256(CONTENT))
     own_folder(tmp_path / "target")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(TicketSetError, match="target: expected a folder of yours .*TMPDIR"):
+    with pytest.raises(TicketSetError, match="target: expected a folder of yours .*`cache`"):
         own_folder(tmp_path / "target")
     assert list((tmp_path / "target").iterdir()) == list((tmp_path / "shared").iterdir()) == []
 
@@ -523,7 +525,7 @@ def remote_set(store: type[Store], center_set: Path) -> str:
 def test_rows_are_the_same_from_every_server(store, remote_set, center_set, tmp_path, server):
     for name, value in server.items():
         setattr(store, name, value)
-    rows = Rows(TicketSet.open(remote_set), "train", str(tmp_path / "cache"))
+    rows = Rows(TicketSet.open(remote_set), "train", TarCopies(str(tmp_path / "cache")))
     local = list(TicketSet.open(str(center_set)).stream("train"))
     read = [rows.read(*rows.locate(position)) for position in range(21)]
     assert [(s.key, s.image, s.rankings.tolist()) for s in read] == [
@@ -537,7 +539,7 @@ def test_a_tar_that_is_not_what_its_json_says_is_never_read(store, remote_set, t
     """Also where only pixels differ, so that nothing but the hash can tell."""
     path = store.root / "set/train-000000.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    rows = Rows(TicketSet.open(remote_set), "train", str(tmp_path / "cache"))
+    rows = Rows(TicketSet.open(remote_set), "train", TarCopies(str(tmp_path / "cache")))
     with pytest.raises(TicketSetError, match="train-000000.tar: expected .* bytes of sha256 .*as its JSON says"):
         rows.read(0, 0)
     assert rows.read(1, 0).key  # negative control
@@ -562,7 +564,7 @@ def test_a_tar_that_is_not_what_its_json_says_is_never_read(store, remote_set, t
 def test_a_forged_json_of_a_shard_is_one_line(store, remote_set, tmp_path, tar):
     path = store.root / "set/train-000000.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "tar": tar}), encoding="utf-8")
-    rows = Rows(TicketSet.open(remote_set), "train", str(tmp_path / "cache"))
+    rows = Rows(TicketSet.open(remote_set), "train", TarCopies(str(tmp_path / "cache")))
     with pytest.raises(TicketSetError, match="train-000000.json: tar: "):
         rows.read(0, 0)
     for content in (b"[" * 100_000, b"\xff", b"[]", b"{"):
@@ -580,7 +582,7 @@ def test_no_set_id_leads_out_of_the_cache(store, remote_set, tmp_path, set_id):
     path = store.root / "set/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"set_id": set_id}), encoding="utf-8")
     with pytest.raises(TicketSetError, match="manifest.json: set_id: expected 64 hex digits"):
-        Rows(TicketSet.open(remote_set), "train", str(tmp_path / "deep" / "cache"))
+        Rows(TicketSet.open(remote_set), "train", TarCopies(str(tmp_path / "deep" / "cache")))
     assert not (tmp_path / "deep").exists()
 
 
@@ -594,7 +596,7 @@ def _fetch_all(urls: list[tuple[str, int, str]], cache: Path, log: Path) -> None
 
     storage.blocks = noted  # in this process alone: it is a fork
     for url, size, digest in urls:
-        assert sha256(Path(fetch(url, cache, size, digest)).read_bytes()) == digest
+        assert sha256(fetch(url, cache, size, digest).path.read_bytes()) == digest
 
 
 def test_processes_share_one_copy_of_each(store, remote_set, tmp_path):

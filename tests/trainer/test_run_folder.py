@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import multiprocessing
@@ -24,7 +23,6 @@ import yaml
 from click.testing import CliRunner
 
 from conftest import mine
-from shards.copies import fetch
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer import trainer as trainer_module
@@ -376,30 +374,6 @@ def test_the_log_says_when_all_patches_are_fed(tickets, tmp_path):
     assert "8 of 16 tokens, the last 1 epochs all;" in output
     lines = [line for line in output.splitlines() if line.startswith("Train: ")]
     assert [line.split()[-1] for line in lines] == ["Tokens:", "8/16"][1:] * 6 + ["16/16"] * 6
-
-
-def test_a_remote_tar_is_fetched_once_and_the_longest_unused_copy_goes_first(tmp_path, monkeypatch):
-    import fsspec
-
-    from shards import copies
-
-    monkeypatch.setattr(copies, "CACHED_TARS", 2)
-    memory = fsspec.filesystem("memory")
-    contents = [bytes([i]) * 10 for i in range(3)]
-    hashes = [hashlib.sha256(content).hexdigest() for content in contents]
-    for i, content in enumerate(contents):
-        memory.pipe(f"/set/{i}.tar", content)
-
-    def copy(i: int) -> str:
-        return fetch(f"memory://set/{i}.tar", tmp_path, 10, hashes[i])
-
-    now = time.time()
-    for age, i in ((200, 0), (100, 1)):
-        os.utime(copy(i), (now - age, now - age))
-    memory.pipe("/set/0.tar", b"changed")
-    assert Path(copy(0)).read_bytes() == bytes(10)  # the copy, now the newest
-    copy(2)
-    assert {p.stem for p in tmp_path.glob("*.tar")} == {hashes[0], hashes[2]}
 
 
 def test_a_val_split_without_one_good_image_is_refused_before_an_epoch_is_spent(photos, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 from torch.utils.data import Dataset
 
+from shards.copies import TarCopies
 from shards.errors import TicketSetError
 from shards.images import render_pixels, resize_views
 from shards.ranked import Mosaic
@@ -84,13 +85,15 @@ class Views:
         return side, (side // self.patch_size,) * 2
 
 
-def labeled_rows(opened: TicketSet, split: str, token_labels: TicketSet | None = None) -> Rows:
+def labeled_rows(
+    opened: TicketSet, split: str, token_labels: TicketSet | None = None, copies: TarCopies | None = None
+) -> Rows:
     """The samples of a split, of which each has a label.
 
     Raises:
         TicketSetError: no image, or images without a label.
     """
-    rows = Rows(opened, split, token_labels=token_labels)
+    rows = Rows(opened, split, copies, token_labels)
     if not len(rows):
         raise TicketSetError(f"{opened.url}: split {split} has no image that could be read")
     if not rows.labeled:
@@ -141,6 +144,7 @@ class TicketDataset(Dataset[Batch]):
         seed: of order, draws and random tickets.
         unmask_from: the epoch from which on all patches are fed; None: never.
         token_labels: another set that holds them; False: none, though the set has some.
+        copies: of remote tars; see `Rows`.
     Attributes:
         rows: the samples.
         tokens: K.
@@ -163,9 +167,10 @@ class TicketDataset(Dataset[Batch]):
         seed: int = 42,
         unmask_from: int | None = None,
         token_labels: TicketSet | bool | None = None,
+        copies: TarCopies | None = None,
     ) -> None:
         labels = token_labels if isinstance(token_labels, TicketSet) else None
-        self.rows = labeled_rows(opened, split, labels)
+        self.rows = labeled_rows(opened, split, labels, copies)
         self.tickets, self.augment, self.views = tickets, augment, views or Views.of(opened)
         self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
         self.unmask_from = unmask_from
@@ -417,6 +422,7 @@ class ValidationDataset(Dataset[Batch]):
         views: what the student takes; None: what a ViT takes.
         batch_size: the last of a rank may be smaller.
         rank, ranks: each rank has every `ranks`-th image.
+        copies: of remote tars; see `Rows`.
     Attributes:
         rows: the samples.
         turns: batches of the rank that has most.
@@ -433,8 +439,9 @@ class ValidationDataset(Dataset[Batch]):
         batch_size: int = 128,
         rank: int = 0,
         ranks: int = 1,
+        copies: TarCopies | None = None,
     ) -> None:
-        self.rows = labeled_rows(opened, split)
+        self.rows = labeled_rows(opened, split, copies=copies)
         self.views, self.batch_size = views or Views.of(opened), batch_size
         self._positions = np.arange(rank, len(self.rows), ranks)
         self.turns = -(-len(self.rows) // (ranks * batch_size))
