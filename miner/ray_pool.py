@@ -111,11 +111,7 @@ class Need:
         Args:
             nodes: of the cluster.
             blind: no model is to run.
-        Raises:
-            TicketSetError: a device that cannot be asked for.
         """
-        if machine.device not in (None, "cuda", "cpu"):
-            raise TicketSetError(f"`device` {machine.device}: Ray gives each worker its GPU; expected cuda or cpu")
         kinds = [node["Resources"] for node in nodes]
         asked = machine.device == "cuda" or (machine.device is None and any(kind.get("GPU") for kind in kinds))
         gpus = int(asked and not blind)
@@ -154,11 +150,13 @@ class RayPool:
         device: that workers compute on.
 
     Raises:
-        TicketSetError: Ray is not installed, or there is no such cluster.
+        TicketSetError: Ray is not installed, there is no such cluster, or such a device cannot be asked for.
     """
 
     def __init__(self, fleet: Fleet, machine: Machine, blind: bool) -> None:
         assert fleet.ray is not None
+        if machine.device not in (None, "cuda", "cpu"):
+            raise TicketSetError(f"`device` {machine.device}: Ray gives each worker its GPU; expected cuda or cpu")
         self._ray, self._own = _connect(fleet.ray)
         self.need = Need.of(self._nodes(), machine, blind)
         self.device = torch.device("cuda" if self.need.gpus else "cpu")
@@ -185,7 +183,8 @@ class RayPool:
             TooManyFailures: too many images failed.
         """
         self._progress, self._queue = progress, collections.deque(todo)
-        self._job = replace(job, machine=replace(job.machine, workers=max(1, self.need.cpus)))
+        device = job.machine.device if self.need.gpus else "cpu"
+        self._job = replace(job, machine=replace(job.machine, workers=max(1, self.need.cpus), device=device))
         began, told = time.monotonic(), False
         try:
             with _silent():
