@@ -206,9 +206,8 @@ class RayPool:
             self.close()
         if self._poison:
             lines = [f"{fmt.shard_name(*shard)}: {why}" for shard, why in sorted(self._poison.items())]
-            raise TicketSetError(
-                "\n  ".join([f"{len(lines)} of {len(todo)} shards failed; the others are done", *lines])
-            )
+            said = f"{len(lines)} of {len(todo)} shards failed {self._attempts} times; all others are done"
+            raise TicketSetError("\n  ".join([said, *lines]))
 
     def _busy(self) -> int:
         return sum(hired.shard is not None for hired in self._calls.values())
