@@ -111,7 +111,7 @@ class ProgressBar(Progress):
         super().__init__(max_failures)
         self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
         self._bar, self._quiet = None, not shown
-        self._elsewhere, self._workers = 0, 1
+        self._elsewhere, self._their_shards = 0, 0
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -120,9 +120,9 @@ class ProgressBar(Progress):
             rest = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
             self._bar = tqdm(total=total, unit="im", ncols=columns, bar_format=bar + rest)
 
-    def others(self, images: int, workers: int) -> None:
-        """Take in what other workers have done meanwhile: images of finished shards; and how many are at work."""
-        self._elsewhere, self._workers = images, workers
+    def others(self, images: int, shards: int) -> None:
+        """Take in what other workers have done meanwhile: images of finished shards; and the shards they are at."""
+        self._elsewhere, self._their_shards = images, shards
 
     def changed(self) -> None:
         """Show what was counted."""
@@ -130,8 +130,13 @@ class ProgressBar(Progress):
             return
         now, images = time.monotonic(), self.images + self._elsewhere
         detail = f"{self.views / max(now - self._start, 1e-9):.0f} views/s, failed {self.failures}"
+<<<<<<< HEAD
         if self._workers != 1:
             detail = f"{self._workers} workers, {'here ' if self._elsewhere else ''}{detail}"
+=======
+        if self._their_shards:
+            detail = f"{self._their_shards} shards at work elsewhere, here {detail}"
+>>>>>>> main
         shares = waiting_shares(self).items()
         if self._bar is not None:
             brief = " ".join(f"{leg[0]}{100 * share:.0f}" for leg, share in shares)

@@ -303,6 +303,7 @@ def _reason(error: Any) -> str:
 def _connect(address: str) -> tuple[Any, bool]:
     """Ray, connected; and whether it is for us to let go of it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")  # of 40 s each, where nobody answers; Ray tries 20 times
     try:
         import ray
     except ImportError:

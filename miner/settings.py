@@ -247,7 +247,7 @@ class Fleet(Settings):
         help="Be one of any number of workers that take shards until none is left; they need the same --out and nothing else in common.",
     )
     claim_seconds: float = setting(
-        600.0, Finite(0.1, 1e6), "Take over a worker's shard when it has shown no progress for so long.", metavar="S"
+        120.0, Finite(0.1, 1e6), "Take over a worker's shard when it has shown no progress for so long.", metavar="S"
     )
     attempts: int = setting(3, click.IntRange(1, 1000), "Give a shard up that has failed so often.", metavar="N")
     ray: str | None = setting(
