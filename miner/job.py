@@ -97,11 +97,7 @@ def _built(
 
 
 class TooManyFailures(TicketSetError):
-<<<<<<< HEAD
-    """More images failed than `max_failures` allows."""
-=======
     """More images failed than may: the command stops, and no shard is to blame."""
->>>>>>> main
 
 
 @dataclass
@@ -140,11 +136,7 @@ class Progress:
         """Count an image; `viewed` says whether its views were looked at, not only the whole.
 
         Raises:
-<<<<<<< HEAD
-            TooManyFailures: too many have failed.
-=======
             TooManyFailures: see there.
->>>>>>> main
         """
         self.images += 1
         if image.error is None:

@@ -193,9 +193,12 @@ class RayPool:
                     self._hire()
                     for call in self._ray.wait(list(self._calls), timeout=ROUND_SECONDS)[0]:
                         self._answered(call)
-                    progress.others(0, self._busy())
+                    progress.workers = self._busy()
                     progress.changed()
-                    if not (told or progress.images or self._busy()) and time.monotonic() - began > PATIENCE_SECONDS:
+                    if (
+                        not (told or progress.images or progress.workers)
+                        and time.monotonic() - began > PATIENCE_SECONDS
+                    ):
                         told = True
                         click.echo(f"no worker is ready yet; a node must have {self.need} free", err=True)
         except self._ray.exceptions.RayError as error:
