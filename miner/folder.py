@@ -20,6 +20,8 @@ def check_alone(output: Output, fleet: Fleet, world: int) -> None:
     """
     if world == 1 and not fleet.elastic:
         return
+    if fleet.ray is not None and world > 1:
+        raise TicketSetError("`ray` under torchrun: Ray starts the workers; run the command once, without torchrun")
     how, without = ("`elastic`", "it") if fleet.elastic else ("under torchrun", "torchrun")
     if output.overwrite:
         raise TicketSetError(f"`overwrite` {how}: workers would remove each other's work; remove the folder first")
