@@ -233,7 +233,7 @@ class Claims:
         self._held.pop(name, None)
 
     def drop(self) -> None:
-        """Give up all that is held, so that others need not wait. Where the store fails, they do."""
+        """Give up all that is held, so that others need not wait; where the store fails they have to."""
         for name in self.held:
             with contextlib.suppress(TicketSetError, OSError):
                 self._end(name, "dropped")

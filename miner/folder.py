@@ -20,6 +20,8 @@ def check_alone(output: Output, fleet: Fleet, world: int) -> None:
     """
     if world == 1 and not fleet.elastic:
         return
+    if fleet.ray is not None and world > 1:
+        raise TicketSetError("`ray` under torchrun: Ray starts the workers; run the command once, without torchrun")
     how, without = ("`elastic`", "it") if fleet.elastic else ("under torchrun", "torchrun")
     if output.overwrite:
         raise TicketSetError(f"`overwrite` {how}: workers would remove each other's work; remove the folder first")
@@ -41,11 +43,8 @@ def check_target(out: str, data: str) -> None:
         raise TicketSetError(f"`out` {out}: expected a folder, got a file")
     if _is_inside(store.url, data):
         raise TicketSetError(f"`out` {out}: lies inside `data` {data}; its shards would be taken for images")
-    names = [
-        name
-        for name in storage.list_names(store.url)
-        if not name.endswith(".tmp") and name not in (fmt.CLAIMS, fmt.LISTINGS)
-    ]
+    ours = (fmt.CLAIMS, fmt.LISTINGS)  # of workers that were stopped before there was a plan; some stores keep folders
+    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp") and name not in ours]
     if "__init__.py" in names:
         raise TicketSetError(
             f"`out` {out}: this is Python source code (it holds __init__.py); run in a work folder, or name another `out`"
@@ -70,6 +69,10 @@ def _is_inside(out: str, data: str) -> bool:
     return any(os.path.isdir(root) and Path(out).resolve().is_relative_to(Path(root).resolve()) for root in roots)
 
 
+_FOR_WORKERS = {
+    fmt.CLAIMS: re.compile(r".*\.a[0-9]+(\.failed|\.dropped)?|clock-[0-9a-f]{16}|lock", re.DOTALL),
+    fmt.LISTINGS: re.compile(r"[0-9a-f]{32}\.json"),
+}
 _SHARD_FILE = re.compile(r".*-[0-9]{6}\.(json|tar|parquet)", re.DOTALL)
 
 
@@ -85,10 +88,9 @@ def remove_set(store: Store) -> None:
 
 
 def remove_claims(store: Store) -> None:
-    """Remove what workers wrote for each other; there must be nothing left to do. One may still be about to put more."""
-    for folder in (fmt.CLAIMS, fmt.LISTINGS):
-        names = [name for name in store.entries(folder) if not name.endswith(".tmp")]
-        store.remove(f"{folder}/{name}" for name in names)
+    """Remove what workers wrote for each other; there must be nothing left to do."""
+    for folder, ours in _FOR_WORKERS.items():
+        store.remove(f"{folder}/{name}" for name in store.entries(folder) if ours.fullmatch(name))
 
 
 def remove_temporary(store: Store, before: float = math.inf) -> None:
