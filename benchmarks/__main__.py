@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 PARTS = (
-    "step", "families", "memory", "loader", "reading", "selector", "mining", "scaling", "size", "cold", "epoch", "stores"
+    "step", "families", "memory", "loader", "reading", "selector", "mining", "fleet", "scaling", "size", "cold", "epoch",
+    "stores",
 )  # fmt: skip
 
 
@@ -27,8 +28,8 @@ PARTS = (
     help="Of a virtual environment with litdata, mosaicml-streaming and torchvision; they pin older packages.",
 )
 def main(parts: tuple[str, ...], data: Path | None, images: int, rounds: int, peers: str | None) -> None:
-    """Measure PARTs, all of them by default: step, families, memory, loader, reading, selector, mining, scaling, size,
-    cold, epoch, stores. `gpu` is a command of its own, see `gpu --help`.
+    """Measure PARTs, all of them by default: step, families, memory, loader, reading, selector, mining, fleet, scaling,
+    size, cold, epoch, stores. `gpu` is a command of its own, see `gpu --help`.
 
     `report` measures nothing and prints the table of the results that lie in benchmarks/results.
     """

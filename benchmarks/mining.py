@@ -26,6 +26,7 @@ from miner.selectors import create_selector, register_method
 from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import open_source
 from shards.images import render_pixels, store_image
+from shards.store import open_store
 from shards.views import image_views
 
 SIZE, BATCH, GRID, N = 224, 16, (14, 14), 196
@@ -75,7 +76,7 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
         output = Output(str(folder), kind)
         producers = build_producers((rankings,), selection, output, geometry, source)
         plan = make_plan(source, inputs, output, geometry, {p.name: p.identity for p in producers}, BATCH)
-        return Job(plan, source, folder, selection, Labeling(), geometry, machine, output), producers
+        return Job(plan, source, open_store(folder), selection, Labeling(), geometry, machine, output), producers
 
     copy, ranked = job_of("copy"), job_of("ranked")
     rows = source.splits["train"].take(shard_rows(copy[0].plan, source, "train", 0)).to_pylist()
@@ -84,7 +85,7 @@ def legs(setting: Setting, method: str, name: str, images: int, views: int) -> d
 
     def whole(job: Job, producers: tuple[Producer, ...]) -> float:
         folder.mkdir()
-        write_plan(folder, job.plan, source, "cpu")
+        write_plan(open_store(folder), job.plan, source, "cpu")
         mine_shards(job, job.plan.shards(), producers)
         shutil.rmtree(folder)
         return total

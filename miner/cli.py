@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from miner.folder import check_ranks, check_target
-from miner.settings import GROUPS, Geometry, Inputs, Labeling, Machine, Output, Selection
+from miner.folder import check_alone, check_target
+from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from shards.console import reports_errors
 from shards.flags import options_of, settings_from, usage_errors
 from shards.ranks import rank_and_world
@@ -24,7 +24,9 @@ Examples:
   datalth-mine --data shards --images link --keep-rate 0.7 --out shards-r.7
   datalth-mine --data shards --images ranked --out shards-ranked
   datalth-mine --data shards --images link --method none --token-labels dm_nfnet_f6 --out shards-labels
+  datalth-mine --data imagenet --out shards --ray
   torchrun --no-python --nproc-per-node 8 datalth-mine --data imagenet --out shards
+  datalth-mine --elastic --data s3://bucket/imagenet --out s3://bucket/shards
 """
 
 
@@ -51,16 +53,17 @@ def main(context: click.Context, **values: Any) -> None:
     inputs, output = settings_from(Inputs, values), settings_from(Output, values)
     selection, geometry = settings_from(Selection, values), settings_from(Geometry, values)
     labeling, machine = settings_from(Labeling, values), settings_from(Machine, values)
+    fleet = settings_from(Fleet, values)
     world = rank_and_world()[1]
     with usage_errors():
-        check_ranks(output, world)
+        check_alone(output, fleet, world)
     check_target(output.out, inputs.data)  # the library checks both as well; here before torch is imported
     from miner.run import mine
 
     given = {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     try:
         with stopped_by_sigterm():
-            mine(inputs, output, selection, geometry, labeling, machine, frozenset(given))
+            mine(inputs, output, selection, geometry, labeling, machine, fleet, frozenset(given))
     except OSError as error:
         error.filename = error.filename or output.out  # a full disk says no more than that
         raise
@@ -79,12 +82,17 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
         return
 
+    received: list[signal.Signals] = []
+
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number))
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*received[:1]) from None  # what was raised in the handler, Ray raises anew
     finally:
         signal.signal(signal.SIGTERM, before)
 

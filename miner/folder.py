@@ -1,30 +1,34 @@
 """The folder that a ticket set is mined into: whether it may be, what is done in it, what is removed from it."""
 
-import contextlib
+import math
 import os
+import re
 from pathlib import Path
 
-from miner.settings import Output
+from miner.settings import Fleet, Output
 from shards import format as fmt
+from shards import storage
 from shards.errors import TicketSetError
+from shards.store import Store, open_store
 
 
-def check_ranks(output: Output, world: int) -> None:
-    """Refuse what several ranks, `world` of them, would undo for each other.
+def check_alone(output: Output, fleet: Fleet, world: int) -> None:
+    """Refuse what several workers, or ranks, `world` of them, would undo for each other.
 
     Raises:
         TicketSetError: see above.
     """
-    if world == 1:
+    if world == 1 and not fleet.elastic:
         return
+    if fleet.ray is not None and world > 1:
+        raise TicketSetError("`ray` under torchrun: Ray starts the workers; run the command once, without torchrun")
+    how, without = ("`elastic`", "it") if fleet.elastic else ("under torchrun", "torchrun")
     if output.overwrite:
-        raise TicketSetError(
-            "`overwrite` under torchrun: ranks would remove each other's work; remove the folder first"
-        )
+        raise TicketSetError(f"`overwrite` {how}: workers would remove each other's work; remove the folder first")
     if output.retry_failed:
         raise TicketSetError(
-            "`retry_failed` under torchrun: a rank could finalize what another takes back; run it once without torchrun"
-            " and stop it, then run torchrun without the flag"
+            f"`retry_failed` {how}: one could finalize what another takes back; run it once without {without} and stop"
+            f" it, then run the others without the flag"
         )
 
 
@@ -34,17 +38,13 @@ def check_target(out: str, data: str) -> None:
     Raises:
         TicketSetError: it holds something that is no ticket set, or lies inside the data.
     """
-    if "://" in out:
-        raise TicketSetError(
-            f"`out` {out}: expected a local folder (shards are renamed when whole); upload it afterwards"
-        )
-    folder = Path(out)
-    if folder.is_file():
+    store = open_store(out)
+    if os.path.isfile(store.url):
         raise TicketSetError(f"`out` {out}: expected a folder, got a file")
-    roots = [data, os.path.join(os.environ.get("DATALTH_DATA", data), data)]
-    if any(os.path.isdir(root) and folder.resolve().is_relative_to(Path(root).resolve()) for root in roots):
+    if _is_inside(store.url, data):
         raise TicketSetError(f"`out` {out}: lies inside `data` {data}; its shards would be taken for images")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp") if folder.is_dir() else []
+    ours = (fmt.CLAIMS, fmt.LISTINGS)  # of workers that were stopped before there was a plan; some stores keep folders
+    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp") and name not in ours]
     if "__init__.py" in names:
         raise TicketSetError(
             f"`out` {out}: this is Python source code (it holds __init__.py); run in a work folder, or name another `out`"
@@ -55,27 +55,47 @@ def check_target(out: str, data: str) -> None:
         from shards.writer import read_plan  # imports pyarrow
 
         try:
-            read_plan(folder)
+            read_plan(store)
         except TicketSetError as error:
             raise TicketSetError(
-                f"{folder / fmt.PLAN}: not readable as a plan ({error}); empty the folder yourself, or give another `out`"
+                f"{store.at(fmt.PLAN)}: not readable as a plan ({error}); empty the folder yourself, or give another `out`"
             ) from None
 
 
-def remove_set(folder: Path) -> None:
+def _is_inside(out: str, data: str) -> bool:
+    if storage.is_remote(out):
+        return f"{out}/".startswith(f"{data.rstrip('/')}/")
+    roots = [data, os.path.join(os.environ.get("DATALTH_DATA", data), data)]
+    return any(os.path.isdir(root) and Path(out).resolve().is_relative_to(Path(root).resolve()) for root in roots)
+
+
+_FOR_WORKERS = {
+    fmt.CLAIMS: re.compile(r".*\.a[0-9]+(\.failed|\.dropped)?|clock-[0-9a-f]{16}|lock", re.DOTALL),
+    fmt.LISTINGS: re.compile(r"[0-9a-f]{32}\.json"),
+}
+_SHARD_FILE = re.compile(r".*-[0-9]{6}\.(json|tar|parquet)", re.DOTALL)
+
+
+def remove_set(store: Store) -> None:
     """Remove a ticket set's own files, the manifest first; anything else in the folder stays."""
-    number = "-" + "[0-9]" * 6
-    remove_temporary(folder)
-    shards = [f"*{number}.json", f"*{number}.tar", f"{fmt.INDEX}/*{number}.parquet"]
-    for pattern in [fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES, *shards]:
-        for path in folder.glob(pattern):
-            path.unlink()
-    with contextlib.suppress(OSError):  # not there, or not empty
-        (folder / fmt.INDEX).rmdir()
-    (folder / fmt.PLAN).unlink(missing_ok=True)  # last: until then the folder is known to be ours
+    remove_temporary(store)
+    store.remove([fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES])
+    # A shard's JSON before its files.
+    store.remove(sorted(name for name in store.entries() if _SHARD_FILE.fullmatch(name)))
+    store.remove(f"{fmt.INDEX}/{name}" for name in store.entries(fmt.INDEX) if _SHARD_FILE.fullmatch(name))
+    remove_claims(store)
+    store.remove([fmt.PLAN])  # last: until then the folder is known to be ours
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what killed runs left; nobody else may be writing."""
-    for stale in [*folder.glob("*.tmp"), *(folder / fmt.INDEX).glob("*.tmp")]:
-        stale.unlink(missing_ok=True)
+def remove_claims(store: Store) -> None:
+    """Remove what workers wrote for each other; there must be nothing left to do."""
+    for folder, ours in _FOR_WORKERS.items():
+        store.remove(f"{folder}/{name}" for name in store.entries(folder) if ours.fullmatch(name))
+
+
+def remove_temporary(store: Store, before: float = math.inf) -> None:
+    """Remove what killed runs left: what was not written to since a time of the store's clock, as by nobody who lives."""
+    for folder in ("", fmt.INDEX, fmt.CLAIMS):
+        found = store.entries(folder).items()
+        stale = [name for name, entry in found if name.endswith(".tmp") and entry.modified < before]
+        store.remove(f"{folder}/{name}" if folder else name for name in stale)

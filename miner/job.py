@@ -13,12 +13,13 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+import torch
 
 from miner.batcher import Batcher
-from miner.producers import Producer, build_models, build_producers
+from miner.producers import Producer, build_models, build_producers, device_of
 from miner.producers.producer import Image, answering
 from miner.reading import Shard, read_ahead
 from miner.settings import Geometry, Labeling, Machine, Output, Selection
@@ -26,6 +27,7 @@ from miner.sources import Source
 from miner.writer import Writer
 from shards.errors import TicketSetError
 from shards.schema import Plan, ShardStats
+from shards.store import Store
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,34 @@ class Job:
     Attributes:
         plan: of the whole folder.
         source: listed, with the plan's splits.
-        folder: of the ticket set.
+        store: the folder of the ticket set.
         selection, labeling, geometry, output: the settings that the producers are built by; no selection: the source's
             rankings are kept.
         machine: its batch size is the plan's; a device and workers that are not named are chosen where the job arrives.
+        shared: other processes may write the same shards.
     """
 
     plan: Plan
     source: Source
-    folder: Path
+    store: Store
     selection: Selection | None
     labeling: Labeling
     geometry: Geometry
     machine: Machine
     output: Output
+    shared: bool = False
 
     @property
     def workers(self) -> int:
         """Threads that read and decode, and as many that encode."""
         return self.machine.workers or min(os.cpu_count() or 1, 16)
+
+    @property
+    def made_on(self) -> dict[str, str]:
+        """What may change the last bits of scores, and with them the bytes: not part of the plan, but worth knowing."""
+        device = device_of(self.selection, self.labeling, self.machine)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {"device": name, "torch": torch.__version__}
 
     def producers(self) -> tuple[Producer, ...]:
         """The job's producers; the last job's are kept in this process.
@@ -68,7 +79,7 @@ class Job:
         for producer in producers:
             if producer.identity != getattr(self.plan.common, producer.name):
                 raise TicketSetError(
-                    f"`{producer.name}`: expected the model, weights and versions of the plan in {self.folder}, got others"
+                    f"`{producer.name}`: expected the model, weights and versions of the plan in {self.store}, got others"
                 )
         return producers
 
@@ -85,6 +96,10 @@ def _built(
     return build_models(selection, labeling, geometry, machine, classes)
 
 
+class TooManyFailures(TicketSetError):
+    """More images failed than may: the command stops, and no shard is to blame."""
+
+
 @dataclass
 class Progress:
     """What is counted while shards are mined.
@@ -94,6 +109,7 @@ class Progress:
         images, views, failures: that are done.
         reasons: of the first few failures, `source: reason`.
         waited: seconds that the main thread waited for each leg.
+        shard: that is mined now; where an error came out of it, the one that failed.
     """
 
     max_failures: float = math.inf
@@ -102,6 +118,7 @@ class Progress:
     failures: int = 0
     reasons: list[str] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "select": 0.0, "write": 0.0})
+    shard: Shard | None = None
 
     def changed(self) -> None:
         """Called now and then; a progress bar overrides it."""
@@ -119,7 +136,7 @@ class Progress:
         """Count an image; `viewed` says whether its views were looked at, not only the whole.
 
         Raises:
-            TicketSetError: too many have failed.
+            TooManyFailures: see there.
         """
         self.images += 1
         if image.error is None:
@@ -128,8 +145,28 @@ class Progress:
         self.failures += 1
         if len(self.reasons) < 5:
             self.reasons.append(f"{image.row['source']}: {image.error}")
+        self._check()
+
+    def add(self, stats: ShardStats, views: int, reasons: Sequence[str] = ()) -> None:
+        """Count a shard that another process has mined.
+
+        Args:
+            views: of one image, that were looked at.
+            reasons: why images failed, of the first few.
+        Raises:
+            TooManyFailures: too many have failed.
+        """
+        self.images += stats.samples + stats.failed
+        self.views += stats.samples * views
+        self.failures += stats.failed
+        self.reasons += reasons[: 5 - len(self.reasons)]
+        for leg in self.waited:
+            self.waited[leg] += (stats.timing or {}).get(f"{leg}_seconds", 0.0)
+        self._check()
+
+    def _check(self) -> None:
         if self.failures > self.max_failures:
-            raise TicketSetError(
+            raise TooManyFailures(
                 f"{self.failures} images failed, `max_failures` allows {max(0, math.floor(self.max_failures))} of this"
                 f" run ({'; '.join(self.reasons)}); mend them, or raise `max_failures` and run the same command again"
             )
@@ -150,6 +187,7 @@ def mine_shards(
     shards: Iterable[Shard],
     producers: Sequence[Producer] | None = None,
     progress: Progress | None = None,
+    committed: Callable[[Shard], None] | None = None,
 ) -> list[ShardStats]:
     """`mine_shard` of several: the same bytes, without the gaps between calls.
 
@@ -160,6 +198,7 @@ def mine_shards(
         shards: (split, number) of each, in order.
         producers: of the job, where they are built already.
         progress: counts, and says how many images may fail.
+        committed: told of each shard when it is done, by another thread.
     Returns:
         What the shards' JSON says.
     Raises:
@@ -170,21 +209,25 @@ def mine_shards(
     progress = progress or Progress()
     to_read, to_mine = itertools.tee(shards)
     ahead = read_ahead(job.plan, job.source, producers, to_read, job.workers)
-    writer = Writer(job.plan, job.folder, producers, job.workers)
+    writer = Writer(job.plan, job.store, producers, job.workers, job.shared, committed)
     try:
         for split, number in to_mine:
+            progress.shard = split, number
             images = iter(functools.partial(next, ahead), None)  # up to the mark behind the shard's last
-            _mine_one(split, number, images, producers, writer, progress)
+            _mine_one(job, (split, number), images, producers, writer, progress)
         with progress.waiting("write"):
             return writer.finish()
+    except BaseException:
+        progress.shard = writer.failed or progress.shard
+        raise
     finally:
         ahead.close()
         writer.close()
 
 
 def _mine_one(
-    split: str,
-    number: int,
+    job: Job,
+    shard: Shard,
     images: Iterator[Image],
     producers: Sequence[Producer],
     writer: Writer,
@@ -194,7 +237,7 @@ def _mine_one(
     viewed = any(not producer.whole for producer in producers)
     started, before = time.perf_counter(), dict(progress.waited)
     with progress.waiting("write"):
-        writer.begin(split, number)
+        writer.begin(*shard)
     for image in _answered(images, producers, progress):
         progress.done(image, viewed)
         with progress.waiting("write"):
@@ -202,7 +245,7 @@ def _mine_one(
     waited = {f"{leg}_seconds": round(s - before[leg], 3) for leg, s in progress.waited.items()}
     seconds = round(time.perf_counter() - started, 3)
     with progress.waiting("write"):
-        writer.commit({"seconds": seconds, **waited})
+        writer.commit({"seconds": seconds, **waited, **job.made_on})
     progress.changed()
 
 

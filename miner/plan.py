@@ -6,10 +6,12 @@ A split's plan_id is a hash of `common` and the split, so that a split can be ad
 a hash of theirs. `recorded` (versions, device) is kept for people and never compared.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
+import posixpath
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from miner.lock import FolderLock
 from miner.settings import NO_RANKINGS, OTHER_VIEWS, TRAIN_VIEWS, Geometry, Inputs, Output
 from miner.sources import Source
 from shards import format as fmt
@@ -33,7 +36,7 @@ from shards.schema import (
     SelectorIdentity,
     SplitViews,
 )
-from shards.storage import read_bytes, write_atomic
+from shards.store import ANY, Conflict, Store
 from shards.views import CROP_PCT
 from shards.writer import read_plan
 
@@ -148,49 +151,54 @@ def shard_rows(plan: Plan, source: Source, split: str, number: int) -> np.ndarra
 _permutation = functools.lru_cache(maxsize=4)(permutation)
 
 
-def write_plan(folder: Path, plan: Plan, source: Source, device: str, retry: bool = False, alone: bool = True) -> Plan:
+def write_plan(
+    store: Store, plan: Plan, source: Source, device: str, retry: bool = False, lock: FolderLock | None = None
+) -> Plan:
     """Write plan.json, or hold the plan against the one that is there.
 
     Splits that only the folder's plan has are kept: they were mined before.
 
     Args:
         retry: accept inputs that changed where they had failed.
-        alone: nobody else mines into the folder; else its plan is only compared.
+        lock: whether somebody else mines into the folder; then its plan is only compared. None: nobody.
     Returns:
         The plan of the whole folder.
     Raises:
         TicketSetError: the folder's plan differs, its differing fields are named; or the manifest could not hold the
             base's path.
     """
-    base_link(plan, source, folder)  # now, not when all is mined
-    path = folder / fmt.PLAN
+    alone, locked = (True, True) if lock is None else (lock.alone, lock.locked)
+    base_link(plan, source, store.url)  # now, not when all is mined
     try:
-        old = read_plan(folder)
+        old = read_plan(store)
+        if old is None:
+            with contextlib.suppress(Conflict):  # another process has written one since: then that counts
+                _record(store, plan, device, expected=ANY if alone and locked else None)
+            old = read_plan(store) or plan
     except TicketSetError as error:
         raise TicketSetError(f"{error}; start anew with `overwrite`") from None
-    mined = any(folder.glob("*-" + "[0-9]" * 6 + ".json"))
-    if old is None or (alone and not mined):
-        _store(path, plan, device)
+    if alone and old.plan_id != plan.plan_id and not any(map(fmt.SHARD_JSON.fullmatch, store.entries())):
+        _record(store, plan, device)
         return plan
-    there, here = _shared_splits(folder, old, plan, source, retry)
+    there, here = _shared_splits(store, old, plan, source, retry)
     was, now = ({name: split.to_json() for name, split in splits.items()} for splits in (there, here))
     differing = _differences(old.common.to_json(), plan.common.to_json()) + _differences(was, now, "splits")
     if differing:
-        raise _other_plan(folder, differing, alone)
+        raise _other_plan(store, differing, alone)
     whole = Plan.of(plan.common, {**old.splits, **plan.splits, **here})
     if whole.splits != old.splits or retry:
         if not alone:
             raise TicketSetError(
-                f"{folder}: another datalth-mine is at work in it, and this command would change its plan;"
+                f"{store}: another datalth-mine is at work in it, and this command would change its plan;"
                 f" run it again when the other is done"
             )
-        (folder / fmt.MANIFEST).unlink(missing_ok=True)
-        _store(path, whole, device)
+        store.remove([fmt.MANIFEST])
+        _record(store, whole, device)
     return whole
 
 
 def _shared_splits(
-    folder: Path, old: Plan, plan: Plan, source: Source, retry: bool
+    store: Store, old: Plan, plan: Plan, source: Source, retry: bool
 ) -> tuple[dict[str, PlanSplit], dict[str, PlanSplit]]:
     """The splits that both plans have, as the folder's plan has them and as ours does.
 
@@ -202,7 +210,7 @@ def _shared_splits(
     for name, was in there.items():
         split, retried = plan.splits[name], was.retried_inputs
         changed = split.inputs not in (was.inputs, retried)
-        if changed and retry and split.keys == was.keys and _only_failed_changed(folder, was, source, name):
+        if changed and retry and split.keys == was.keys and _only_failed_changed(store, was, source, name):
             retried, changed = split.inputs, False
         if not changed:
             split = replace(split, inputs=was.inputs, plan_id=was.plan_id)
@@ -210,37 +218,37 @@ def _shared_splits(
     return there, here
 
 
-def _other_plan(folder: Path, differing: list[str], alone: bool) -> TicketSetError:
+def _other_plan(store: Store, differing: list[str], alone: bool) -> TicketSetError:
     """The refusal of a folder whose plan is another."""
     how = "; ".join(differing[:6])
     if not alone:
         return TicketSetError(
-            f"{folder}: another datalth-mine is at work in it by another plan ({how}); give another `out`, or stop the"
+            f"{store}: another datalth-mine is at work in it by another plan ({how}); give another `out`, or stop the"
             f" other"
         )
     mended = all(difference.split(": ")[0].endswith(".inputs") for difference in differing)
     retry = ", or `retry_failed` where failed files were mended" if mended else ""
     return TicketSetError(
-        f"{folder}: holds a ticket set of another plan ({how}); give another `out`, or `overwrite`{retry}"
+        f"{store}: holds a ticket set of another plan ({how}); give another `out`, or `overwrite`{retry}"
     )
 
 
-def check_unchanged(folder: Path, split: str, plan_id: str) -> None:
+def check_unchanged(store: Store, split: str, plan_id: str) -> None:
     """Before a commit: whether the folder's plan still is the one that a split is mined by.
 
     Raises:
         TicketSetError: it is another, none, or gone.
     """
-    plan = read_plan(folder)
+    plan = read_plan(store)
     found = plan.splits[split].plan_id if plan and split in plan.splits else None
     if found != plan_id:
         raise TicketSetError(
-            f"{folder / fmt.PLAN}: another datalth-mine has changed it since this one began; expected plan"
+            f"{store.at(fmt.PLAN)}: another datalth-mine has changed it since this one began; expected plan"
             f" {plan_id[:12]} of split {split}, got {str(found)[:12]}; give each its own `out`"
         )
 
 
-def _store(path: Path, plan: Plan, device: str) -> None:
+def _record(store: Store, plan: Plan, device: str, expected: str | None = ANY) -> None:
     recorded = {
         "versions": {
             p: version(p) for p in ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow", "webdataset")
@@ -249,17 +257,18 @@ def _store(path: Path, plan: Plan, device: str) -> None:
         "platform": platform.machine(),
         "device": device,
     }
-    write_atomic(path, fmt.canonical_json(replace(plan, recorded=recorded).to_json()))
+    data = fmt.canonical_json(replace(plan, recorded=recorded).to_json())
+    store.put(fmt.PLAN, data, expected)
 
 
-def _only_failed_changed(folder: Path, split: PlanSplit, source: Source, name: str) -> bool:
+def _only_failed_changed(store: Store, split: PlanSplit, source: Source, name: str) -> bool:
     """Whether every input that differs from what was mined had failed then."""
     columns = ["key", "source_bytes", "label", "status"]
     known = {}
-    for number in range(split.shards):
-        index = folder / fmt.INDEX / f"{fmt.shard_name(name, number)}.parquet"
-        if index.exists():
-            rows = read_parquet(read_bytes(str(index)), str(index), columns).to_pylist()
+    indexes = [f"{fmt.INDEX}/{fmt.shard_name(name, number)}.parquet" for number in range(split.shards)]
+    for index in indexes:
+        with contextlib.suppress(FileNotFoundError):
+            rows = read_parquet(store.read(index), store.at(index), columns).to_pylist()
             known.update({row["key"]: row for row in rows})
     table = source.splits[name]
     for key, size, label in zip(*(table[c].to_pylist() for c in ("key", "size", "label")), strict=True):
@@ -285,7 +294,7 @@ def _brief(value: Any) -> str:
     return text[:12] if len(text) == 64 and text.isalnum() else text
 
 
-def base_link(plan: Plan, source: Source, folder: Path) -> BaseLink | None:
+def base_link(plan: Plan, source: Source, out: str) -> BaseLink | None:
     """What the manifest of a linked set says of its base.
 
     Raises:
@@ -293,7 +302,7 @@ def base_link(plan: Plan, source: Source, folder: Path) -> BaseLink | None:
     """
     if plan.common.images != "link" or source.base is None:
         return None
-    path = _relative(source.base.url, folder)
+    path = _relative(source.base.url, out)
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -302,11 +311,16 @@ def base_link(plan: Plan, source: Source, folder: Path) -> BaseLink | None:
     return BaseLink(set_id=source.base.manifest.set_id, path=path)
 
 
-def _relative(url: str, folder: Path) -> str:
-    """The base's place from the linked set's folder; URLs and other drives stay absolute."""
-    if "://" in url:
-        return url
+def _relative(base: str, out: str) -> str:
+    """A base's place from the linked set's folder; one in another store, or on another drive, stays absolute."""
+    scheme, far, path = base.rpartition("://")
+    out_scheme, _, out_path = out.rpartition("://")
+    if far:
+        alike = (scheme, path.partition("/")[0]) == (out_scheme, out_path.partition("/")[0])
+        return posixpath.relpath(f"/{path}", f"/{out_path}") if alike else base
+    if out_scheme:
+        return os.path.abspath(base)
     try:
-        return Path(os.path.relpath(os.path.abspath(url), os.path.abspath(folder))).as_posix()
+        return Path(os.path.relpath(os.path.abspath(base), os.path.abspath(out))).as_posix()
     except ValueError:  # another Windows drive
-        return os.path.abspath(url)
+        return os.path.abspath(base)

@@ -6,7 +6,6 @@ import shutil
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,17 +14,18 @@ import numpy as np
 from miner.job import Progress
 from miner.sources import Source
 from shards.console import duration, printable, size, table
+from shards.errors import TicketSetError
 from shards.flags import as_flags
-from shards.reader import TicketSet
+from shards.reader import TicketSet, resolve_base
 from shards.schema import Plan, SelectorIdentity
-from shards.storage import is_remote
+from shards.store import Store
 
 LOG_SECONDS = 15  # between plain log lines
 MEGAPIXELS_TO_RECOMMEND = 2.0
 QUALITIES, BITS = (1, 50, 75, 85, 90, 95, 100), (0.5, 1.0, 1.5, 2.0, 2.6, 3.8, 8.0)  # a pixel of photos, 4:4:4
 
 
-def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list[str]) -> None:
+def show_plan(plan: Plan, source: Source, store: Store, device: str, mined: list[str]) -> None:
     """Print what is about to happen."""
     common, selector, n = plan.common, plan.common.selector, plan.common.num_patches
     how = selector.method
@@ -50,7 +50,7 @@ def show_plan(plan: Plan, source: Source, folder: Path, device: str, mined: list
         rows.append(["token labels", f"{places}, by {labels.model} at {labels.input_size} px"])
     rows += [
         ["device", f"{device}, {(common.token_labels or selector).dtype}"],
-        ["output", f"{folder}, about {size(expected_bytes(plan, source, mined))}"],
+        ["output", f"{store}, about {size(expected_bytes(plan, source, mined))}"],
     ]
     click.echo(as_flags(table([[str(v) for v in row] for row in rows])))
 
@@ -105,12 +105,17 @@ class ProgressBar(Progress):
         total: images to mine.
         max_failures: of them that may fail.
         shown: else nothing is seen of it, as of other ranks than the first.
+
+    Attributes:
+        workers: at work for this process, which mines nothing itself; None where it does.
     """
 
     def __init__(self, total: int, max_failures: float, shown: bool = True) -> None:
         super().__init__(max_failures)
         self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
         self._bar, self._quiet = None, not shown
+        self._elsewhere, self._their_shards = 0, 0
+        self.workers: int | None = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -119,24 +124,32 @@ class ProgressBar(Progress):
             rest = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
             self._bar = tqdm(total=total, unit="im", ncols=columns, bar_format=bar + rest)
 
+    def others(self, images: int, shards: int) -> None:
+        """Take in what other workers have done meanwhile: images of finished shards; and the shards they are at."""
+        self._elsewhere, self._their_shards = images, shards
+
     def changed(self) -> None:
         """Show what was counted."""
         if self._quiet:
             return
-        now = time.monotonic()
+        now, images = time.monotonic(), self.images + self._elsewhere
         detail = f"{self.views / max(now - self._start, 1e-9):.0f} views/s, failed {self.failures}"
+        if self._their_shards:
+            detail = f"{self._their_shards} shards at work elsewhere, here {detail}"
+        if self.workers is not None:
+            detail = f"{self.workers} workers, {detail}"
         shares = waiting_shares(self).items()
         if self._bar is not None:
             brief = " ".join(f"{leg[0]}{100 * share:.0f}" for leg, share in shares)
             self._bar.set_postfix_str(f"{detail}, wait {brief}", refresh=False)
-            self._bar.update(self.images - self._bar.n)
+            self._bar.update(images - self._bar.n)
         elif now - self._shown > LOG_SECONDS:
             self._shown = now
-            rate = self.images / (now - self._start)
-            left = duration((self._total - self.images) / rate) if self.images else "?"
+            rate = images / (now - self._start)
+            left = duration((self._total - images) / rate) if images else "?"
             waits = " ".join(f"{leg} {share:.0%}" for leg, share in shares)
             click.echo(
-                f"mining {self.images}/{self._total} images ({self.images / self._total:.0%}), {rate:.0f} images/s,"
+                f"mining {images}/{self._total} images ({images / self._total:.0%}), {rate:.0f} images/s,"
                 f" left {left}, {detail}, waiting: {waits}",
                 err=True,
             )
@@ -153,9 +166,9 @@ def waiting_shares(progress: Progress) -> dict[str, float]:
     return {leg: seconds / total for leg, seconds in progress.waited.items()}
 
 
-def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "mined") -> None:
+def show_summary(store: Store, seconds: float, progress: Progress, who: str = "mined") -> None:
     """Print what was written, what deserves attention, and what to type next."""
-    opened = TicketSet.open(str(folder), images=False)
+    opened = TicketSet.open(store.url, images=False)
     manifest = opened.manifest
     if progress.images:
         waits = ", ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
@@ -168,10 +181,13 @@ def show_summary(folder: Path, seconds: float, progress: Progress, who: str = "m
     click.echo(table(rows, head))
     for line in _advice(opened):
         click.echo(as_flags(printable(line)))
-    where = shlex.quote(str(folder))
+    where = shlex.quote(store.url)
     base = manifest.base
-    if base and is_remote(base.path):  # no reader follows a manifest to another store by itself
-        where += f" --base {shlex.quote(base.path)}"
+    if base:
+        try:
+            resolve_base(store.url, base.path)
+        except TicketSetError:  # no reader follows a manifest to another store by itself
+            where += f" --base {shlex.quote(base.path)}"
     look = f"datalth-shards sheet {where} -o sheet.png, then " if opened.has_tickets else ""
     click.echo(printable(f"next: {look}datalth-shards verify {where} --deep"))
 

@@ -10,21 +10,25 @@ from pathlib import Path
 import torch
 
 from miner import models
-from miner.claim import Claim
-from miner.folder import check_ranks, check_target, remove_set, remove_temporary
+from miner.done import committed, count_images, finish, forget_failed
+from miner.elastic import mine_elastic
+from miner.folder import check_alone, check_target, remove_set, remove_temporary
 from miner.job import Job, mine_shards
-from miner.plan import base_link, check_unchanged, make_plan, shard_rows, write_plan
-from miner.producers import Producer, build_models, build_producers, check_settings, device_of
+from miner.lock import FolderLock
+from miner.plan import make_plan, write_plan
+from miner.producers import Producer, build_models, build_producers, check_settings, device_of, is_blind
 from miner.progress import ProgressBar, show_plan, show_summary
-from miner.reading import Shard
-from miner.settings import GROUPS, Geometry, Inputs, Labeling, Machine, Output, Selection
+from miner.ray_pool import RayPool
+from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import Source, open_source
+from miner.sources.listings import SharedListings
 from shards import format as fmt
 from shards.errors import TicketSetError, first_line
 from shards.flags import marked
 from shards.ranks import rank_and_world
-from shards.schema import Plan, ShardStats
-from shards.writer import finalize, read_plan, read_shard_json
+from shards.schema import Plan
+from shards.store import Store, open_store
+from shards.writer import read_plan
 
 
 def mine(
@@ -34,6 +38,7 @@ def mine(
     geometry: Geometry = Geometry(),
     labeling: Labeling = Labeling(),
     machine: Machine = Machine(),
+    fleet: Fleet = Fleet(),
     given: frozenset[str] = frozenset(),
 ) -> None:
     """Mine a ticket set; under torchrun each rank mines its own shards and speaks to no other.
@@ -44,31 +49,39 @@ def mine(
         TicketSetError: whatever a person can mend.
     """
     logging.getLogger("timm").setLevel(logging.ERROR)  # it logs what the plan says anyway
-    check_ranks(output, world=rank_and_world()[1])
+    check_alone(output, fleet, world=rank_and_world()[1])
     check_target(output.out, inputs.data)
-    folder = Path(output.out)
-    source = open_source(inputs, geometry.seed)
+    store = open_store(output.out)
+    source = open_source(inputs, geometry.seed, SharedListings(store) if fleet.elastic else None)
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
     check_settings(selects, labeling, output, machine)
-    device = device_of(selects, labeling, machine)
-    batch_size = machine.batch_size or default_batch_size(output, device)
+    pool = None if fleet.ray is None else RayPool(fleet, machine, is_blind(selects, labeling))
+    device = device_of(selects, labeling, machine) if pool is None else pool.device
+    batch_size = machine.batch_size or default_batch_size(store, output, device)
     machine = replace(machine, batch_size=batch_size)
     try:
-        loaded = build_models(selects, labeling, geometry, machine, tuple(source.classes))
+        here = machine if pool is None else replace(machine, device="cpu")  # for what the plan says of the models
+        loaded = build_models(selects, labeling, geometry, here, tuple(source.classes))
         producers = build_producers(loaded, selects, output, geometry, source)
         identities = {producer.name: producer.identity for producer in producers}
         plan = make_plan(source, inputs, output, geometry, identities, batch_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        with Claim(folder) as claim, models.compiling():
-            whole = settle(claim, output, plan, source, device)
-            job = Job(whole, source, folder, selects, labeling, geometry, machine, output)
-            mine_missing(job, plan, producers, output, device)
+        with FolderLock(store) as lock, models.compiling():
+            whole = settle(store, lock, output, plan, source, device)
+            shared = fleet.elastic or pool is not None
+            job = Job(whole, source, store, selects, labeling, geometry, machine, output, shared)
+            if fleet.elastic:
+                mine_elastic(job, plan, producers, fleet, device)
+            else:
+                mine_missing(job, plan, producers, device, pool)
     except torch.OutOfMemoryError as error:  # the device's; the host's is a MemoryError
         raise TicketSetError(f"`device` {device}: {first_line(error)} Take a smaller `batch_size`") from None
+    finally:
+        if pool is not None:
+            pool.close()
 
 
-def settle(claim: Claim, output: Output, mined: Plan, source: Source, device: torch.device) -> Plan:
+def settle(store: Store, lock: FolderLock, output: Output, mined: Plan, source: Source, device: torch.device) -> Plan:
     """Agree on the folder's plan, and let others of the same plan in.
 
     Returns:
@@ -76,52 +89,61 @@ def settle(claim: Claim, output: Output, mined: Plan, source: Source, device: to
     Raises:
         TicketSetError: the folder holds, or another process mines, a set of another plan.
     """
-    folder = Path(output.out)
-    if not claim.alone and (output.overwrite or output.retry_failed):
+    if not lock.alone and (output.overwrite or output.retry_failed):
         raise TicketSetError(
-            f"`{'overwrite' if output.overwrite else 'retry_failed'}`: another datalth-mine is at work in {folder};"
+            f"`{'overwrite' if output.overwrite else 'retry_failed'}`: another datalth-mine is at work in {store};"
             f" stop it, or wait until it is done"
         )
     if output.overwrite:
-        remove_set(folder)
-    first = claim.alone and claim.locked
+        remove_set(store)
+    first = lock.alone and lock.locked
     if first:
-        remove_temporary(folder)
-    plan = write_plan(folder, mined, source, device.type, output.retry_failed, claim.alone)
+        remove_temporary(store)
+    plan = write_plan(store, mined, source, device.type, output.retry_failed, lock)
     if output.retry_failed:
-        forget_failed(folder, plan, mined.shards())
+        forget_failed(store, plan, mined.shards())
     if first:
-        claim.share()
-        plan = write_plan(folder, mined, source, device.type, alone=False)
+        lock.share()
+        plan = write_plan(store, mined, source, device.type, lock=lock)
     return plan
 
 
-def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], output: Output, device: torch.device) -> None:
+def mine_missing(
+    job: Job, mined: Plan, producers: Sequence[Producer], device: torch.device, pool: RayPool | None
+) -> None:
     """Mine those of this rank's shards that are not done, and finalize the set when all ranks' are.
 
     Args:
         mined: what this command mines of the job's plan.
+        pool: of workers that mine instead of this process.
     """
-    plan, source, folder = job.plan, job.source, job.folder
+    plan, source, store = job.plan, job.source, job.store
     rank, world = rank_and_world()
     own = [shard for i, shard in enumerate(mined.shards()) if i % world == rank]
-    done = committed(folder, plan, own)
+    done = committed(store, plan, own)
     todo = [shard for shard in own if shard not in done]
     if rank == 0:
-        show_plan(plan, source, folder, str(device), list(mined.splits))
+        where = str(device) if pool is None else f"{device}: workers of Ray, {pool.need} each"
+        show_plan(plan, source, store, where, list(mined.splits))
         if done:
             print(f"resuming: {len(done)} of {len(own)} shards are done")
-    allowed = output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
+    allowed = job.output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
     started = time.monotonic()
     progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0 and bool(todo))
     with contextlib.closing(progress):
-        mine_shards(job, todo, producers, progress)
+        if pool is None:
+            mine_shards(job, todo, producers, progress)
+        else:
+            pool.mine(job, todo, progress)
     seconds = time.monotonic() - started
-    if finish(folder, plan, source):
+    if finish(store, plan, source):
+        if pool is not None:
+            remove_temporary(store)  # of workers that were killed
         if rank == 0 or todo:
-            show_summary(folder, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
+            show_summary(store, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
-        missing = [fmt.shard_name(*shard) for shard in plan.shards() if read_shard_json(folder, *shard) is None]
+        done = committed(store, plan, plan.shards())
+        missing = [fmt.shard_name(*shard) for shard in plan.shards() if shard not in done]
         if missing:
             print(f"not complete yet: {len(missing)} shards are missing (first: {missing[0]});", end=" ")
             print("other ranks are at them" if world > 1 else "run the command that mines them again")
@@ -159,55 +181,9 @@ def keeps_rankings(output: Output, selection: Selection, source: Source, given: 
     return output.images == "ranked" and source.tickets is not None and not asked
 
 
-def default_batch_size(output: Output, device: torch.device) -> int:
+def default_batch_size(store: Store, output: Output, device: torch.device) -> int:
     """That of the plan which is there, for a run may be resumed on another kind of device; else what suits this one."""
-    plan = None if output.overwrite else read_plan(Path(output.out))
+    plan = None if output.overwrite else read_plan(store)
     if plan:
         return plan.common.batch_size
     return 16 if device.type == "cpu" else 128  # small batches stay in a CPU's caches: measured 1.25 times 128's rate
-
-
-def forget_failed(folder: Path, plan: Plan, shards: list[Shard]) -> None:
-    """Take back the shards that hold failed images, so that they are mined again."""
-    for (split, number), stats in committed(folder, plan, shards).items():
-        if stats.failed:
-            (folder / fmt.MANIFEST).unlink(missing_ok=True)  # first: the set is incomplete from here on
-            (folder / f"{fmt.shard_name(split, number)}.json").unlink()
-
-
-def committed(folder: Path, plan: Plan, shards: list[Shard]) -> dict[Shard, ShardStats]:
-    """What the JSON of those shards says that are done.
-
-    Raises:
-        TicketSetError: a shard of another plan.
-    """
-    done = {}
-    for split, number in shards:
-        stats = read_shard_json(folder, split, number)
-        if stats is None:
-            continue
-        path = folder / f"{fmt.shard_name(split, number)}.json"
-        if stats.plan_id != plan.splits[split].plan_id:
-            raise TicketSetError(f"{path}: a shard of another plan; remove it to mine it again")
-        done[split, number] = stats
-    return done
-
-
-def count_images(plan: Plan, source: Source, shards: list[Shard]) -> int:
-    """Inputs in some shards."""
-    return sum(len(shard_rows(plan, source, split, number)) for split, number in shards)
-
-
-def finish(folder: Path, plan: Plan, source: Source) -> bool:
-    """Write the manifest if every shard of the folder's plan is done; says whether it is.
-
-    Raises:
-        TicketSetError: a shard of another plan, or the folder's plan is another by now.
-    """
-    done = committed(folder, plan, plan.shards())
-    if len(done) < len(plan.shards()):
-        return False
-    for split in plan.splits:
-        check_unchanged(folder, split, plan.splits[split].plan_id)
-    finalize(folder, plan, source.classes, base_link(plan, source, folder), list(done.values()))
-    return True

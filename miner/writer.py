@@ -2,15 +2,16 @@
 
 import contextlib
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from miner.plan import check_unchanged
 from miner.producers.producer import Image, Producer
+from miner.reading import Shard
 from shards.sample import Encoded, encode_image
 from shards.schema import Plan, ShardStats
+from shards.store import Store
 from shards.writer import ShardWriter
 
 WAITING_IMAGES = 64
@@ -25,13 +26,28 @@ class Writer:
 
     Args:
         plan: of the folder.
-        folder: of the ticket set.
+        store: the folder of the ticket set.
         producers: each encodes its members.
         workers: threads that encode.
+        shared: other processes may write the same shards.
+        committed: told of each shard that is done.
+
+    Attributes:
+        failed: the shard that could not be written.
     """
 
-    def __init__(self, plan: Plan, folder: Path, producers: Sequence[Producer], workers: int) -> None:
-        self._plan, self._folder, self._producers = plan, folder, producers
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        producers: Sequence[Producer],
+        workers: int,
+        shared: bool = False,
+        committed: Callable[[Shard], None] | None = None,
+    ) -> None:
+        self._plan, self._store, self._producers, self._shared = plan, store, producers, shared
+        self._committed = committed
+        self.failed: Shard | None = None
         self._encoders = ThreadPoolExecutor(workers, "encode")
         self._queue: queue.Queue[Any] = queue.Queue(_most_waiting(plan, workers))
         self._thread = ThreadPoolExecutor(1, "write")
@@ -41,14 +57,14 @@ class Writer:
     def begin(self, split: str, number: int) -> None:
         """Begin a shard."""
         self._raise()
-        self._timing: dict[str, float] = {}
+        self._timing: dict[str, Any] = {}
         self._shards.append(self._thread.submit(self._write, split, number, self._timing))
 
     def add(self, image: Image) -> None:
         """Give the next image of the shard."""
         self._put(self._encoders.submit(self._encode, image))
 
-    def commit(self, timing: dict[str, float]) -> None:
+    def commit(self, timing: dict[str, Any]) -> None:
         """Say that the shard is whole."""
         self._timing |= timing
         self._put(_END)
@@ -77,14 +93,13 @@ class Writer:
         if self._error is not None:
             raise self._error
 
-    def _write(self, split: str, number: int, timing: dict[str, float]) -> ShardStats:
+    def _write(self, split: str, number: int, timing: dict[str, Any]) -> ShardStats:
         """In the thread: one shard, of the images up to the next mark."""
         try:
             self._raise()  # the images in the queue may be those of a shard that failed
             plan_id = self._plan.splits[split].plan_id
-            with ShardWriter(
-                self._folder, split, number, self._plan.common.num_patches, plan_id, self._plan.format
-            ) as shard:
+            n, version = self._plan.common.num_patches, self._plan.format
+            with ShardWriter(self._store, split, number, n, plan_id, version, self._shared) as shard:
                 while (item := self._queue.get()) is not _END:
                     if item is _ABORT:
                         raise RuntimeError("aborted")
@@ -94,11 +109,15 @@ class Writer:
                     else:
                         members, columns = encoded
                         shard.add(row | columns, members)
-                check_unchanged(self._folder, split, plan_id)
-                return shard.commit(timing)
+                check_unchanged(self._store, split, plan_id)
+                stats = shard.commit(timing)
         except BaseException as error:
-            self._error = self._error or error
+            if self._error is None:
+                self._error, self.failed = error, (split, number)
             raise
+        if self._committed is not None:
+            self._committed((split, number))
+        return stats
 
     def _encode(self, image: Image) -> tuple[dict[str, Any], Encoded | str]:
         """What the row says of any input; and members with further columns, or why it failed."""

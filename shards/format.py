@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import reprlib
 import tokenize
 from typing import Any
@@ -36,7 +37,8 @@ MANIFEST = "manifest.json"
 TIMM_INFO = "_info.json"  # timm's wds/ reader
 OPEN_CLIP_SIZES = "sizes.json"
 INDEX = "index"
-CLAIMS = "claims"  # while several workers mine: who is at which shard
+SHARD_JSON = re.compile(r".*-[0-9]{6}\.json", re.DOTALL)
+CLAIMS, LISTINGS = "claims", "listings"  # while several workers mine: who is at which shard, what is in remote tars
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
 RANKING, VIEWS, LABEL, TOKEN_LABELS, RANKED = "ranking.npy", "views.npy", "cls", "labels.npy", "ranked.bin"
@@ -47,6 +49,20 @@ VIEW_COLUMNS = ("top", "left", "height", "width", "flip")
 def shard_name(split: str, number: int) -> str:
     """`train-000000`, the stem shared by a shard's tar, parquet and JSON."""
     return f"{split}-{number:06d}"
+
+
+def taken_mark(by: str) -> bytes:
+    """What stands in the place of a shard's JSON while its files are replaced; no JSON of a shard is as short.
+
+    Args:
+        by: 32 hex digits that nobody else has.
+    """
+    return canonical_json({"taken_over": by})
+
+
+def is_mark(size: int) -> bool:
+    """Whether a shard's JSON of so many bytes is `taken_mark`: a listing shall do to tell."""
+    return size <= len(taken_mark("0" * 32))
 
 
 def canonical_json(value: Any) -> bytes:

@@ -16,20 +16,21 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from filelock import FileLock
 
 from shards import remote, storage
-from shards.errors import TicketSetError
+from shards.errors import TicketSetError, first_line
 from shards.format import CLAIMS
 
+T = TypeVar("T")
 ANY = "whatever is there"  # as what a put expects
 REQUESTS_AT_ONCE = 16
 _LARGEST_PUT = 5 << 30  # bytes of one request; only a put that expects a tag is bound to one
@@ -152,24 +153,25 @@ class Store:
         Raises:
             TicketSetError: the store does not keep them.
         """
-        name = f"clock-{secrets.token_hex(8)}"
-        place = f"{CLAIMS}/{name}"
-        try:
-            self.put(place, b"one", expected=None)
-            started = time.monotonic()
-            kept = not self._put(place, b"two", expected=None)
-            entry = self.entries(CLAIMS).get(name)
-        finally:
-            self.remove([place])
-        if not kept or entry is None:
-            raise TicketSetError(
-                f"{self.url}: its store ignores conditional writes (`If-None-Match`), so that several workers would undo"
-                f" each other's shards; expected one that keeps them, see docs/SCALE.md; a single datalth-mine can write it"
-            )
-        return lambda: entry.modified + (time.monotonic() - started)
+        for _ in range(3):  # or somebody finalized the set meanwhile, and removed all claims
+            name = f"clock-{secrets.token_hex(8)}"
+            place = f"{CLAIMS}/{name}"
+            try:
+                self.put(place, b"one", expected=None)
+                started = time.monotonic()
+                kept = not self._put(place, b"two", expected=None)
+                entry = self.entries(CLAIMS).get(name)
+            finally:
+                self.remove([place])
+            if kept and entry is not None:
+                return lambda: entry.modified + (time.monotonic() - started)
+        raise TicketSetError(
+            f"{self.url}: its store ignores conditional writes (`If-None-Match`), so that several workers would undo"
+            f" each other's shards; expected one that keeps them, see docs/SCALE.md; a single datalth-mine can write it"
+        )
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str | Path) -> Store:
     """The folder at a path or a URL; it need not be there yet."""
     url = storage.local(str(url)).rstrip("/") or "/"
     return RemoteStore(url) if storage.is_remote(url) else LocalStore(url)
@@ -179,8 +181,8 @@ class LocalStore(Store):
     """A folder of this machine or of a network file system. Creating is a hard link, which one of several gets."""
 
     def tag(self, name: str) -> str | None:
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(self.at(name))
+        with contextlib.suppress(FileNotFoundError), open(self.at(name), "rb") as file:
+            found = os.fstat(file.fileno())  # of an open file: os.stat of a network file system may be seconds old
             return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
         return None
 
@@ -194,11 +196,15 @@ class LocalStore(Store):
         return found
 
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
-        if isinstance(data, bytes):
+        while isinstance(data, bytes):
             with self.spool(name) as file:
                 file.write(data)
                 file.flush()
-                return self._put(name, Path(file.name), expected)
+                try:
+                    return self._put(name, Path(file.name), expected)
+                except FileNotFoundError:  # it was swept: somebody took this process for dead, as after a long stop
+                    if os.path.exists(file.name):
+                        raise
         path = Path(self.at(name))
         with open(data, "rb") as file:
             os.fsync(file.fileno())
@@ -210,7 +216,7 @@ class LocalStore(Store):
             except FileExistsError:
                 return False
         else:
-            with FileLock(self.at(f"{CLAIMS}/lock")):  # no system replaces a file on a condition
+            with self._lock():  # no system replaces a file on a condition
                 if self.tag(name) != expected:
                     return False
                 os.replace(data, path)
@@ -218,33 +224,49 @@ class LocalStore(Store):
         return True
 
     def remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            Path(self.at(name)).unlink(missing_ok=True)
+        paths = [Path(self.at(name)) for name in names]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in paths} - {Path(self.url)}:  # object stores know no empty folders
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         path = Path(self.at(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return storage.temporary_file(path)
+        return _in_folder(path.parent, lambda: storage.temporary_file(path))
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        return _in_folder(Path(self.at(CLAIMS)), lambda: FileLock(self.at(f"{CLAIMS}/lock")))
+
+
+@contextlib.contextmanager
+def _in_folder(folder: Path, make: Callable[[], contextlib.AbstractContextManager[T]]) -> Iterator[T]:
+    """A file in a folder that others may remove whenever it is empty."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                file = stack.enter_context(make())
+                break
+        yield file
 
 
 class RemoteStore(Store):
     """A folder of an object store, by fsspec. Its put is one request or one multipart upload, which is atomic in all."""
 
     def tag(self, name: str) -> str | None:
+        fs, path = remote.filesystem(self.at(name))
         try:
-            with remote.remote_errors(self.at(name)):
-                fs, path = remote.filesystem(self.at(name))
-                found = fs.info(path)
+            found = remote.retry(self.at(name), fs.info, path)
         except FileNotFoundError:
             return None
         return str(next(found[key] for key in ("generation", "ETag", "etag") if found.get(key)))
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
+        fs, path = remote.filesystem(url)
         try:
-            with remote.remote_errors(url):
-                fs, path = remote.filesystem(url)
-                found = fs.ls(path, detail=True)
+            found = remote.retry(url, fs.ls, path, detail=True)
         except FileNotFoundError:
             return {}
         files = (info for info in found if info["type"] == "file")
@@ -252,8 +274,9 @@ class RemoteStore(Store):
 
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
         url = self.at(name)
-        with remote.remote_errors(url):
-            fs, path = remote.filesystem(url)
+        fs, path = remote.filesystem(url)
+
+        def put() -> bool:
             try:
                 if expected not in (ANY, None):
                     _swap(fs, path, data.read_bytes() if isinstance(data, Path) else data, str(expected))
@@ -263,17 +286,26 @@ class RemoteStore(Store):
                     fs.pipe_file(path, data, **how)
                 else:
                     fs.put_file(str(data), path, **how)
+            except FileNotFoundError as error:
+                if expected in (ANY, None):  # no bucket
+                    raise TicketSetError(f"{url}: cannot be written: {first_line(error)}") from None
+                return False  # nothing is there to swap
             except Exception as error:
                 if expected is ANY or not _is_refusal(error):
                     raise
                 return False
-        return True
+            return True
+
+        return remote.retry(url, put)
 
     def remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            with contextlib.suppress(FileNotFoundError), remote.remote_errors(self.at(name)):
-                fs, path = remote.filesystem(self.at(name))
-                fs.rm_file(path)
+        def remove(name: str) -> None:
+            fs, path = remote.filesystem(self.at(name))
+            with contextlib.suppress(FileNotFoundError):
+                remote.retry(self.at(name), fs.rm_file, path)
+
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "remove") as pool:
+            list(pool.map(remove, names))
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         return storage.temporary_file(Path(tempfile.gettempdir(), f"datalth-{name.replace('/', '-')}"))
@@ -288,8 +320,8 @@ def _modified(info: dict[str, Any]) -> float:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a client's error is the store's answer that a condition does not hold; 404 is one that has nothing to swap."""
-    if isinstance(error, FileExistsError | FileNotFoundError):
+    """Whether a client's error is the store's answer that a condition does not hold."""
+    if isinstance(error, FileExistsError):
         return True
     status = getattr(error, "code", getattr(error, "status_code", None))
     # EINVAL is s3fs's word for 412, unless the server says by which condition, which not all do.

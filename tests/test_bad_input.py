@@ -23,14 +23,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import miner.done
 import miner.reading
 import miner.run
 from conftest import SELECTOR, contents, mine
-from miner.claim import Claim
+from miner.lock import FolderLock
 from miner.writer import Writer
 from shards.errors import TicketSetError
 from shards.format import MANIFEST
 from shards.reader import TicketSet
+from shards.store import open_store
 from shards.writer import ShardWriter
 
 pytestmark = pytest.mark.slow  # mines a set for every fault
@@ -291,11 +293,13 @@ def test_out_inside_data_under_datalth_data_is_refused(copy, monkeypatch):
     assert "lies inside --data photos" in failure("--data", "photos", "--out", copy / "tickets", *CENTER)
 
 
-def test_out_that_is_a_file_or_a_url_is_refused(photos, tmp_path):
+def test_out_that_is_a_file_or_of_an_unknown_store_is_refused(photos, tmp_path):
     (tmp_path / "file").touch()
     line = failure("--data", photos, "--out", tmp_path / "file", *CENTER)
     assert line == f"Error: --out {tmp_path / 'file'}: expected a folder, got a file"
-    assert "s3://bucket/set: expected a local folder" in failure("--data", photos, "--out", "s3://bucket/set", *CENTER)
+    assert (
+        failure("--data", photos, "--out", "nope://a/set", *CENTER) == "Error: nope://a/set: Protocol not known: nope"
+    )
 
 
 def test_data_that_is_nowhere_leaves_no_folder(tmp_path):
@@ -549,7 +553,7 @@ def test_another_plan_is_refused_while_somebody_mines(arguments, expected, photo
     out = tmp_path / "out"
     begun(photos, out)
     before = contents(out)
-    with Claim(out) as other:
+    with FolderLock(open_store(out)) as other:
         assert other.alone
         other.share()
         assert expected in failure("--data", photos, "--out", out, *CENTER, *arguments)
@@ -561,7 +565,7 @@ def test_another_plan_is_refused_while_somebody_mines(arguments, expected, photo
 def test_a_split_is_not_added_while_somebody_mines(photos, tmp_path):
     out = tmp_path / "out"
     begun(photos, out, "--split", "train")
-    with Claim(out) as other:
+    with FolderLock(open_store(out)) as other:
         other.share()
         assert "this command would change its plan" in failure("--data", photos, "--out", out, *CENTER)
     mine("--data", photos, "--out", out, *CENTER)
@@ -571,7 +575,7 @@ def test_a_split_is_not_added_while_somebody_mines(photos, tmp_path):
 def test_the_same_plan_is_mined_together_and_temporary_files_go_with_the_last(photos, tmp_path):
     out, command = tmp_path / "out", ("--data", photos, "--out", tmp_path / "out", *CENTER)
     begun(photos, out)
-    with Claim(out) as other:
+    with FolderLock(open_store(out)) as other:
         other.share()
         mine(*command)
         assert len(list(out.rglob("*.tmp"))) == 2
@@ -585,7 +589,7 @@ def test_two_plans_at_once_leave_one_whole_set(locks, photos, tmp_path, monkeypa
     """The second starts while the first is in its first shard. Without locks it replaces the plan, and the first finds out."""
     out, add, results = tmp_path / "out", ShardWriter.add, []
     if not locks:
-        monkeypatch.setattr("miner.claim.fcntl", None)
+        monkeypatch.setattr("miner.lock.fcntl", None)
 
     def add_and_mine(self, row, members):
         if not results:
@@ -611,14 +615,14 @@ def test_a_plan_that_changes_before_the_manifest_is_not_believed(photos, tmp_pat
     for folder, seed in ((out, 0), (other, 1)):
         mine("--data", photos, "--out", folder, *CENTER, "--seed", seed)
     (out / MANIFEST).unlink()
-    committed = miner.run.committed
+    committed = miner.done.committed
 
-    def committed_and_changed(folder, plan, shards):
-        found = committed(folder, plan, shards)
+    def committed_and_changed(store, plan, shards):
+        found = committed(store, plan, shards)
         shutil.copy(other / "plan.json", out / "plan.json")
         return found
 
-    monkeypatch.setattr(miner.run, "committed", committed_and_changed)
+    monkeypatch.setattr(miner.done, "committed", committed_and_changed)
     assert "plan" in failure("--data", photos, "--out", out, *CENTER)
     assert not (out / MANIFEST).exists()
 

@@ -11,17 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
-import miner.cli
-import shards.inspect.cli
-import trainer.cli
-import trainer.verdict.cli
-import trainer.weights.cli
+from command_lines import COMMANDS, check_taken
 from conftest import SELECTOR
 from trainer.config import RECIPES
 from training import QUICK
@@ -30,13 +24,6 @@ pytestmark = pytest.mark.slow  # runs all of README's commands
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS: dict[str, Any] = {
-    "datalth-mine": miner.cli.main,
-    "datalth-shards": shards.inspect.cli.main,
-    "datalth-train": trainer.cli.main,
-    "datalth-verdict": trainer.verdict.cli.main,
-    "datalth-weights": trainer.weights.cli.main,
-}
 
 
 def blocks(page: Path = ROOT / "README.md") -> list[list[str]]:
@@ -97,15 +84,7 @@ def test_every_command_line_is_taken_by_its_command(page, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for line in commands(page):
         words = shlex.split(line, comments=True)
-        words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
-        command = COMMANDS[words.pop(0)]
-        if isinstance(command, click.Group):
-            command = command.commands[words.pop(0)]
-        flags = [word for word in words if word not in ("...", "[...]")]
-        try:
-            command.make_context(command.name, flags)
-        except click.UsageError as error:
-            pytest.fail(f"{line}: {error.format_message()}")
+        check_taken([word for word in words if word not in ("...", "[...]")])
 
 
 def test_every_block_of_the_readme_is_of_a_kind_that_is_tried():

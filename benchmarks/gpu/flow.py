@@ -14,7 +14,8 @@ from benchmarks.gpu.bench import GRID, Bench, K, rates, row
 from benchmarks.gpu.correct import selector
 from benchmarks.rounds import Row
 from shards.reader import TicketSet
-from shards.writer import read_plan, read_shard_json
+from shards.store import open_store
+from shards.writer import read_plan, read_shard_jsons
 from trainer.data.dataset import TicketDataset, loader
 from trainer.data.loader import AHEAD, Batch, pinned
 from trainer.options import Augment, Tickets
@@ -34,7 +35,7 @@ def mining(bench: Bench, notes: list[str]) -> Iterator[Row]:
         ready[name] = bench.timed(lambda ranker=ranker: ranker.rank_and_score(images))
         yield rates(f"selector alone, {name}", SELECTOR_BATCH, ready[name])
     timings, views = timing(bench.mined, bench.size.views)
-    spent = {name: sum(entry[name] for entry in timings) for name in timings[0]}
+    spent = {name: sum(entry[name] for entry in timings) for name in timings[0] if name.endswith("seconds")}
     notes.append("mining: the main thread waited " + ", ".join(f"{n} {s:.1f} s" for n, s in sorted(spent.items())))
     whole = views / spent["seconds"]
     yield row("whole, copies, float32", whole / 1000, unit="k views/s")
@@ -47,9 +48,10 @@ def mining(bench: Bench, notes: list[str]) -> Iterator[Row]:
 
 def timing(folder: Path, views: int) -> tuple[list[dict[str, float]], int]:
     """Seconds of each shard but the first, which waits for the device to be set up; and the views in them."""
-    plan = read_plan(folder)
+    store = open_store(folder)
+    plan = read_plan(store)
     assert plan is not None
-    done: list[Any] = [read_shard_json(folder, *shard) for shard in plan.shards()]
+    done: list[Any] = read_shard_jsons(store, plan.shards())
     later = done[1:] or done
     return [stats.timing for stats in later], views * sum(stats.samples for stats in later)
 

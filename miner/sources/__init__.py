@@ -10,6 +10,7 @@ from miner.settings import Inputs
 from miner.sources.archive import compressed, packer_of
 from miner.sources.folder import folder_source
 from miner.sources.imagenet import imagenet_source, is_imagenet
+from miner.sources.listings import SharedListings
 from miner.sources.source import (
     JUNK_NOTE,
     Source,
@@ -41,17 +42,18 @@ FORMS = """expected one of
   all but the ImageNet tars and timm's also at a URL                    `data` s3://bucket/photos"""
 
 
-def open_source(inputs: Inputs, seed: int = 0) -> Source:
+def open_source(inputs: Inputs, seed: int = 0, shared: SharedListings | None = None) -> Source:
     """List the images behind `data`.
 
     Args:
         inputs: where they are, as FORMS, and which of them; no splits = all there are.
         seed: of the set; takes part in which images become the val split of a source that has none.
+        shared: where several workers keep what they listed of remote tars.
     Raises:
         TicketSetError: nothing of the kind is there, it holds no images, or a split is missing.
     """
     spec, splits = inputs.data, inputs.splits
-    source = _open(spec, splits, inputs.labels, inputs.base)
+    source = _open(spec, splits, inputs.labels, inputs.base, shared)
     if source.base is None:
         source = replace(source, classes=spelled_classes(source.classes, f"`data` {spec}"))
         source = split_off_val(source, inputs.val_share, seed)
@@ -69,7 +71,9 @@ def open_source(inputs: Inputs, seed: int = 0) -> Source:
     return note_unlabeled(source)
 
 
-def _open(spec: str, splits: Sequence[str], labels: str | None, base: str | None) -> Source:
+def _open(
+    spec: str, splits: Sequence[str], labels: str | None, base: str | None, shared: SharedListings | None
+) -> Source:
     if spec.startswith("timm:"):
         return timm_source(spec, splits)
     path = storage.local(spec)
@@ -77,7 +81,7 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, base: str | None
     if packer:
         raise compressed(f"`data` {spec}", packer)
     if storage.is_remote(path):
-        return _open_remote(spec, path.rstrip("/"), splits, labels, base)
+        return _open_remote(spec, path.rstrip("/"), splits, labels, base, shared)
     if not os.path.exists(path):
         under = os.path.join(os.environ.get("DATALTH_DATA", ""), path)
         if os.environ.get("DATALTH_DATA") and os.path.exists(under):
@@ -99,16 +103,18 @@ def _open(spec: str, splits: Sequence[str], labels: str | None, base: str | None
     return _folder_or_tars(spec, LocalTree(path), splits, labels)
 
 
-def _open_remote(spec: str, url: str, splits: Sequence[str], labels: str | None, base: str | None) -> Source:
+def _open_remote(
+    spec: str, url: str, splits: Sequence[str], labels: str | None, base: str | None, shared: SharedListings | None
+) -> Source:
     if url.endswith(".tar"):
-        return tar_source(spec, _expand(url), labels)
+        return tar_source(spec, _expand(url), labels, shared)
     if any(storage.exists(storage.join(url, name)) for name in (fmt.MANIFEST, fmt.PLAN)):
         return ticket_set_source(url, base)
     tally = Tally()
     tree = RemoteTree(url, tally)
     if not any(True for _ in tree.scan()):
         raise TicketSetError(f"`data` {spec}: nothing is there; {FORMS}")
-    source = _folder_or_tars(spec, tree, splits, labels)
+    source = _folder_or_tars(spec, tree, splits, labels, shared)
     return replace(source, notes=[*tally.notes(), *source.notes])
 
 
@@ -116,7 +122,9 @@ def _open_remote(spec: str, url: str, splits: Sequence[str], labels: str | None,
 _IMG2DATASET = re.compile(r".*_tmp|[0-9]+_stats\.json|[0-9]+\.parquet")
 
 
-def _folder_or_tars(spec: str, tree: Tree, splits: Sequence[str], labels: str | None) -> Source:
+def _folder_or_tars(
+    spec: str, tree: Tree, splits: Sequence[str], labels: str | None, shared: SharedListings | None = None
+) -> Source:
     """Tars that lie in a folder without other folders are what it holds."""
     found = sorted((name, item.is_folder) for name, item in tree.scan())
     tars = [storage.join(tree.root, name) for name, _ in found if name.endswith(".tar") and not is_junk(name)]
@@ -135,7 +143,7 @@ def _folder_or_tars(spec: str, tree: Tree, splits: Sequence[str], labels: str | 
             tally.add(JUNK_NOTE, spelled(name))
         elif _IMG2DATASET.fullmatch(name):
             tally.add("{count} files and folders of img2dataset beside the tars are not read (first: {first})", name)
-    source = tar_source(spec, tars, labels)
+    source = tar_source(spec, tars, labels, shared)
     return replace(source, notes=[*tally.notes(), *source.notes])
 
 

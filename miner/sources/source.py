@@ -127,16 +127,16 @@ class Tally:
     """What a listing leaves out or mends, counted by kind, so that thousands of them are one note."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[int, str]] = {}
+        self.found: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """`kind` is the note, with places for {count} and the {first} example."""
-        before, first = self._found.get(kind, (0, example))
-        self._found[kind] = before + count, first
+        before, first = self.found.get(kind, (0, example))
+        self.found[kind] = before + count, first
 
     def notes(self) -> list[str]:
         """A line a kind."""
-        return [kind.format(count=count, first=first) for kind, (count, first) in self._found.items()]
+        return [kind.format(count=count, first=first) for kind, (count, first) in self.found.items()]
 
 
 def is_image(path: str) -> bool:

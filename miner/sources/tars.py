@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from miner.sources.archive import REPLACED, Archive, Member, Pieces, member_bytes, open_archive
+from miner.sources.listings import Listing, SharedListings
 from miner.sources.source import (
     MAX_CLASSES,
     Cached,
@@ -49,24 +50,28 @@ _SECOND = (
 _PART = "{count} images with further dots in their names are taken for parts of samples and left out (first: {first})"
 
 
-def tar_source(spec: str, urls: list[str], labels: str | None) -> Source:
+def tar_source(spec: str, urls: list[str], labels: str | None, shared: SharedListings | None = None) -> Source:
     """List the samples of tars; `split_of` says which split a tar belongs to.
 
+    Args:
+        shared: where several workers keep what they listed of remote tars.
     Raises:
         TicketSetError: a tar cannot be read, holds no images, or its labels are no labels.
     """
     tally = Tally()
     label_map = read_labels(labels) if labels else None
     read = TarReader(urls)
+    remote = any(storage.is_remote(url) for url in urls)
+    listings = shared.of(urls, _list) if shared and remote else map(_list, urls)
     by_split: dict[str, list[Entry]] = {}
-    for container, url in enumerate(urls):
+    for container, (url, listing_) in enumerate(zip(urls, listings, strict=True)):
         entries = by_split.setdefault(split_of(url)[0], [])
-        with open_archive(url, tally) as archive:
-            for name, sample in _samples(archive, url, tally).items():
-                image = _image(sample, f"{url}: {spelled(name)}", tally)
-                entry = read.entry(image.name, image, container)
-                entry.name = _label(archive, sample, image, f"{url}: {spelled(name)}")
-                entries.append(entry)
+        for image, label in zip(listing_.images, listing_.labels, strict=True):
+            entry = read.entry(image.name, image, container)
+            entry.name = label
+            entries.append(entry)
+        for kind, (count, first) in listing_.notes.items():
+            tally.add(kind, first, count)
     notes = [*_split_notes(urls), *tally.notes()]
     for entries in by_split.values():
         label_entries(entries, label_map, f"`labels` {labels}")
@@ -77,13 +82,24 @@ def tar_source(spec: str, urls: list[str], labels: str | None) -> Source:
     classes = class_names(by_split.get("train") or every, f"`data` {spec}")
     if classes and all(isinstance(e.name, int) for e in every if e.name is not None):
         classes = class_names(every, f"`data` {spec}")
-    remote = any(storage.is_remote(url) for url in urls)
     tables = {s: listing(entries, classes, f"`data` {spec}, split {s}", notes) for s, entries in by_split.items()}
     if remote:  # read each tar once, from its beginning to its end
         tables = {split: table.take(_far_order(table)) for split, table in tables.items()}
     if "train" in tables:
         empty_classes(classes, tables["train"], notes)
     return Source(spec, classes, tables, read, notes, in_order=remote)
+
+
+def _list(url: str) -> Listing:
+    """One tar's images."""
+    tally, found = Tally(), Listing()
+    with open_archive(url, tally) as archive:
+        for name, sample in _samples(archive, url, tally).items():
+            where = f"{url}: {spelled(name)}"
+            found.images.append(_image(sample, where, tally))
+            found.labels.append(_label(archive, sample, found.images[-1], where))
+    found.notes = tally.found
+    return found
 
 
 class TarReader:

@@ -37,6 +37,7 @@ from miner.sources import Source
 from miner.sources.source import SCHEMA
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from shards.store import open_store
 from shards.writer import ShardWriter
 
 pytestmark = pytest.mark.slow  # mines a set for every way to be interrupted
@@ -307,7 +308,7 @@ def small_job(
     (rankings,) = build_models(selection, Labeling(), geometry, machine, tuple(source.classes))
     plan = make_plan(source, Inputs("x"), output, geometry, {rankings.name: rankings.identity}, batch_size)
     folder.mkdir(exist_ok=True)
-    write_plan(folder, plan, source, "cpu")
+    write_plan(open_store(folder), plan, source, "cpu")
     batches: list[Pairs] = []
     submit = rankings.submit
 
@@ -316,7 +317,7 @@ def small_job(
         return submit(batch)
 
     rankings.submit = logged  # type: ignore[method-assign]
-    return Job(plan, source, folder, selection, Labeling(), geometry, machine, output), (rankings,), batches
+    return Job(plan, source, open_store(folder), selection, Labeling(), geometry, machine, output), (rankings,), batches
 
 
 def well_formed(batches: list[Pairs], shard_of: dict[str, str], batch_size: int) -> bool:
@@ -644,7 +645,7 @@ def test_too_many_failures_stop_the_run_and_keep_the_shards_before(photos: Path,
 def test_a_shard_that_is_given_up_leaves_no_file_and_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: noise.append(found.exc_value))
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "train", 0, 16, "plan") as writer:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(open_store(tmp_path), "train", 0, 16, "plan") as writer:
         writer.add({"key": "a"}, {"cls": b"1"})
         raise KeyboardInterrupt
     del writer

@@ -21,6 +21,7 @@ from miner.models import choose_device
 from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selection
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from shards.store import open_store
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +43,8 @@ def evit(photos: Path, weights: Path) -> list[object]:
 def elsewhere(job: Job, folder: Path) -> Job:
     """The job for another folder, in which nothing but the plan is there yet."""
     folder.mkdir(exist_ok=True)
-    shutil.copy(job.folder / "plan.json", folder)
-    return dataclasses.replace(job, folder=folder)
+    shutil.copy(job.store.at("plan.json"), folder)
+    return dataclasses.replace(job, store=open_store(folder))
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
@@ -92,7 +93,7 @@ def test_shards_may_be_named_one_by_one(evit: list[object], tmp_path: Path, capt
 
     def claimed() -> Iterator[tuple[str, int]]:
         for split, number in job.plan.shards():
-            asked.append((split, number, len(list(job.folder.glob("*-0*.tar*")))))
+            asked.append((split, number, len(list(Path(job.store.url).glob("*-0*.tar*")))))
             yield split, number
 
     assert [(s.split, s.shard) for s in mine_shards(job, claimed())] == job.plan.shards()
@@ -114,7 +115,7 @@ def test_other_weights_under_the_same_name_are_noticed_where_a_job_arrives(
     job = elsewhere(captured[0], tmp_path / "again")
     with pytest.raises(TicketSetError, match="`selector`: expected the model, weights and versions of the plan"):
         mine_shard(job, "train", 0)
-    assert not list(job.folder.rglob("*.tar*"))
+    assert not list(Path(job.store.url).rglob("*.tar*"))
 
 
 def test_a_ticket_set_that_was_pickled_gives_the_same_images_and_views(center_set: Path) -> None:

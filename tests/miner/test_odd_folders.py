@@ -14,6 +14,7 @@ from inputs import keys, labels, open_source, plan, read_all, refusal, rows, wri
 from miner.plan import base_link, write_plan
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
+from shards.store import open_store
 
 TREE = ("train/ant/1.jpg", "train/ant/2.jpg", "train/bee/1.jpg", "val/ant/1.jpg", "val/bee/1.jpg")
 UP = "links to folders are not followed: they lead back to a folder that they are in (first: "
@@ -254,10 +255,10 @@ def test_a_base_that_json_cannot_name_is_refused_before_mining(center_set, tmp_p
     copied = plan(source)
     linked = replace(copied, common=replace(copied.common, images="link"))
     with pytest.raises(TicketSetError, match="expected a base whose path is UTF-8, got in.+udce9/base"):
-        write_plan(tmp_path, linked, source, "cpu")
+        write_plan(open_store(tmp_path), linked, source, "cpu")
     assert not (tmp_path / "plan.json").exists()
     beside = base.parent / "link"  # whose path to the base has no such byte
-    assert base_link(linked, source, beside).path == "../base"
+    assert base_link(linked, source, str(beside)).path == "../base"
 
 
 def test_a_list_of_the_locale_is_that_of_utf8(tmp_path):

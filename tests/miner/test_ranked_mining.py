@@ -33,6 +33,7 @@ from shards.errors import TicketSetError
 from shards.ranked import Mosaic, decoded, statistics
 from shards.reader import TicketSet
 from shards.sample import Sample
+from shards.store import open_store
 
 pytestmark = pytest.mark.slow  # mines sets
 
@@ -232,8 +233,8 @@ def test_a_job_mines_the_same_bytes_in_another_process(
     for job, name in zip(captured, ("photos", "link"), strict=True):
         again = tmp_path / f"{name}-again"
         again.mkdir()
-        shutil.copy(job.folder / "plan.json", again)
-        todo += [(dataclasses.replace(job, folder=again), *shard) for shard in job.plan.shards()]
+        shutil.copy(job.store.at("plan.json"), again)
+        todo += [(dataclasses.replace(job, store=open_store(again)), *shard) for shard in job.plan.shards()]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.starmap(mine_shard, todo, chunksize=1)
@@ -313,11 +314,11 @@ def test_views_that_wait_for_an_encoder_are_bounded(
 
         folder = tmp_path / str(most)
         folder.mkdir()
-        shutil.copy(job.folder / "plan.json", folder)
+        shutil.copy(job.store.at("plan.json"), folder)
         monkeypatch.setattr(miner.writer, "WAITING_BYTES", most)
         monkeypatch.setattr(ranked_producer, "encode_ranked", encode)
         source = dataclasses.replace(job.source, tickets=tickets._replace(read=read))
-        mine_shards(dataclasses.replace(job, folder=folder, source=source), job.plan.shards())
+        mine_shards(dataclasses.replace(job, store=open_store(folder), source=source), job.plan.shards())
         assert seen["read"] == seen["encoded"] == 21
         return seen["peak"]
 

@@ -23,6 +23,7 @@ from shards import format as fmt
 from shards.errors import TicketSetError
 from shards.reader import TicketSet, resolve_base
 from shards.sample import Sample
+from shards.store import open_store
 from shards.tar import SampleTarWriter, split_members
 from shards.writer import ShardWriter, index_schema
 
@@ -313,7 +314,7 @@ def later_minor_version(source: Path, out: Path) -> None:
     for name in opened.shard_names("train") + opened.shard_names("val"):
         rows = {row["key"]: row for row in opened.shard_table(name).to_pylist()}
         split, number = name.split("-")
-        with ShardWriter(out, split, int(number), 16, "plan") as writer:
+        with ShardWriter(open_store(out), split, int(number), 16, "plan") as writer:
             for sample in opened.stream_shard(name):
                 members = {
                     "png" if sample.image[:4] == b"\x89PNG" else "jpg": sample.image,

@@ -24,6 +24,7 @@ from shards.copies import TarCopies, fetch, own_folder
 from shards.errors import TicketSetError, first_line, is_machine_error
 from shards.reader import TicketSet
 from shards.rows import Rows
+from shards.store import open_store
 from shards.writer import read_shard_json
 
 
@@ -487,7 +488,7 @@ def test_a_full_disk_names_the_copy_and_leaves_nothing(store, url, tmp_path, mon
 def test_a_fifo_as_a_shards_json_does_not_stop_its_writer(tmp_path):
     os.mkfifo(tmp_path / "train-000000.json")
     with within(5), pytest.raises(TicketSetError, match=r"train-000000.json: expected a plain file, got a FIFO"):
-        read_shard_json(tmp_path, "train", 0)
+        read_shard_json(open_store(tmp_path), "train", 0)
 
 
 def test_a_copy_that_was_cut_and_what_a_killed_process_left_are_mended(store, url, tmp_path):

@@ -1,9 +1,11 @@
-"""Who is at work in the folder of a ticket set: several miners of one plan may be, of two plans never."""
+"""Who is at work in a folder of this machine: several miners of one plan may be, of two plans never."""
 
 import contextlib
 import os
-from pathlib import Path
 from types import TracebackType
+
+from shards.storage import is_remote
+from shards.store import Store
 
 try:
     import fcntl
@@ -11,25 +13,26 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-class Claim:
+class FolderLock:
     """A hold on a folder while this process mines into it: first its own, then `share`d with miners of the same plan.
 
     The lock is on the folder itself, so it leaves no file that a reader would find strange, and it ends with its
-    process, however that ends. Where there are no such locks (Windows, most network file systems) everyone takes
-    himself to be alone; then the plan's id, looked at before every commit (`miner.plan.check_unchanged`), and in every
-    shard's JSON, keeps two plans apart, after the work rather than before it.
+    process, however that ends. Where there are no such locks (object stores, Windows, some network file systems)
+    everyone takes himself to be alone; then the plan's id, looked at before every commit
+    (`miner.plan.check_unchanged`), and in every shard's JSON, keeps two plans apart, after the work rather than before.
 
     Attributes:
         alone: nobody else is at work here, as far as locks can tell: the plan may be replaced.
         locked: the lock is real, not only supposed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, store: Store) -> None:
         self._descriptor: int | None = None
         self.alone, self.locked = True, False
-        if fcntl is None:
+        if fcntl is None or is_remote(store.url):
             return
-        self._descriptor = os.open(folder, os.O_RDONLY)
+        os.makedirs(store.url, exist_ok=True)
+        self._descriptor = os.open(store.url, os.O_RDONLY)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.locked = True
@@ -44,9 +47,9 @@ class Claim:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH)
-                self.locked = True
+                self.locked, self.alone = True, False
 
-    def __enter__(self) -> "Claim":  # noqa: PYI034 - typing.Self is newer than Python 3.10
+    def __enter__(self) -> "FolderLock":  # noqa: PYI034 - typing.Self is newer than Python 3.10
         return self
 
     def __exit__(

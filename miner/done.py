@@ -1,0 +1,88 @@
+"""What of a plan is done, and the end of a set: its manifest, once all is."""
+
+import math
+from collections.abc import Iterable
+
+from miner.plan import base_link, check_unchanged, shard_rows
+from miner.reading import Shard
+from miner.sources import Source
+from shards import format as fmt
+from shards.errors import TicketSetError
+from shards.schema import Plan, ShardStats
+from shards.store import Store
+from shards.writer import finalize, read_shard_jsons
+
+
+def committed(store: Store, plan: Plan, shards: list[Shard]) -> dict[Shard, ShardStats]:
+    """What the JSON of those shards says that are done.
+
+    Raises:
+        TicketSetError: a shard of another plan.
+    """
+    there = store.entries()
+    shards = [shard for shard in shards if f"{fmt.shard_name(*shard)}.json" in there]
+    done = {}
+    for (split, number), stats in zip(shards, read_shard_jsons(store, shards), strict=True):
+        if stats is None:
+            continue
+        if stats.plan_id != plan.splits[split].plan_id:
+            where = store.at(f"{fmt.shard_name(split, number)}.json")
+            raise TicketSetError(f"{where}: a shard of another plan; remove it to mine it again")
+        done[split, number] = stats
+    return done
+
+
+def forget_failed(store: Store, plan: Plan, shards: list[Shard]) -> None:
+    """Take back the shards that hold failed images, so that they are mined again."""
+    for shard, stats in committed(store, plan, shards).items():
+        if stats.failed:
+            store.remove([fmt.MANIFEST])  # first: the set is incomplete from here on
+            store.remove([f"{fmt.shard_name(*shard)}.json"])
+
+
+def count_images(plan: Plan, source: Source, shards: list[Shard]) -> int:
+    """Inputs in some shards."""
+    return sum(len(shard_rows(plan, source, split, number)) for split, number in shards)
+
+
+def finish(store: Store, plan: Plan, source: Source, max_failures: float = 1.0) -> bool:
+    """Write the manifest if every shard of the folder's plan is done; says whether it is.
+
+    Args:
+        max_failures: share of all images that may have failed.
+    Raises:
+        TicketSetError: more have; a shard of another plan; files of another size than its JSON says; or the folder's
+            plan is another by now.
+    """
+    done = committed(store, plan, plan.shards())
+    if len(done) < len(plan.shards()):
+        return False
+    failed = sum(stats.failed for stats in done.values())
+    images = sum(split.images for split in plan.splits.values())
+    if failed > max_failures * images:
+        raise TicketSetError(
+            f"{store}: {failed} of {images} images failed, `max_failures` allows {math.floor(max_failures * images)};"
+            f" raise it and run the same command again, or mend them and give it `retry_failed`"
+        )
+    _check_sizes(store, done.values())
+    for split in plan.splits:
+        check_unchanged(store, split, plan.splits[split].plan_id)
+    finalize(store, plan, source.classes, base_link(plan, source, store.url), list(done.values()))
+    return True
+
+
+def _check_sizes(store: Store, shards: Iterable[ShardStats]) -> None:
+    """Hold the files against what the shards' JSON says, by two listings."""
+    tars, indexes = store.entries(), store.entries(fmt.INDEX)
+    for stats in shards:
+        for name, there, said in (
+            (f"{stats.name}.tar", tars, stats.tar),
+            (f"{stats.name}.parquet", indexes, stats.parquet),
+        ):
+            found = there[name].size if name in there else None
+            if found != said.bytes:
+                got = "none" if found is None else f"one of {found}"
+                raise TicketSetError(
+                    f"{store}: expected {name} of {said.bytes} bytes, as {stats.name}.json says, got {got}; remove that"
+                    f" JSON to mine the shard again"
+                )
