@@ -19,6 +19,7 @@ from miner.done import count_images, finish
 from miner.folder import remove_claims, remove_temporary
 from miner.job import Job, TooManyFailures, mine_shards
 from miner.producers import Producer
+from miner.producers.producer import Image
 from miner.progress import ProgressBar, show_plan, show_summary
 from miner.reading import Shard
 from miner.settings import Fleet
@@ -168,6 +169,10 @@ class _Progress(ProgressBar):
     def changed(self) -> None:
         super().changed()
         self._claims.renew()
+
+    def done(self, image: Image, viewed: bool) -> None:
+        super().done(image, viewed)
+        self._claims.renew()  # rankings that are kept come in no batches, after which it would change
 
 
 def mine_elastic(job: Job, mined: Plan, producers: Sequence[Producer], fleet: Fleet, device: torch.device) -> None:

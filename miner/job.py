@@ -209,7 +209,7 @@ def mine_shards(
     progress = progress or Progress()
     to_read, to_mine = itertools.tee(shards)
     ahead = read_ahead(job.plan, job.source, producers, to_read, job.workers)
-    writer = Writer(job.plan, job.store, producers, job.workers, job.shared, committed)
+    writer = Writer(job.plan, job.store, producers, job.workers, job.shared, committed, progress.changed)
     try:
         for split, number in to_mine:
             progress.shard = split, number

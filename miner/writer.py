@@ -30,6 +30,7 @@ class Writer:
         workers: threads that encode.
         shared: other processes may write the same shards.
         committed: told of each shard that is done.
+        waiting: called once a second while the caller waits: a slow store is no reason to be taken for dead.
 
     Attributes:
         failed: the shard that could not be written.
@@ -43,9 +44,10 @@ class Writer:
         workers: int,
         shared: bool = False,
         committed: Callable[[Shard], None] | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._plan, self._store, self._producers, self._shared = plan, store, producers, shared
-        self._committed = committed
+        self._committed, self._waiting = committed, waiting
         self.failed: Shard | None = None
         self._encoders = ThreadPoolExecutor(workers, "encode")
         self._most_waiting = _most_waiting(plan, workers)
@@ -72,6 +74,8 @@ class Writer:
 
     def finish(self) -> list[ShardStats]:
         """Wait until everything is on disk; gives what each shard's JSON says."""
+        while wait(self._shards, 1).not_done:
+            self._waiting()
         return [shard.result() for shard in self._shards]
 
     def close(self) -> None:
@@ -88,6 +92,7 @@ class Writer:
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=1)
                 return
+            self._waiting()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from conftest import SELECTOR, contents, inspect, mine
-from miner import claims, elastic, reading
+from miner import claims, elastic, reading, writer
 from processes import ended, start
 from shards import format as fmt
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
-from shards.store import LocalStore
+from shards.store import ANY, LocalStore
 from shards.writer import ShardWriter
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -404,6 +404,42 @@ def test_a_store_that_fails_is_no_shards_fault(
     monkeypatch.setattr(LocalStore, "_put", fails)
     assert mine(*words, code=1).stderr == "Error: s3://x: SlowDown\n"
     assert not [name for name in claims_of(tmp_path / "set") if name.endswith(".failed")]
+
+
+@pytest.mark.parametrize("waiting_images", [1, 64], ids=["for room in the queue", "for the last shard"])
+def test_claims_are_renewed_while_a_slow_store_is_waited_for(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, waiting_images: int
+) -> None:
+    put, events = LocalStore._put, list[str]()
+
+    def slow(self: LocalStore, name: str, data: Any, expected: Any) -> bool:
+        events.append(f"{name} {expected}")
+        if name == "train-000003.tar":
+            time.sleep(3)
+            events.append("it is there")
+        return put(self, name, data, expected)
+
+    monkeypatch.setattr(LocalStore, "_put", slow)
+    monkeypatch.setattr(writer, "WAITING_IMAGES", waiting_images)
+    mine(*words, "--claim-seconds", 2)
+    meanwhile = events[events.index("train-000003.tar None") : events.index("it is there")]
+    assert meanwhile.count(f"claims/train-000003.a1 {ANY}") >= 2
+
+
+def test_claims_are_renewed_where_no_model_is_asked(
+    center_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, read, renewed = LocalStore._put, reading.read_image, list[str]()
+
+    def noted(self: LocalStore, name: str, data: Any, expected: Any) -> bool:
+        renewed.extend([name] if expected is ANY and name.endswith(".a1") else [])
+        return put(self, name, data, expected)
+
+    monkeypatch.setattr(LocalStore, "_put", noted)
+    monkeypatch.setattr(reading, "read_image", lambda *a: (time.sleep(0.2), read(*a))[1])
+    mine("--data", center_set, "--split", "val", "--images", "ranked", "--out", tmp_path / "set", "-j", 1, "--elastic",
+         "--claim-seconds", 0.6)  # fmt: skip
+    assert renewed
 
 
 def broken_photos(tmp_path: Path, photos: Path, count: int) -> Path:

@@ -14,7 +14,7 @@ from shards.errors import TicketSetError
 from shards.store import ANY, Conflict, Entry, LocalStore, Store, open_store
 from stores import MemoryStore
 
-WORKERS, KEYS, SWAPS = 8, 20, 2
+WORKERS, KEYS, SWAPS = 8, 20, 1
 Barrier = threading.Barrier
 
 
