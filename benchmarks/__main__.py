@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 PARTS = (
-    "step", "families", "memory", "loader", "reading", "selector", "mining", "fleet", "scaling", "size", "cold", "epoch"
+    "step", "families", "memory", "loader", "reading", "selector", "mining", "fleet", "scaling", "size", "cold", "epoch",
+    "stores",
 )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ PARTS = (
 )
 def main(parts: tuple[str, ...], data: Path | None, images: int, rounds: int, peers: str | None) -> None:
     """Measure PARTs, all of them by default: step, families, memory, loader, reading, selector, mining, fleet, scaling,
-    size, cold, epoch. `gpu` is a command of its own, see `gpu --help`.
+    size, cold, epoch, stores. `gpu` is a command of its own, see `gpu --help`.
 
     `report` measures nothing and prints the table of the results that lie in benchmarks/results.
     """

@@ -12,9 +12,10 @@ Claims save work and decide nothing: that no worker undoes another's shard is up
 (`shards.writer`), since a worker that was taken for dead may wake up at any time.
 """
 
+import contextlib
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from shards import format as fmt
@@ -34,6 +35,33 @@ class Stolen(TicketSetError):
     """Another worker has taken this one for dead, and its shard over."""
 
 
+class Unreachable(TicketSetError):
+    """The store failed when it was asked about claims: no shard is to blame."""
+
+
+@contextlib.contextmanager
+def _no_shards_fault() -> Iterator[None]:
+    try:
+        yield
+    except Stolen:
+        raise
+    except (TicketSetError, OSError) as error:
+        raise Unreachable(str(error)) from error
+
+
+@dataclass
+class _Held:
+    """A claim of this worker's.
+
+    Attributes:
+        attempt: its number.
+        put: when it was put last, by the store's clock.
+    """
+
+    attempt: int
+    put: float
+
+
 @dataclass
 class _Attempts:
     """What is known of one name's attempts.
@@ -51,9 +79,9 @@ class _Attempts:
         return max(self.times, default=0)
 
     @property
-    def failed(self) -> int:
-        """How many did not end well, now that the last is over: lost ones count, dropped ones do not."""
-        return sum(self.ended.get(attempt) != "dropped" for attempt in self.times)
+    def failed(self) -> list[int]:
+        """Those that did not end well, now that the last is over: lost ones count, dropped ones do not."""
+        return [attempt for attempt in self.times if self.ended.get(attempt) != "dropped"]
 
 
 @dataclass
@@ -62,9 +90,9 @@ class State:
 
     Attributes:
         done: names whose JSON is there.
-        free: that may be claimed, and the number of the attempt that this would be.
+        free: that may be claimed, and the number of the attempt that this would be; those that failed before stand first.
         working: that somebody is at; seconds until the claim would be taken for lost.
-        poisoned: that failed too often; the number of the last attempt.
+        poisoned: that failed too often; the number of the last attempt that did.
     """
 
     done: set[str] = field(default_factory=set)
@@ -84,6 +112,7 @@ class Claims:
         attempts: that may fail until a name is given up.
     Attributes:
         state: as of the last look.
+        now: tells the store's time, in seconds.
 
     Raises:
         TicketSetError: the store does not keep conditional writes.
@@ -93,9 +122,9 @@ class Claims:
         self._store, self._worker, self._seconds, self._attempts = store, worker, seconds, attempts
         self._names = list(names)  # that were not done when it was looked last
         random.Random(worker).shuffle(self._names)  # or a thousand workers would ask for the first of them
-        self._now = store.clock()
+        self.now = store.clock()
         self.state = State()
-        self._held: dict[str, tuple[int, float]] = {}  # name -> attempt, when it was put last
+        self._held: dict[str, _Held] = {}
         self._in_vain = 0  # takes, one after another
 
     def look(self) -> State:
@@ -111,7 +140,7 @@ class Claims:
                 found[name].ended[number] = end
             else:
                 found[name].times[number] = entry.modified
-        state, now = State(self.state.done), self._now()
+        state, now = State(self.state.done), self.now()
         for name, attempts in found.items():
             file = there.get(f"{name}.json")
             if file is not None and not fmt.is_mark(file.size):
@@ -121,16 +150,23 @@ class Claims:
             left = attempts.times.get(last, 0.0) + self._seconds - now
             if last and last not in attempts.ended and left > 0:
                 state.working[name] = left
-            elif attempts.failed >= self._attempts:
-                state.poisoned[name] = last
+            elif len(attempts.failed) >= self._attempts:
+                state.poisoned[name] = max(attempts.failed)
             else:
                 state.free[name] = last + 1
         self._names = [name for name in self._names if name not in state.done]
+        # `take` begins at the end: what fails again and again is not to hold up the rest.
+        state.free = dict(sorted(state.free.items(), key=lambda item: -len(found[item[0]].failed)))
         self.state = state
         return state
 
+    @_no_shards_fault()
     def take(self) -> str | None:
-        """Claim something that is free, or None where nothing is now: as `state` says, which is of this moment then."""
+        """Claim something that is free, or None where nothing is now: as `state` says, which is of this moment then.
+
+        Raises:
+            Unreachable: the store fails.
+        """
         for stale in (True, False):
             conflicts, free = 0, self.state.free if stale else self.look().free
             while free and conflicts < CONFLICTS_TO_LOOK_AGAIN:
@@ -139,6 +175,7 @@ class Claims:
                     conflicts += 1
                 elif self._is_done(name):  # since it was looked, and its claims were removed with all others
                     self._end(name, "dropped")
+                    conflicts += 1
                 else:
                     self._in_vain = 0
                     return name
@@ -162,7 +199,7 @@ class Claims:
             self._store.put(_place(name, attempt), self._said, expected=None)
         except Conflict:
             return False
-        self._held[name] = attempt, self._now()
+        self._held[name] = _Held(attempt, self.now())
         return True
 
     @property
@@ -174,36 +211,39 @@ class Claims:
         """Names that are claimed and neither done nor given up, in the order of their claims."""
         return list(self._held)
 
+    @_no_shards_fault()
     def renew(self) -> None:
         """Put the held claims again where it is time; call it as the work goes on.
 
         Raises:
             Stolen: a later attempt is there.
+            Unreachable: the store fails.
         """
-        for name, (attempt, put) in list(self._held.items()):
-            if self._now() - put < self._seconds / RENEWALS:
+        for name, held in list(self._held.items()):
+            if self.now() - held.put < self._seconds / RENEWALS:
                 continue
-            if self._store.tag(_place(name, attempt + 1)):
-                del self._held[name]
+            if self._store.tag(_place(name, held.attempt + 1)):
+                self.forget(name)
                 raise Stolen(f"{self._store.at(name)}: another worker has taken this shard over")
-            self._store.put(_place(name, attempt), self._said)
-            self._held[name] = attempt, self._now()
+            self._store.put(_place(name, held.attempt), self._said)
+            held.put = self.now()
 
     def forget(self, name: str) -> None:
         """Hold a claim no longer: its JSON is there. Another thread may call it."""
         self._held.pop(name, None)
 
     def drop(self) -> None:
-        """Give up all that is held, so that others need not wait."""
+        """Give up all that is held, so that others need not wait; where the store fails they have to."""
         for name in self.held:
-            self._end(name, "dropped")
+            with contextlib.suppress(TicketSetError, OSError):
+                self._end(name, "dropped")
 
     def fail(self, name: str, reason: str) -> None:
         """Say that an attempt at what is held failed."""
         self._end(name, "failed", reason)
 
     def _end(self, name: str, how: str, reason: str = "") -> None:
-        attempt, _ = self._held.pop(name)
+        attempt = self._held.pop(name).attempt
         said = {"worker": self._worker, "reason": reason}
         self._store.put(f"{_place(name, attempt)}.{how}", fmt.canonical_json(said))
 

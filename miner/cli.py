@@ -24,6 +24,7 @@ Examples:
   datalth-mine --data shards --images link --keep-rate 0.7 --out shards-r.7
   datalth-mine --data shards --images ranked --out shards-ranked
   datalth-mine --data shards --images link --method none --token-labels dm_nfnet_f6 --out shards-labels
+  datalth-mine --data imagenet --out shards --ray
   torchrun --no-python --nproc-per-node 8 datalth-mine --data imagenet --out shards
   datalth-mine --elastic --data s3://bucket/imagenet --out s3://bucket/shards
 """
@@ -81,12 +82,17 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
         return
 
+    received: list[signal.Signals] = []
+
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number))
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*received[:1]) from None  # what was raised in the handler, Ray raises anew
     finally:
         signal.signal(signal.SIGTERM, before)
 

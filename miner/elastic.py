@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import click
 import torch
 
-from miner.claims import Claims, State, Stolen
+from miner.claims import Claims, State, Stolen, Unreachable
 from miner.done import count_images, finish
-from miner.folder import remove_claims
-from miner.job import Job, mine_shards
+from miner.folder import remove_claims, remove_temporary
+from miner.job import Job, TooManyFailures, mine_shards
 from miner.producers import Producer
 from miner.progress import ProgressBar, show_plan, show_summary
 from miner.reading import Shard
@@ -29,7 +29,8 @@ from shards.ranks import rank_and_world
 from shards.schema import Plan
 from shards.store import Conflict
 
-SICK = 3  # shards that fail in a row: it is this worker, not the shards
+SICK = 3  # shards that failed here since one was committed: it is this worker, not the shards
+ANY_NUMBER = 10**6  # of attempts to write the manifest: it is no shard that could be left out
 MANIFEST = fmt.MANIFEST.removesuffix(".json")
 
 
@@ -51,6 +52,7 @@ class Worker:
         self._sizes = {name: count_images(job.plan, job.source, [shard]) for name, shard in self._shards.items()}
         self._claims = Claims(job.store, self._name, self._shards, fleet.claim_seconds, fleet.attempts)
         self._own: set[str] = set()  # shards that were committed here
+        self._failed: set[str] = set()  # that failed here since one was
 
     def work(self, producers: Sequence[Producer], shown: bool) -> ProgressBar:
         """Mine shards until all are done or given up, here or elsewhere.
@@ -67,13 +69,10 @@ class Worker:
             click.echo(f"resuming: {len(state.done)} of {len(self._shards)} shards are done")
         total = sum(self._sizes.values())
         progress = _Progress(self._claims, total - self._before, self._max_failures * total, shown)
-        sick = 0
         with contextlib.closing(progress):
             while state.free or state.working:
-                own, error = len(self._own), self._mine_free(producers, progress)
-                sick = 0 if error is None or len(self._own) > own else sick + 1
-                if sick == SICK and error is not None:
-                    raise error
+                if not self._mine_free(producers, progress):
+                    self._claims.look()
                 state = self._claims.state
                 if not state.free and state.working:
                     time.sleep(self._claims.pause)
@@ -84,8 +83,8 @@ class Worker:
     def _images(self, names: set[str]) -> int:
         return sum(self._sizes[name] for name in names)
 
-    def _mine_free(self, producers: Sequence[Producer], progress: ProgressBar) -> Exception | None:
-        """Mine what is free until nothing is; gives the error of a shard that failed."""
+    def _mine_free(self, producers: Sequence[Producer], progress: ProgressBar) -> bool:
+        """Mine what is free until nothing is, or a shard fails; says whether nothing is."""
 
         def claimed() -> Iterator[Shard]:
             while (name := self._claims.take()) is not None:
@@ -98,26 +97,32 @@ class Worker:
             name = fmt.shard_name(*shard)
             self._claims.forget(name)
             self._own.add(name)
+            self._failed.clear()
 
         try:
             mine_shards(self._job, claimed(), producers, progress, committed)
+            return True
         except (Stolen, Conflict):  # this worker was taken for dead, and another is at its shard
-            return None
+            pass
+        except (Unreachable, TooManyFailures, torch.OutOfMemoryError):
+            raise
         except Exception as error:
-            if is_machine_error(error) or isinstance(error, torch.OutOfMemoryError):
+            if is_machine_error(error):
                 raise
             self._blame(progress.shard, error)
-            return error
         finally:
             self._claims.drop()
-        return None
+        return False
 
     def _blame(self, shard: Shard | None, error: Exception) -> None:
         name = "" if shard is None else fmt.shard_name(*shard)
         if name not in self._claims.held:
-            raise error  # of no shard of ours: the store's
+            raise error  # of no shard of ours
         click.echo(printable(f"{name}: this attempt failed: {first_line(error)}"), err=True)
         self._claims.fail(name, first_line(error))
+        self._failed.add(name)
+        if len(self._failed) == SICK:
+            raise error
 
     def _given_up(self, state: State) -> TicketSetError:
         first = [f"{name}: {self._claims.reason(name, last)}" for name, last in sorted(state.poisoned.items())[:3]]
@@ -135,7 +140,7 @@ class Worker:
             TicketSetError: too many images failed, of all together.
         """
         store, plan = self._job.store, self._job.plan
-        claims = Claims(store, self._name, [MANIFEST], self._fleet.claim_seconds, self._fleet.attempts)
+        claims = Claims(store, self._name, [MANIFEST], self._fleet.claim_seconds, ANY_NUMBER)
         while not claims.look().done:
             if claims.take() is None:
                 time.sleep(claims.pause)
@@ -144,9 +149,12 @@ class Worker:
                 if not finish(store, plan, self._job.source, self._max_failures):
                     return False
                 claims.forget(MANIFEST)
-                remove_claims(store)
             finally:
                 claims.drop()
+        # By each worker: one that was taken for dead may put claims after all others have ended. And what a killed one was
+        # writing is older than half of what claims hold, for somebody has mined its shard since it was free.
+        remove_claims(store)
+        remove_temporary(store, before=claims.now() - self._fleet.claim_seconds / 2)
         return True
 
 

@@ -1,5 +1,6 @@
 """The folder that a ticket set is mined into: whether it may be, what is done in it, what is removed from it."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,8 @@ def check_alone(output: Output, fleet: Fleet, world: int) -> None:
     """
     if world == 1 and not fleet.elastic:
         return
+    if fleet.ray is not None and world > 1:
+        raise TicketSetError("`ray` under torchrun: Ray starts the workers; run the command once, without torchrun")
     how, without = ("`elastic`", "it") if fleet.elastic else ("under torchrun", "torchrun")
     if output.overwrite:
         raise TicketSetError(f"`overwrite` {how}: workers would remove each other's work; remove the folder first")
@@ -40,7 +43,8 @@ def check_target(out: str, data: str) -> None:
         raise TicketSetError(f"`out` {out}: expected a folder, got a file")
     if _is_inside(store.url, data):
         raise TicketSetError(f"`out` {out}: lies inside `data` {data}; its shards would be taken for images")
-    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp") and name != fmt.LISTINGS]
+    ours = (fmt.CLAIMS, fmt.LISTINGS)  # of workers that were stopped before there was a plan; some stores keep folders
+    names = [name for name in storage.list_names(store.url) if not name.endswith(".tmp") and name not in ours]
     if "__init__.py" in names:
         raise TicketSetError(
             f"`out` {out}: this is Python source code (it holds __init__.py); run in a work folder, or name another `out`"
@@ -65,6 +69,10 @@ def _is_inside(out: str, data: str) -> bool:
     return any(os.path.isdir(root) and Path(out).resolve().is_relative_to(Path(root).resolve()) for root in roots)
 
 
+_FOR_WORKERS = {
+    fmt.CLAIMS: re.compile(r".*\.a[0-9]+(\.failed|\.dropped)?|clock-[0-9a-f]{16}|lock", re.DOTALL),
+    fmt.LISTINGS: re.compile(r"[0-9a-f]{32}\.json"),
+}
 _SHARD_FILE = re.compile(r".*-[0-9]{6}\.(json|tar|parquet)", re.DOTALL)
 
 
@@ -81,12 +89,13 @@ def remove_set(store: Store) -> None:
 
 def remove_claims(store: Store) -> None:
     """Remove what workers wrote for each other; there must be nothing left to do."""
-    for folder in (fmt.CLAIMS, fmt.LISTINGS):
-        store.remove(f"{folder}/{name}" for name in store.entries(folder))
+    for folder, ours in _FOR_WORKERS.items():
+        store.remove(f"{folder}/{name}" for name in store.entries(folder) if ours.fullmatch(name))
 
 
-def remove_temporary(store: Store) -> None:
-    """Remove what killed runs left; nobody else may be writing."""
+def remove_temporary(store: Store, before: float = math.inf) -> None:
+    """Remove what killed runs left: what was not written to since a time of the store's clock, as by nobody who lives."""
     for folder in ("", fmt.INDEX, fmt.CLAIMS):
-        stale = [name for name in store.entries(folder) if name.endswith(".tmp")]
+        found = store.entries(folder).items()
+        stale = [name for name, entry in found if name.endswith(".tmp") and entry.modified < before]
         store.remove(f"{folder}/{name}" if folder else name for name in stale)

@@ -105,6 +105,9 @@ class ProgressBar(Progress):
         total: images to mine.
         max_failures: of them that may fail.
         shown: else nothing is seen of it, as of other ranks than the first.
+
+    Attributes:
+        workers: at work for this process, which mines nothing itself; None where it does.
     """
 
     def __init__(self, total: int, max_failures: float, shown: bool = True) -> None:
@@ -112,6 +115,7 @@ class ProgressBar(Progress):
         self._total, self._start, self._shown = total, time.monotonic(), time.monotonic()
         self._bar, self._quiet = None, not shown
         self._elsewhere, self._their_shards = 0, 0
+        self.workers: int | None = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -132,6 +136,8 @@ class ProgressBar(Progress):
         detail = f"{self.views / max(now - self._start, 1e-9):.0f} views/s, failed {self.failures}"
         if self._their_shards:
             detail = f"{self._their_shards} shards at work elsewhere, here {detail}"
+        if self.workers is not None:
+            detail = f"{self.workers} workers, {detail}"
         shares = waiting_shares(self).items()
         if self._bar is not None:
             brief = " ".join(f"{leg[0]}{100 * share:.0f}" for leg, share in shares)

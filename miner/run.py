@@ -16,8 +16,9 @@ from miner.folder import check_alone, check_target, remove_set, remove_temporary
 from miner.job import Job, mine_shards
 from miner.lock import FolderLock
 from miner.plan import make_plan, write_plan
-from miner.producers import Producer, build_models, build_producers, check_settings, device_of
+from miner.producers import Producer, build_models, build_producers, check_settings, device_of, is_blind
 from miner.progress import ProgressBar, show_plan, show_summary
+from miner.ray_pool import RayPool
 from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from miner.sources import Source, open_source
 from miner.sources.listings import SharedListings
@@ -55,23 +56,29 @@ def mine(
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
     check_settings(selects, labeling, output, machine)
-    device = device_of(selects, labeling, machine)
+    pool = None if fleet.ray is None else RayPool(fleet, machine, is_blind(selects, labeling))
+    device = device_of(selects, labeling, machine) if pool is None else pool.device
     batch_size = machine.batch_size or default_batch_size(store, output, device)
     machine = replace(machine, batch_size=batch_size)
     try:
-        loaded = build_models(selects, labeling, geometry, machine, tuple(source.classes))
+        here = machine if pool is None else replace(machine, device="cpu")  # for what the plan says of the models
+        loaded = build_models(selects, labeling, geometry, here, tuple(source.classes))
         producers = build_producers(loaded, selects, output, geometry, source)
         identities = {producer.name: producer.identity for producer in producers}
         plan = make_plan(source, inputs, output, geometry, identities, batch_size)
         with FolderLock(store) as lock, models.compiling():
             whole = settle(store, lock, output, plan, source, device)
-            job = Job(whole, source, store, selects, labeling, geometry, machine, output, shared=fleet.elastic)
+            shared = fleet.elastic or pool is not None
+            job = Job(whole, source, store, selects, labeling, geometry, machine, output, shared)
             if fleet.elastic:
                 mine_elastic(job, plan, producers, fleet, device)
             else:
-                mine_missing(job, plan, producers, device)
+                mine_missing(job, plan, producers, device, pool)
     except torch.OutOfMemoryError as error:  # the device's; the host's is a MemoryError
         raise TicketSetError(f"`device` {device}: {first_line(error)} Take a smaller `batch_size`") from None
+    finally:
+        if pool is not None:
+            pool.close()
 
 
 def settle(store: Store, lock: FolderLock, output: Output, mined: Plan, source: Source, device: torch.device) -> Plan:
@@ -101,11 +108,14 @@ def settle(store: Store, lock: FolderLock, output: Output, mined: Plan, source: 
     return plan
 
 
-def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], device: torch.device) -> None:
+def mine_missing(
+    job: Job, mined: Plan, producers: Sequence[Producer], device: torch.device, pool: RayPool | None
+) -> None:
     """Mine those of this rank's shards that are not done, and finalize the set when all ranks' are.
 
     Args:
         mined: what this command mines of the job's plan.
+        pool: of workers that mine instead of this process.
     """
     plan, source, store = job.plan, job.source, job.store
     rank, world = rank_and_world()
@@ -113,16 +123,22 @@ def mine_missing(job: Job, mined: Plan, producers: Sequence[Producer], device: t
     done = committed(store, plan, own)
     todo = [shard for shard in own if shard not in done]
     if rank == 0:
-        show_plan(plan, source, store, str(device), list(mined.splits))
+        where = str(device) if pool is None else f"{device}: workers of Ray, {pool.need} each"
+        show_plan(plan, source, store, where, list(mined.splits))
         if done:
             print(f"resuming: {len(done)} of {len(own)} shards are done")
     allowed = job.output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
     started = time.monotonic()
     progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0 and bool(todo))
     with contextlib.closing(progress):
-        mine_shards(job, todo, producers, progress)
+        if pool is None:
+            mine_shards(job, todo, producers, progress)
+        else:
+            pool.mine(job, todo, progress)
     seconds = time.monotonic() - started
     if finish(store, plan, source):
+        if pool is not None:
+            remove_temporary(store)  # of workers that were killed
         if rank == 0 or todo:
             show_summary(store, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:

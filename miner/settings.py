@@ -250,6 +250,17 @@ class Fleet(Settings):
         120.0, Finite(0.1, 1e6), "Take over a worker's shard when it has shown no progress for so long.", metavar="S"
     )
     attempts: int = setting(3, click.IntRange(1, 1000), "Give a shard up that has failed so often.", metavar="N")
+    ray: str | None = setting(
+        None,
+        metavar="[ADDRESS]",
+        help="Mine on a Ray cluster, one worker a GPU, or on CPUs where there is none. Without an address: that of RAY_ADDRESS or of this machine, else one is started here.",
+        bare="auto",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.elastic and self.ray is not None:
+            raise TicketSetError("`ray` and `elastic` both say who mines; give one of them")
 
 
 GROUPS: tuple[type[Settings], ...] = (Inputs, Output, Selection, Geometry, Labeling, Machine, Fleet)

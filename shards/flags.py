@@ -42,6 +42,7 @@ def setting(
     short: str | None = None,
     shown: str | None = None,
     parse: Callable[[Any], Any] | None = None,
+    bare: str | None = None,
     marks: frozenset[str] = frozenset(),
 ) -> Any:
     """A field of `Settings`.
@@ -55,6 +56,7 @@ def setting(
         short: of one letter, `-b`.
         shown: the default as --help shows it, where the value itself says too little.
         parse: text, or for a dict or a tuple of any length all texts, -> value.
+        bare: the value of a flag that is typed without one.
         marks: what else is true of it; see `marked`.
     """
     metadata: dict[str, Any] = {
@@ -65,7 +67,7 @@ def setting(
         "short": short,
         "shown": shown,
     }
-    metadata |= {"parse": parse, "marks": marks}
+    metadata |= {"parse": parse, "bare": bare, "marks": marks}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -184,6 +186,8 @@ def _option(field: Any, hint: Any) -> Callable[[Command], Command]:
         keywords |= {"multiple": True} if parts[-1] is Ellipsis else {"nargs": len(parts)}
     else:
         keywords["type"] = said["kind"] or hint
+    if said["bare"] is not None:
+        keywords |= {"is_flag": False, "flag_value": said["bare"]}
     if said["shown"]:  # click shows none where the default is None, and else in brackets
         keywords["help"] += f"  [default: {said['shown']}]"
         keywords["show_default"] = False

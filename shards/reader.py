@@ -10,6 +10,7 @@ by `shards.sample`.
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -197,8 +198,10 @@ class TicketSet:
 
     def stream_shard(self, name: str, keys: set[str] | None = None) -> Iterator[Sample]:
         """The samples of one shard in stored order; with `keys`, only these."""
-        reader = SampleReader(self)
-        for row in rows_of(self.joined(name)):
+        table = self.joined(name)
+        scattered = keys is not None and len(keys) < len(table) / 4
+        reader = SampleReader(self, open_tar=lambda url, _: storage.open_ranges(url, scattered))
+        for row in rows_of(table):
             if keys is None or row.key in keys:
                 yield reader.read(name, row)
 
@@ -283,7 +286,7 @@ class SampleReader:
         self._set, self._link, self._open_tar = opened, token_labels, open_tar
         holders = (token_labels, opened, opened.base)
         self._labels = next((each for each in holders if each is not None and each.has_token_labels), None)
-        self._open = functools.lru_cache(keep)(self._open_unchanged)
+        self._kept, self._opening = functools.lru_cache(keep)(self._open_unchanged), threading.Lock()
         self._mosaic = Mosaic.of(opened.manifest) if opened.manifest.ranked else None
         self._before = functools.cache(functools.partial(bytes_before_views, opened.manifest))
 
@@ -368,6 +371,10 @@ class SampleReader:
         """The members of a sample in one of its tars, and where they are, for errors. `at`: place of the extent."""
         tar, url = self._open(opened, name)
         return split_members(tar.read(row.extents[at], row.extents[at + 1]), row.key, url), f"{url}: {row.key}"
+
+    def _open(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
+        with self._opening:  # or each thread would open the same tar
+            return self._kept(opened, name)
 
     def _open_unchanged(self, opened: TicketSet, name: str) -> tuple[storage.Ranges, str]:
         url = storage.join(opened.url, f"{name}.tar")

@@ -7,21 +7,24 @@ body that is cut) is tried again here, after what a client tries by itself.
 import contextlib
 import errno
 import functools
+import itertools
 import random
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from shards.errors import TicketSetError, first_line
 
 T = TypeVar("T")
 BLOCK = 16 << 20  # bytes asked for at once
+SMALL = 1 << 20  # bytes of a file that is asked for before its size: most JSON, and indices
 BLOCKS_AT_ONCE = 4  # side by side, of a file that is read in order
-BLOCKS_KEPT = 12  # a shard of ImageNet, so that its samples may be read in any order
+BLOCKS_KEPT = 24  # two shards of ImageNet, so that their samples may be read in any order
 WAITS = (0.2, 0.8)  # seconds before a second and a third try, give or take a half
 # Listings are never kept, or what another process puts would not be there. Others may hand this on, as sftp does to ssh.
 OBJECT_STORES = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"])
@@ -31,7 +34,7 @@ _PASSING_ERRNO = frozenset(
     + [errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH]
 )
 _PASSING_CLASSES = frozenset(  # or bases: the clients' own, of which none is installed for sure, and Python's
-    ["ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteRead"]  # botocore
+    ["ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteRead", "FlexibleChecksumError"]  # botocore
     + ["ClientConnectionError", "ClientPayloadError"]  # aiohttp
     + ["ChecksumError", "ServiceRequestError", "ServiceResponseError", "TransportError"]  # gcsfs, azure, httpx
 )
@@ -220,8 +223,32 @@ def _read_part(url: str, cat_file: Callable[..., bytes], start: int, end: int) -
     return data
 
 
+def read_start(url: str, size: int) -> bytes:
+    """The first bytes of a file of an object store, by one request; fewer where it has no more.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        TicketSetError: the store fails.
+    """
+
+    def ask() -> bytes:
+        try:
+            data: bytes = fs.cat_file(path, start=0, end=size)
+        except Exception as error:
+            # An empty file has no first byte, so that this is no range of it: 416, s3fs's EINVAL.
+            if 416 not in (getattr(error, "status_code", None), getattr(error, "code", None)) and (
+                not isinstance(error, OSError) or error.errno != errno.EINVAL
+            ):
+                raise
+            return b"" if fs.size(path) == 0 else fs.cat_file(path)
+        return data
+
+    fs, path = filesystem(url)
+    return retry(url, ask)
+
+
 def blocks(found: RemoteFile) -> Iterator[bytes]:
-    """A whole file from its beginning to its end, BLOCKS_AT_ONCE blocks at a time where it can be read by parts.
+    """A whole file from its beginning to its end, by parts where it has some: a few are on their way at any time.
 
     Raises:
         TicketSetError: the store fails, or the file is gone or of another length.
@@ -229,10 +256,22 @@ def blocks(found: RemoteFile) -> Iterator[bytes]:
     if not found.ranged or found.size is None:
         yield from _stream(found.url)
         return
-    starts = range(0, found.size, BLOCK)
-    for first in range(0, len(starts), BLOCKS_AT_ONCE):
-        some = starts[first : first + BLOCKS_AT_ONCE]
-        yield from read_ranges([(found.url, start, min(start + BLOCK, found.size)) for start in some])
+    places = [(found.url, start, min(start + BLOCK, found.size)) for start in range(0, found.size, BLOCK)]
+    if len(places) < 2 or not filesystem(found.url)[0].async_impl:  # the others log in anew in every thread
+        for place in places:
+            yield from read_ranges([place])
+        return
+    pool = ThreadPoolExecutor(BLOCKS_AT_ONCE, "blocks")
+    try:
+        waiting: deque[Future[list[bytes]]] = deque()
+        for place in places:
+            waiting.append(pool.submit(read_ranges, [place]))
+            if len(waiting) == BLOCKS_AT_ONCE:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _stream(url: str) -> Iterator[bytes]:
@@ -248,11 +287,24 @@ def _stream(url: str) -> Iterator[bytes]:
 
 
 class RemoteRanges:
-    """A file by its offsets, for threads. Keeps the last blocks, and asks for several at once where it is read in order."""
+    """A file by its offsets, for threads; see `storage.Ranges`.
 
-    def __init__(self, found: RemoteFile) -> None:
-        self._url, self.size = found.url, int(found.size or 0)
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+    The last blocks of all files are kept, and several are asked for at once where a file is read in order.
+
+    Args:
+        found: the file.
+        scattered: few parts of it will be read, far apart: they alone are fetched.
+    """
+
+    _numbers = itertools.count()
+    _kept: ClassVar[OrderedDict[tuple[int, int], bytes]] = (
+        OrderedDict()
+    )  # by file and number; each use of it is one step
+
+    def __init__(self, found: RemoteFile, scattered: bool = False) -> None:
+        self._url, self.size, self._scattered = found.url, int(found.size or 0), scattered
+        self._own = next(self._numbers)  # not the URL: another file may be there when it is opened again
+        self._fetched: set[int] = set()
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int) -> bytes:
@@ -260,24 +312,35 @@ class RemoteRanges:
         size = min(size, self.size - offset)
         if offset < 0 or size <= 0:
             return b""
+        if self._scattered:
+            return read_ranges([(self._url, offset, offset + size)])[0]
         first = offset // BLOCK
         numbers = range(first, -(-(offset + size) // BLOCK))
-        with self._lock:
+        with self._lock:  # or several threads would fetch the same
             data = b"".join(self._block(number) for number in numbers)
         start = offset - first * BLOCK
         return data[start : start + size]
 
     def _block(self, number: int) -> bytes:
-        if number not in self._blocks:
-            ahead = BLOCKS_AT_ONCE if number - 1 in self._blocks else 1
+        block = self._kept.get((self._own, number))
+        if block is None:
+            ahead = BLOCKS_AT_ONCE if (self._own, number - 1) in self._kept else 1
             end = min(number + ahead, -(-self.size // BLOCK))
-            wanted = [each for each in range(number, end) if each not in self._blocks]
+            wanted = [each for each in range(number, end) if (self._own, each) not in self._kept]
             places = [(self._url, each * BLOCK, min((each + 1) * BLOCK, self.size)) for each in wanted]
-            self._blocks |= zip(wanted, read_ranges(places), strict=True)
-            while len(self._blocks) > BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        return self._blocks[number]
+            found = read_ranges(places)
+            block = found[0]
+            self._fetched.update(wanted)
+            self._kept.update({(self._own, each): data for each, data in zip(wanted, found, strict=True)})
+        with contextlib.suppress(KeyError):  # other files' threads
+            self._kept.move_to_end((self._own, number))
+            while len(self._kept) > BLOCKS_KEPT:
+                self._kept.popitem(last=False)
+        return block
+
+    def __del__(self) -> None:
+        for number in self._fetched:
+            self._kept.pop((self._own, number), None)
 
 
 def list_names(url: str) -> list[str]:

@@ -47,6 +47,11 @@ def read_bytes(url: str, limit: int = SMALL_FILE) -> bytes:
         FileNotFoundError: it is not there.
         TicketSetError: it has more than `limit` bytes, which are then not read, or is no plain file.
     """
+    if remote.is_object_store(url):
+        start = remote.read_start(url, remote.SMALL)
+        if len(start) < remote.SMALL:
+            _check_size(url, len(start), limit)
+            return start
     return b"".join(blocks(url, limit))
 
 
@@ -128,11 +133,14 @@ class Ranges(Protocol):
         """The bytes from an offset on: those that the file has, so fewer at its end and none outside it."""
 
 
-def open_ranges(url: str) -> Ranges:
+def open_ranges(url: str, scattered: bool = False) -> Ranges:
     """Open a file for reading at offsets.
 
     A server that can only send whole files is read once, into a temporary file without a name.
 
+    Args:
+        url: of the file.
+        scattered: few parts of it will be read, far apart; of a remote file they alone are then fetched.
     Raises:
         FileNotFoundError: it is not there.
         TicketSetError: it is no plain file.
@@ -142,7 +150,7 @@ def open_ranges(url: str) -> Ranges:
         return _LocalRanges(_open_plain(url), url)
     found = remote.find(url)
     if found.ranged:
-        return remote.RemoteRanges(found)
+        return remote.RemoteRanges(found, scattered)
     with tempfile.TemporaryFile() as copy:
         for part in blocks(url, LARGE_FILE if found.size is None else found.size):
             copy.write(part)

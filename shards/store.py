@@ -16,12 +16,12 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from filelock import FileLock
@@ -30,6 +30,7 @@ from shards import remote, storage
 from shards.errors import TicketSetError, first_line
 from shards.format import CLAIMS
 
+T = TypeVar("T")
 ANY = "whatever is there"  # as what a put expects
 REQUESTS_AT_ONCE = 16
 _LARGEST_PUT = 5 << 30  # bytes of one request; only a put that expects a tag is bound to one
@@ -152,21 +153,22 @@ class Store:
         Raises:
             TicketSetError: the store does not keep them.
         """
-        name = f"clock-{secrets.token_hex(8)}"
-        place = f"{CLAIMS}/{name}"
-        try:
-            self.put(place, b"one", expected=None)
-            started = time.monotonic()
-            kept = not self._put(place, b"two", expected=None)
-            entry = self.entries(CLAIMS).get(name)
-        finally:
-            self.remove([place])
-        if not kept or entry is None:
-            raise TicketSetError(
-                f"{self.url}: its store ignores conditional writes (`If-None-Match`), so that several workers would undo"
-                f" each other's shards; expected one that keeps them, see docs/SCALE.md; a single datalth-mine can write it"
-            )
-        return lambda: entry.modified + (time.monotonic() - started)
+        for _ in range(3):  # or somebody finalized the set meanwhile, and removed all claims
+            name = f"clock-{secrets.token_hex(8)}"
+            place = f"{CLAIMS}/{name}"
+            try:
+                self.put(place, b"one", expected=None)
+                started = time.monotonic()
+                kept = not self._put(place, b"two", expected=None)
+                entry = self.entries(CLAIMS).get(name)
+            finally:
+                self.remove([place])
+            if kept and entry is not None:
+                return lambda: entry.modified + (time.monotonic() - started)
+        raise TicketSetError(
+            f"{self.url}: its store ignores conditional writes (`If-None-Match`), so that several workers would undo"
+            f" each other's shards; expected one that keeps them, see docs/SCALE.md; a single datalth-mine can write it"
+        )
 
 
 def open_store(url: str | Path) -> Store:
@@ -179,8 +181,8 @@ class LocalStore(Store):
     """A folder of this machine or of a network file system. Creating is a hard link, which one of several gets."""
 
     def tag(self, name: str) -> str | None:
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(self.at(name))
+        with contextlib.suppress(FileNotFoundError), open(self.at(name), "rb") as file:
+            found = os.fstat(file.fileno())  # of an open file: os.stat of a network file system may be seconds old
             return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
         return None
 
@@ -194,11 +196,15 @@ class LocalStore(Store):
         return found
 
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
-        if isinstance(data, bytes):
+        while isinstance(data, bytes):
             with self.spool(name) as file:
                 file.write(data)
                 file.flush()
-                return self._put(name, Path(file.name), expected)
+                try:
+                    return self._put(name, Path(file.name), expected)
+                except FileNotFoundError:  # it was swept: somebody took this process for dead, as after a long stop
+                    if os.path.exists(file.name):
+                        raise
         path = Path(self.at(name))
         with open(data, "rb") as file:
             os.fsync(file.fileno())
@@ -210,7 +216,7 @@ class LocalStore(Store):
             except FileExistsError:
                 return False
         else:
-            with FileLock(self.at(f"{CLAIMS}/lock")):  # no system replaces a file on a condition
+            with self._lock():  # no system replaces a file on a condition
                 if self.tag(name) != expected:
                     return False
                 os.replace(data, path)
@@ -227,8 +233,22 @@ class LocalStore(Store):
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         path = Path(self.at(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return storage.temporary_file(path)
+        return _in_folder(path.parent, lambda: storage.temporary_file(path))
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        return _in_folder(Path(self.at(CLAIMS)), lambda: FileLock(self.at(f"{CLAIMS}/lock")))
+
+
+@contextlib.contextmanager
+def _in_folder(folder: Path, make: Callable[[], contextlib.AbstractContextManager[T]]) -> Iterator[T]:
+    """A file in a folder that others may remove whenever it is empty."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                file = stack.enter_context(make())
+                break
+        yield file
 
 
 class RemoteStore(Store):

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import secrets
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,10 +108,27 @@ class ShardWriter:
             Conflict: another process has taken the shard over and is at it.
         """
         self._tar.close()
+        if self._shared:
+            stats = self._commit_shared(timing)
+        else:
+            data, stats = self._files(timing)
+            for name, content in data.items():
+                self.store.put(name, content)
+            self.store.put(self._json, fmt.canonical_json(stats.to_json()))
+        self._committed = True
+        return stats
+
+    @property
+    def _json(self) -> str:
+        return f"{self.name}.json"
+
+    def _files(self, timing: dict[str, Any] | None, **metadata: str) -> tuple[dict[str, bytes | Path], ShardStats]:
+        """What is put before the JSON, by name, and what the JSON will say of it."""
         self._file.file.flush()
-        schema = self._schema.with_metadata({"datalth.shard": self.name, "datalth.plan_id": self._plan_id})
+        said = {"datalth.shard": self.name, "datalth.plan_id": self._plan_id, **metadata}
         parquet = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema), parquet, compression="zstd")
+        table = pa.Table.from_pylist(self._rows, self._schema.with_metadata(said))
+        pq.write_table(table, parquet, compression="zstd")
         failed = [row for row in self._rows if row["status"] == "failed"]
         stats = ShardStats(
             format=self._version,
@@ -124,14 +142,78 @@ class ShardWriter:
             parquet=_digest_of(parquet.getvalue()),
             timing=timing,
         )
-        data: dict[str, bytes | Path] = {
-            f"{self.name}.tar": Path(self._file.file.name),
-            f"{fmt.INDEX}/{self.name}.parquet": parquet.getvalue(),
-        }
-        commit = _commit_shared if self._shared else _commit
-        stats = commit(self.store, data, stats)
-        self._committed = True
+        tar = Path(self._file.file.name)
+        return {f"{self.name}.tar": tar, f"{fmt.INDEX}/{self.name}.parquet": parquet.getvalue()}, stats
+
+    def _commit_shared(self, timing: dict[str, Any]) -> ShardStats:
+        """Commit where others may be at the same shard; one of them wins, and all files are his.
+
+        Two miners on one kind of machine make the same bytes, and need not agree. On another kind of GPU the last bits of
+        scores differ, and rankings with them; then a miner who was taken for dead and goes on must not mix his files with
+        those of who took over. So nothing is replaced before the JSON, by which a shard is committed, is out of his reach:
+        that is what `_take_over` is for.
+        """
+        data, stats = self._files(timing)
+        try:
+            try:
+                for name, content in data.items():
+                    self.store.put(name, content, expected=None)
+                self.store.put(self._json, fmt.canonical_json(stats.to_json()), expected=None)
+            except Conflict:
+                return self._take_over(data, stats)
+        except Conflict:
+            done = read_shard_json(self.store, self.split, self.number)
+            if done is None:
+                raise
+            return done
         return stats
+
+    def _take_over(self, data: dict[str, bytes | Path], stats: ShardStats) -> ShardStats:
+        """Commit a shard of which there are files of another content: somebody left them behind, or is writing them.
+
+        First a mark of ours takes the place of the JSON, so that he cannot commit any more. A file is then replaced only
+        if it still is the one that was there before the mark was seen to be ours: who takes over from us changes the mark
+        first, so that one of us fails.
+
+        Raises:
+            Conflict: another process commits the shard, or has.
+        """
+        store, token = self.store, secrets.token_hex(16)
+        mark = fmt.taken_mark(token)
+        tag = store.tag(self._json)
+        done = read_shard_json(store, self.split, self.number)
+        if done is not None:
+            return done
+        store.put(self._json, mark, expected=tag)
+        if tag is not None:
+            data, stats = self._unlike_any(token, stats.timing)
+        tag = store.tag(self._json)
+        for name, content in data.items():
+            while True:
+                there = store.tag(name)
+                if store.read(self._json) != mark:
+                    raise Conflict(f"{store.at(self._json)}: another process has taken this shard over")
+                with contextlib.suppress(Conflict):  # who was there before may write once more
+                    store.put(name, content, expected=there)
+                    break
+        store.put(self._json, fmt.canonical_json(stats.to_json()), expected=tag)
+        return stats
+
+    def _unlike_any(self, token: str, timing: dict[str, Any] | None) -> tuple[dict[str, bytes | Path], ShardStats]:
+        """The files again, with a token in them that no reader looks at.
+
+        Somebody before us took the shard over, too, and may still be about to replace what he saw there. In S3 he would,
+        if we left or put the very same bytes: a tag there is their hash. It costs no promise: where bytes are those of one
+        process alone, there is nothing to take over.
+        """
+        file = self._stack.enter_context(self.store.spool(f"{self.name}.tar"))
+        with open(
+            self._file.file.name, "rb"
+        ) as whole:  # a copy: where that is a hard link, the tar may be there already
+            shutil.copyfileobj(whole, file, 1 << 20)
+        self._file.file = file
+        self._file.write(token.encode().ljust(512, b"\0"))  # behind the archive's end
+        return self._files(timing, **{"datalth.taken_over": token})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -141,66 +223,6 @@ class ShardWriter:
             with contextlib.suppress(OSError, ValueError):
                 self._tar.close()
         self._stack.__exit__(kind, error, traceback)
-
-
-def _commit(store: Store, data: dict[str, bytes | Path], stats: ShardStats) -> ShardStats:
-    for name, content in data.items():
-        store.put(name, content)
-    store.put(f"{stats.name}.json", fmt.canonical_json(stats.to_json()))
-    return stats
-
-
-def _commit_shared(store: Store, data: dict[str, bytes | Path], stats: ShardStats) -> ShardStats:
-    """`_commit` where others may be at the same shard; one of them wins, and all files are his.
-
-    Two miners on one kind of machine make the same bytes, and need not agree. On another kind of GPU the last bits of
-    scores differ, and rankings with them; then a miner who was taken for dead and goes on must not mix his files with
-    those of who took over. So nothing is replaced before the JSON, by which a shard is committed, is out of his reach:
-    that is what `_take_over` is for.
-    """
-    try:
-        try:
-            for name, content in data.items():
-                store.put(name, content, expected=None)
-        except Conflict:
-            return _take_over(store, data, stats)
-        store.put(f"{stats.name}.json", fmt.canonical_json(stats.to_json()), expected=None)
-    except Conflict:
-        done = read_shard_json(store, stats.split, stats.shard)
-        if done is None:
-            raise
-        return done
-    return stats
-
-
-def _take_over(store: Store, data: dict[str, bytes | Path], stats: ShardStats) -> ShardStats:
-    """Commit a shard of which there are files of another content: somebody left them behind, or is writing them.
-
-    First a mark of ours takes the place of the JSON, so that he cannot commit any more. A file is then replaced only if
-    it still is the one that was there before the mark was seen to be ours: who takes over from us changes the mark first,
-    so that one of us fails.
-
-    Raises:
-        Conflict: another process commits the shard, or has.
-    """
-    where = f"{stats.name}.json"
-    mark = fmt.taken_mark(secrets.token_hex(16))
-    tag = store.tag(where)
-    done = read_shard_json(store, stats.split, stats.shard)
-    if done is not None:
-        return done
-    store.put(where, mark, expected=tag)
-    tag = store.tag(where)
-    for name, content in data.items():
-        while True:
-            there = store.tag(name)
-            if store.read(where) != mark:
-                raise Conflict(f"{store.at(where)}: another process has taken this shard over")
-            with contextlib.suppress(Conflict):  # who was there before may write once more
-                store.put(name, content, expected=there)
-                break
-    store.put(where, fmt.canonical_json(stats.to_json()), expected=tag)
-    return stats
 
 
 def _digest_of(data: bytes) -> FileDigest:

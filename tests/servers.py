@@ -7,6 +7,7 @@ def test_a_fault(s3, faults):      # the same by way of `faults`
     assert faults.count("GET") == 2
 """
 
+import contextlib
 import http.client
 import itertools
 import logging
@@ -73,6 +74,16 @@ class FaultServer(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def running(self) -> "Iterator[FaultServer]":
+        """Serve in a thread."""
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            self.server_close()
 
     @property
     def url(self) -> str:
@@ -214,11 +225,8 @@ def moto() -> Iterator[tuple[str, int]]:
 @pytest.fixture
 def faults(moto: tuple[str, int]) -> Iterator[FaultServer]:
     """A server before moto that fails as planned and counts; the URLs of `s3` then lead to it."""
-    server = FaultServer(moto)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with FaultServer(moto).running() as server:
+        yield server
 
 
 @pytest.fixture

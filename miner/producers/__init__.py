@@ -18,7 +18,7 @@ from miner.token_labels import build_labeler
 from shards.errors import TicketSetError
 from shards.schema import SelectorIdentity
 
-__all__ = ["Producer", "build_models", "build_producers", "check_settings", "device_of"]
+__all__ = ["Producer", "build_models", "build_producers", "check_settings", "device_of", "is_blind"]
 
 
 def build_producers(
@@ -78,10 +78,11 @@ def device_of(selection: Selection | None, labeling: Labeling, machine: Machine)
     Raises:
         TicketSetError: no such device.
     """
-    return torch.device("cpu") if _is_blind(selection, labeling) else choose_device(machine.device)
+    return torch.device("cpu") if is_blind(selection, labeling) else choose_device(machine.device)
 
 
-def _is_blind(selection: Selection | None, labeling: Labeling) -> bool:
+def is_blind(selection: Selection | None, labeling: Labeling) -> bool:
+    """Whether no producer looks at pixels."""
     return (selection is None or selection.method in BLIND) and labeling.token_labels is None
 
 
@@ -99,7 +100,7 @@ def check_settings(selection: Selection | None, labeling: Labeling, output: Outp
         "selector": asked.selector, "weights": asked.weights, "drop_blocks": asked.drop_blocks,
         "torchcompile": machine.torchcompile,
     }  # fmt: skip
-    if _is_blind(selection, labeling):
+    if is_blind(selection, labeling):
         unused["amp"] = machine.amp
     why = f"`method` {method} uses no model" if selection else "the rankings of `data` are kept, without a model"
     for name, value in unused.items():

@@ -24,6 +24,7 @@ from miner.sources.source import (
 from miner.sources.tars import tar_source
 from miner.sources.ticket_set import ticket_set_source
 from miner.sources.timm_reader import timm_source
+from miner.sources.tree import LocalTree, RemoteTree, Tree
 from shards import format as fmt
 from shards import remote, storage
 from shards.errors import TicketSetError
@@ -37,7 +38,8 @@ FORMS = """expected one of
   WebDataset tars                                                       `data` 'tars/train-{0000..0127}.tar'
   another ticket set                                                    `data` shards
   a map-style timm reader                                               `data` timm:hfds/uoft-cs/cifar10
-  a name under $DATALTH_DATA                                            `data` imagenet"""
+  a name under $DATALTH_DATA                                            `data` imagenet
+  all but the ImageNet tars and timm's also at a URL                    `data` s3://bucket/photos"""
 
 
 def open_source(inputs: Inputs, seed: int = 0, shared: SharedListings | None = None) -> Source:
@@ -79,9 +81,7 @@ def _open(
     if packer:
         raise compressed(f"`data` {spec}", packer)
     if storage.is_remote(path):
-        if path.endswith(".tar"):
-            return tar_source(spec, _expand(path), labels, shared)
-        return ticket_set_source(path, base)
+        return _open_remote(spec, path.rstrip("/"), splits, labels, base, shared)
     if not os.path.exists(path):
         under = os.path.join(os.environ.get("DATALTH_DATA", ""), path)
         if os.environ.get("DATALTH_DATA") and os.path.exists(under):
@@ -100,28 +100,41 @@ def _open(
         raise TicketSetError(f"`data` {spec}: neither a file nor a folder; {FORMS}")
     if os.path.exists(os.path.join(path, fmt.MANIFEST)) or os.path.exists(os.path.join(path, fmt.PLAN)):
         return ticket_set_source(path, base)
-    return _folder_or_tars(spec, path, splits, labels)
+    return _folder_or_tars(spec, LocalTree(path), splits, labels)
+
+
+def _open_remote(
+    spec: str, url: str, splits: Sequence[str], labels: str | None, base: str | None, shared: SharedListings | None
+) -> Source:
+    if url.endswith(".tar"):
+        return tar_source(spec, _expand(url), labels, shared)
+    if any(storage.exists(storage.join(url, name)) for name in (fmt.MANIFEST, fmt.PLAN)):
+        return ticket_set_source(url, base)
+    tally = Tally()
+    tree = RemoteTree(url, tally)
+    if not any(True for _ in tree.scan()):
+        raise TicketSetError(f"`data` {spec}: nothing is there; {FORMS}")
+    source = _folder_or_tars(spec, tree, splits, labels, shared)
+    return replace(source, notes=[*tally.notes(), *source.notes])
 
 
 # What img2dataset writes beside its tars: one JSON and one parquet a tar, and a folder of work in progress.
 _IMG2DATASET = re.compile(r".*_tmp|[0-9]+_stats\.json|[0-9]+\.parquet")
 
 
-def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | None) -> Source:
+def _folder_or_tars(
+    spec: str, tree: Tree, splits: Sequence[str], labels: str | None, shared: SharedListings | None = None
+) -> Source:
     """Tars that lie in a folder without other folders are what it holds."""
-    try:
-        with os.scandir(path) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
-    except OSError as error:
-        raise TicketSetError(f"`data` {spec}: cannot be listed: {error.strerror}") from None
-    tars = [os.path.join(path, name) for name, _ in found if name.endswith(".tar") and not is_junk(name)]
+    found = sorted((name, item.is_folder) for name, item in tree.scan())
+    tars = [storage.join(tree.root, name) for name, _ in found if name.endswith(".tar") and not is_junk(name)]
     if not tars:
         packed = next((name for name, is_dir in found if packer_of(name) and not is_dir), None)
         if packed and not any(is_dir for _, is_dir in found):
-            raise compressed(os.path.join(path, packed), str(packer_of(packed)))
-        return folder_source(spec, path, splits, labels)
+            raise compressed(storage.join(tree.root, packed), str(packer_of(packed)))
+        return folder_source(spec, tree, splits, labels)
     if any(is_dir and not is_junk(name) and not _IMG2DATASET.fullmatch(name) for name, is_dir in found):
-        source = folder_source(spec, path, splits, labels)
+        source = folder_source(spec, tree, splits, labels)
         note = f"{len(tars)} tars beside the folders are not read (first: {tars[0]}); give them as `data` 'DIR/*.tar'"
         return replace(source, notes=[note, *source.notes])
     tally = Tally()
@@ -130,7 +143,7 @@ def _folder_or_tars(spec: str, path: str, splits: Sequence[str], labels: str | N
             tally.add(JUNK_NOTE, spelled(name))
         elif _IMG2DATASET.fullmatch(name):
             tally.add("{count} files and folders of img2dataset beside the tars are not read (first: {first})", name)
-    source = tar_source(spec, tars, labels)
+    source = tar_source(spec, tars, labels, shared)
     return replace(source, notes=[*tally.notes(), *source.notes])
 
 

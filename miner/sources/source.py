@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import stat
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,14 +97,16 @@ class Source:
 
 
 class Cached(Generic[T]):
-    """A function whose last `most` results are kept, open files mostly. Pickled it comes without them."""
+    """A function whose last `most` results are kept, open files mostly, for threads. Pickled it comes without them."""
 
     def __init__(self, function: Callable[..., T], most: int) -> None:
         self._made_of = function, most
         self._call = functools.lru_cache(most)(function)
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> T:
-        return self._call(*arguments)
+        with self._lock:  # or each thread would open the same file
+            return self._call(*arguments)
 
     def __reduce__(self) -> Any:
         return Cached, self._made_of

@@ -108,7 +108,7 @@ class TarReader:
     def __init__(self, urls: list[str]) -> None:
         self._urls = urls
         self._odd: dict[tuple[int, int], Pieces | str] = {}  # of members that are no plain run of bytes
-        self._open = Cached(storage.open_ranges, 2 if any(map(storage.is_remote, urls)) else 64)
+        self._open = Cached(storage.open_ranges, 16 if any(map(storage.is_remote, urls)) else 64)
 
     def entry(self, source: str, member: Member, container: int, shift: int = 0) -> Entry:
         """The input that a member is, and what this reader has to know of it.

@@ -30,13 +30,17 @@ def contact_sheet(opened: TicketSet, split: str, classes: int, per_class: int) -
     Raises:
         TicketSetError: the split has no sample.
     """
-    rows = []
-    for label, picked in _pick(opened, split, classes, per_class):
-        tiles: Tiles = []
-        for name, key in picked:
-            ((_, (tile, lit, _)),) = _tiles(opened, next(opened.stream_shard(name, {key})), [0])
-            tiles += [tile, lit]
-        rows.append((opened.class_name(label), tiles))
+    picked = list(_pick(opened, split, classes, per_class))
+    keys: dict[str, set[str]] = {}
+    for _, places in picked:
+        for name, key in places:
+            keys.setdefault(name, set()).add(key)
+    tiles: dict[str, Tiles] = {}
+    for name, some in keys.items():  # a shard is opened once
+        for sample in opened.stream_shard(name, some):
+            ((_, (tile, lit, _)),) = _tiles(opened, sample, [0])
+            tiles[sample.key] = [tile, lit]
+    rows = [(opened.class_name(label), [tile for _, key in places for tile in tiles[key]]) for label, places in picked]
     selector = opened.manifest.selector
     title = f"{split}: {selector.method} {selector.model or ''}  K = {opened.k} of {opened.num_patches} patches"
     sheet = draw.page(rows, ["view 0", "ticket"] * per_class, title + _what_is_gray(opened))

@@ -339,6 +339,7 @@ def test_an_unknown_path_lists_the_forms_with_an_example_each():
         "shards",
         "timm:hfds/uoft-cs/cifar10",
         "imagenet",
+        "s3://bucket/photos",
     ]
 
 

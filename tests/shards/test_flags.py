@@ -27,6 +27,7 @@ class Small(Settings):
     how: Literal["copy", "link"] = setting("copy", help="Which way.")
     scale: tuple[float, float] = setting((0.08, 1.0), Finite(0), "From, to.")
     split: tuple[str, ...] = setting((), help="Repeatable.", flag="--part")
+    away: str | None = setting(None, metavar="[PLACE]", help="Elsewhere.", bare="anywhere")
     average: bool = setting(True, help="Over time.")
     loud: bool = setting(False)
     extra: dict[str, str] = setting(dict, parse=letters)
@@ -79,6 +80,11 @@ def test_a_command_line_and_a_program_make_the_same_settings():
     assert eval(typed) == by_hand
 
 
+@pytest.mark.parametrize(("typed", "away"), [([], None), (["--away"], "anywhere"), (["--away", "here"], "here")])
+def test_a_flag_may_be_typed_without_its_value(typed, away):
+    assert eval(run(*typed, "--data", "x")) == eval(run("--data", "x", *typed)) == Small("x", away=away)
+
+
 def test_help_shows_bounds_defaults_and_metavars():
     text = " ".join(run("--help").split())
     for part in (
@@ -88,6 +94,7 @@ def test_help_shows_bounds_defaults_and_metavars():
         "--how [copy|link] Which way. [default: copy]",
         "--average / --no-average Over time. [default: average]",
         "--part TEXT Repeatable.",
+        "--away [PLACE] Elsewhere.",
     ):
         assert part in text, (part, text)
 

@@ -1,6 +1,7 @@
 """The inspect commands: what they print, draw and import."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import SELECTOR, inspect, mine
+from servers import upload
 from shards.console import size
 from shards.inspect import draw, pictures
 from shards.inspect.compare import overlap
@@ -43,7 +45,7 @@ def masks(center_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def commands(folder: Path, other: Path, masks: Path, out: Path) -> list[list[str]]:
+def commands(folder: Path | str, other: Path | str, masks: Path, out: Path) -> list[list[str]]:
     return [
         ["info", str(folder)],
         ["ls", str(folder)],
@@ -284,3 +286,21 @@ def test_the_version_is_that_of_the_package() -> None:
     from importlib.metadata import version
 
     assert inspect("--version").output.split()[-1] == version("datalth")
+
+
+def test_of_sets_in_a_store_every_command_says_and_draws_the_same(photos, masks, s3, tmp_path):
+    near = tmp_path / "sets"
+    mine("--data", photos, "--out", near / "base", "--method", "center", "--views", 3, "--shard-size", 10)
+    mine("--data", near / "base", "--out", near / "link", "--method", "random", "--images", "link")
+    far, found = upload(near, f"{s3}/sets"), []
+    for root in (str(near), far):
+        out = tmp_path / f"drawn-{len(found)}"
+        out.mkdir()
+        said = [
+            inspect(*arguments).output.replace(root, "ROOT").replace(str(out), "OUT")
+            for name in ("base", "link")
+            for arguments in commands(f"{root}/{name}", f"{root}/base", masks, out)
+        ]
+        said = [re.sub(r"\d+\.\d+ s\b", "SECONDS", text) for text in said]
+        found.append((said, {path.name: path.read_bytes() for path in out.iterdir()}))
+    assert found[0] == found[1] and len(found[0][1]) == 3

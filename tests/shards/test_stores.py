@@ -3,17 +3,21 @@
 import hashlib
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
+from conftest import inspect, mine
 from servers import FaultServer, upload
 from shards import remote, storage
 from shards.copies import fetch
 from shards.errors import TicketSetError
+from shards.reader import TicketSet
 
 CONTENT = np.random.default_rng(0).bytes(50_000)
 BLOCK = 4096
@@ -28,6 +32,7 @@ def url(s3: str, faults: FaultServer, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(S3FileSystem, "read_timeout", 0.4)
     monkeypatch.setattr(remote, "WAITS", (0, 0))
     monkeypatch.setattr(remote, "BLOCK", BLOCK)
+    monkeypatch.setattr(remote, "SMALL", 1000)
     put(f"{s3}/set/file.tar", CONTENT)
     faults.clear()
     return f"{s3}/set/file.tar"
@@ -65,21 +70,68 @@ def test_what_does_not_pass_is_one_line_with_the_url(url, faults, reader, kind):
     assert str(raised.value).startswith(f"{url}: ") and "\n" not in str(raised.value)
 
 
+def test_a_flipped_bit_in_a_whole_file_is_seen_by_the_client(s3, url, faults):
+    put(f"{s3}/set/small.json", b"content")
+    faults.plan("flip", "GET", "small.json", times=1)
+    assert storage.read_bytes(f"{s3}/set/small.json") == b"content"
+    faults.plan("flip", "GET", "small.json")
+    with pytest.raises(TicketSetError, match=f"^{s3}/set/small.json: .*checksum"):
+        storage.read_bytes(f"{s3}/set/small.json")
+
+
 def test_a_server_that_says_nothing_is_asked_again(url, faults):
     faults.plan("stall", "GET", "file.tar", times=1)
     assert storage.read_bytes(url) == CONTENT
+    faults.clear()
     faults.plan("stall", "HEAD", "file.tar")
     with pytest.raises(TicketSetError, match=f"^{url}: .*[Tt]imeout"):
-        storage.read_bytes(url)
-    assert faults.count("HEAD") == 1 + 3  # three tries, then the line
+        storage.open_ranges(url)
+    assert faults.count("HEAD") == 3  # three tries, then the line
 
 
 @pytest.mark.parametrize(("status", "error"), [(404, FileNotFoundError), (403, TicketSetError)])
 def test_what_cannot_pass_is_asked_once(url, faults, status, error):
-    faults.plan(status, "HEAD", "file.tar")
-    with pytest.raises(error):
-        storage.read_bytes(url)
-    assert faults.count("HEAD") == 1
+    for read in (storage.read_bytes, storage.open_ranges, storage.size_of):
+        faults.clear()
+        for method in ("HEAD", "GET"):
+            faults.plan(status, method, "file.tar")
+        with pytest.raises(error):
+            read(url)
+        assert faults.count("HEAD") + faults.count("GET") == 1
+
+
+def test_a_small_file_is_one_request_and_an_empty_one_is_empty(s3, url, faults):
+    for size, requests in ((999, 1), (1000, 3), (1001, 3), (0, 2)):
+        put(f"{s3}/set/small.json", CONTENT[:size])
+        faults.clear()
+        assert storage.read_bytes(f"{s3}/set/small.json", 1001) == CONTENT[:size]
+        assert len(faults.requests) == requests
+    for limit in (1, 998):
+        put(f"{s3}/set/small.json", CONTENT[:999])
+        with pytest.raises(TicketSetError, match=f"expected at most {limit} bytes, got 999"):
+            storage.read_bytes(f"{s3}/set/small.json", limit)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{s3}/set/gone.json")
+
+
+def test_scattered_parts_are_fetched_alone(url, faults):
+    ranges = storage.open_ranges(url, scattered=True)
+    assert ranges.read(10_000, 300) == CONTENT[10_000:10_300] and ranges.read(49_990, 100) == CONTENT[49_990:]
+    assert faults.bytes() == 310
+
+
+def test_blocks_of_all_files_together_are_bounded_and_none_outlives_its_file(s3, url, faults, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCKS_KEPT", 5)
+    before = len(remote.RemoteRanges._kept)
+    files = [storage.open_ranges(url) for _ in range(3)]
+    for file in files:
+        assert file.read(0, 50_000) == CONTENT
+        assert len(remote.RemoteRanges._kept) <= 5
+    put(url, CONTENT[::-1])
+    again = storage.open_ranges(url)
+    assert again.read(0, 100) == CONTENT[::-1][:100]  # not the block of the file that was there
+    del files, file, again
+    assert len(remote.RemoteRanges._kept) <= before
 
 
 def test_a_part_that_was_refused_is_asked_for_alone(url, faults):
@@ -162,3 +214,30 @@ def test_another_process_finds_the_store_by_its_environment(center_set, s3):
     command = [sys.executable, "-m", "shards.inspect.cli", "info", f"{s3}/set"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "center" in said
+
+
+@pytest.fixture
+def sets(s3: str, center_set: Path, tmp_path: Path) -> tuple[str, Path]:
+    """A set and a link to it, in a bucket and in a folder."""
+    shutil.copytree(center_set, tmp_path / "sets/base")
+    mine("--data", tmp_path / "sets/base", "--out", tmp_path / "sets/link", "--method", "random", "--images", "link")
+    return upload(tmp_path / "sets", f"{s3}/sets"), tmp_path / "sets"
+
+
+def test_a_link_in_a_store_finds_its_base_there_or_where_it_is_told(sets, center_set):
+    far, near = sets
+    expected = [(s.key, s.image) for s in TicketSet.open(str(near / "link")).stream("train")]
+    for opened in (
+        TicketSet.open(f"{far}/link"),
+        TicketSet.open(f"{far}/link", str(center_set)),
+        TicketSet.open(str(near / "link"), f"{far}/base"),
+    ):
+        assert [(s.key, s.image) for s in opened.stream("train")] == expected
+
+
+def test_verify_finds_a_flipped_bit_in_a_store(sets):
+    far, near = sets
+    tar = bytearray((near / "base/train-000001.tar").read_bytes())
+    tar[len(tar) // 2] ^= 1
+    put(f"{far}/base/train-000001.tar", bytes(tar))
+    assert "train-000001.tar" in inspect("verify", f"{far}/base", "--deep", code=1).output

@@ -1,73 +1,22 @@
-"""Processes that die, and disks that fill: what is done afterwards is what would have been done without.
-
-Children are forked from this process, which has imported torch already.
-"""
+"""Processes that die, and disks that fill: what is done afterwards is what would have been done without."""
 
 import ctypes
-import importlib
 import os
 import random
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from watch import Case
 
 from conftest import contents
+from processes import ended, kill, start
 from training import arguments as training_arguments
 from training import same, weights_of
 
 MNT_DETACH, CLONE_NEWNS, MS_REC_PRIVATE, MS_REMOUNT = 2, 0x20000, 0x44000, 32
-
-
-def start(module: str, arguments: list[str], log: Path, before: Callable[[], None] = lambda: None) -> int:
-    """A command in a child process; returns its pid."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        before()
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        signal.alarm(0)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        importlib.import_module(module).main(arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1 if end.code else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def ended(pid: int, seconds: float) -> int | None:
-    """Its exit code (negative: the signal), or None where it still runs after some seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
-
-
-def kill(pid: int, number: int = signal.SIGKILL) -> int:
-    os.kill(pid, number)
-    code = ended(pid, 20)
-    if code is None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        return 999  # it did not end when asked to
-    return code
 
 
 class Killed:
