@@ -6,6 +6,7 @@ depend on it: a server between counts.
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -32,6 +33,7 @@ from trainer.options import Augment, Tickets
 LARGE = 160 << 20  # bytes of a tar of 1000 photos and a half
 IMAGES, SHARD, TOKENS = 200, 50, 48
 RANGES, RANGE = 200, 8192  # about what a batch of ranked views asks for
+LATENCY, RATE = 0.03, 90e6  # of an answer and of a connection, about S3's
 BUCKET = "bench"
 
 
@@ -39,12 +41,20 @@ def measure(setting: Setting) -> Part:
     part = Part(notes=[f"counts are exact: {IMAGES} photos in {IMAGES // SHARD} shards"])
     with store(setting.work) as (name, address), FaultServer(address).running() as counting:
         part.notes.append(name)
-        os.environ.update(s3_environment(f"http://{address[0]}:{address[1]}"))
-        speeds(setting, part)
-        os.environ.update(s3_environment(counting.url))
-        remote.filesystem(f"s3://{BUCKET}")[0].clear_instance_cache()
+        point_to(f"http://{address[0]}:{address[1]}")
+        clients(setting, part)
+        point_to(counting.url)
+        counting.latency, counting.rate = LATENCY, RATE
+        copying(setting, part)
+        counting.latency, counting.rate = 0, math.inf
         counts(setting, part, counting)
     return part
+
+
+def point_to(url: str) -> None:
+    """Where clients go that are made from now on."""
+    os.environ.update(s3_environment(url))
+    remote.filesystem(f"s3://{BUCKET}")[0].clear_instance_cache()
 
 
 @contextlib.contextmanager
@@ -87,11 +97,10 @@ def put_bucket(address: tuple[str, int]) -> None:
             time.sleep(0.5)
 
 
-def speeds(setting: Setting, part: Part) -> None:
-    """A whole tar copied and checked, and small ranges, by one client and the other."""
-    url = f"s3://{BUCKET}/large.tar"
+def copying(setting: Setting, part: Part) -> None:
+    """A whole tar copied and checked, from a store that answers as one far away does."""
+    url, data = f"s3://{BUCKET}/large.tar", os.urandom(LARGE)
     fs, path = remote.filesystem(url)
-    data = os.urandom(LARGE)
     fs.pipe_file(path, data)
     digest = hashlib.sha256(data).hexdigest()
 
@@ -100,43 +109,42 @@ def speeds(setting: Setting, part: Part) -> None:
             shutil.rmtree(setting.work / "copies", ignore_errors=True)
             return fetch(url, setting.work / "copies/set", LARGE, digest).size / 1e6
 
-    places = [(url, start, start + RANGE) for start in range(0, LARGE - RANGE, LARGE // RANGES)]
-    legs: dict[str, Leg] = {
-        "four blocks at once": lambda: copied(4),
-        "one by one": lambda: copied(1),
-        "fsspec": lambda: float(len(remote.read_ranges(places))),
-    }
+    laps = turns({"copy, four at once": lambda: copied(4), "copy, one by one": lambda: copied(1)}, setting.rounds)
+    part.laps |= laps
+    what = f"a tar of {LARGE >> 20} MiB copied and checked, four blocks of 16 MiB at once"
+    note = f"answers after {LATENCY * 1000:.0f} ms, {RATE / 1e6:.0f} MB/s a connection"
+    part.rows.append(Row(what, "one by one", *speedup(*laps.values()), note=note))
+
+
+def clients(setting: Setting, part: Part) -> None:
+    """The same reads by fsspec and by obstore."""
+    url, some = f"s3://{BUCKET}/large.tar", range(0, LARGE - RANGE, LARGE // RANGES)
+    fs, path = remote.filesystem(url)
+    fs.pipe_file(path, os.urandom(LARGE))
     try:
         import obstore
         from obstore.store import S3Store
     except ImportError:
         part.skip("obstore", "not installed")
-    else:
-        other = S3Store(BUCKET, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
-        starts = [start for _, start, _ in places]
-        ends = [end for *_, end in places]
-        legs["obstore"] = lambda: float(
-            len(obstore.get_ranges(other, "large.tar", starts=starts, ends=ends, coalesce=0))
-        )
+        return
+    other = S3Store(BUCKET, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
+    groups = [range(at, min(at + 4 * remote.BLOCK, LARGE), remote.BLOCK) for at in range(0, LARGE, 4 * remote.BLOCK)]
 
-        def whole() -> float:
-            firsts = list(range(0, LARGE, remote.BLOCK))
-            parts = (obstore.get_ranges(other, "large.tar", starts=some, ends=[s + remote.BLOCK for s in some])
-                     for some in (firsts[at : at + 4] for at in range(0, len(firsts), 4)))  # fmt: skip
-            return sum(len(bytes(each)) for some in parts for each in some) / 1e6
+    def get(starts: range, size: int) -> int:
+        found = obstore.get_ranges(other, "large.tar", starts=starts, ends=[s + size for s in starts], coalesce=0)
+        return sum(len(bytes(each)) for each in found)
 
-        legs["obstore, blocks"] = whole
-        legs["fsspec, blocks"] = lambda: sum(map(len, remote.blocks(remote.find(url)))) / 1e6
-    part.laps = turns(legs, setting.rounds)
-    laps = part.laps
-    four = speedup(laps["four blocks at once"], laps["one by one"])
-    part.rows.append(Row(f"a tar of {LARGE >> 20} MiB copied and checked, four blocks at once", "one by one", *four))
-    if "obstore" in laps:
-        blocks = speedup(laps["obstore, blocks"], laps["fsspec, blocks"])
-        part.rows.append(Row("obstore, the same blocks without a copy", "fsspec", *blocks))
-        part.rows.append(
-            Row(f"obstore, {RANGES} ranges of {RANGE} bytes", "fsspec", *speedup(laps["obstore"], laps["fsspec"]))
-        )
+    legs: dict[str, Leg] = {
+        "fsspec, blocks": lambda: sum(map(len, remote.blocks(remote.find(url)))) / 1e6,
+        "obstore, blocks": lambda: sum(get(group, remote.BLOCK) for group in groups) / 1e6,
+        "fsspec, ranges": lambda: sum(map(len, remote.read_ranges([(url, s, s + RANGE) for s in some]))) / RANGE,
+        "obstore, ranges": lambda: get(some, RANGE) / RANGE,
+    }
+    laps = turns(legs, setting.rounds)
+    part.laps |= laps
+    blocks, ranges = (speedup(laps[f"obstore, {kind}"], laps[f"fsspec, {kind}"]) for kind in ("blocks", "ranges"))
+    part.rows.append(Row(f"obstore, {LARGE >> 20} MiB by blocks of 16 MiB", "fsspec", *blocks))
+    part.rows.append(Row(f"obstore, {RANGES} ranges of {RANGE} bytes", "fsspec", *ranges))
 
 
 def counts(setting: Setting, part: Part, counting: FaultServer) -> None:
@@ -173,9 +181,11 @@ def counts(setting: Setting, part: Part, counting: FaultServer) -> None:
         counting.clear()
         way()
         kinds = {kind: counting.count(kind) for kind in ("LIST", "HEAD", "GET")}
-        note = ", ".join([" + ".join(f"{number} {kind}" for kind, number in kinds.items()), *filter(None, [note])])
-        part.rows.append(Row(f"{what}: requests", "", [sum(kinds.values())], unit="requests", note=note))
-        part.rows.append(Row(f"{what}: bytes", "", [(counting.bytes("GET") + counting.bytes("LIST")) / 1e6], unit="MB"))
+        requests = f"{sum(kinds.values())} requests: " + " + ".join(
+            f"{number} {kind}" for kind, number in kinds.items()
+        )
+        sent = (counting.bytes("GET") + counting.bytes("LIST")) / 1e6
+        part.rows.append(Row(what, "", [sent], unit="MB", note="; ".join(filter(None, [requests, note]))))
 
 
 def epoch(url: str, cache: Path, number: int = 0) -> None:

@@ -3,7 +3,7 @@
 threads: source.read -> store_image -> render_pixels          miner.reading, a bounded number of images ahead
 main:    batches of views -> device -> producers -> host      batches never cross a shard
 threads: encode                                               miner.writer, beside the device's work
-thread:  tar -> parquet -> JSON                               one shard behind another
+threads: tar -> parquet -> JSON                               one commits beside the next
 """
 
 import collections

@@ -89,7 +89,8 @@ def _check_readable(job: Job) -> None:
             return
         except (ImageError, OSError) as error:
             reason = reason or f"{row['source']}: {first_line(error)}"
-    raise TicketSetError(f"`data` {job.source.spec}: cannot be read ({reason}); expected one that all nodes see")
+    if reason:
+        raise TicketSetError(f"`data` {job.source.spec}: cannot be read ({reason}); expected one that all nodes see")
 
 
 @dataclass(frozen=True)

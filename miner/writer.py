@@ -1,4 +1,4 @@
-"""The last legs of a shard: images that are done are encoded by threads; one more writes them: tar, parquet, JSON."""
+"""The last legs of a shard: images that are done are encoded by threads; two more write them: tar, parquet, JSON."""
 
 import contextlib
 import queue
@@ -16,13 +16,12 @@ from shards.writer import ShardWriter
 
 WAITING_IMAGES = 64
 WAITING_BYTES = 256 << 20  # of ranked views that are not yet encoded
-_END, _ABORT = object(), object()  # in the queue, behind a shard's images
+SHARDS = 2  # written at once: one is committed, which takes seconds in an object store, beside the images of the next
+_END = object()  # in a shard's queue, behind its images
 
 
 class Writer:
-    """A thread that writes shards in the order they are given; at most WAITING_IMAGES wait for it and its encoders.
-
-    While it commits one shard, the images of the next may be given.
+    """Threads that write shards as they are given; at most WAITING_IMAGES of a shard wait for them and their encoders.
 
     Args:
         plan: of the folder.
@@ -51,8 +50,9 @@ class Writer:
         self._committed, self._waiting = committed, waiting
         self.failed: Shard | None = None
         self._encoders = ThreadPoolExecutor(workers, "encode")
-        self._queue: queue.Queue[Any] = queue.Queue(_most_waiting(plan, workers))
-        self._thread = ThreadPoolExecutor(1, "write")
+        self._most_waiting = _most_waiting(plan, workers)
+        self._threads = ThreadPoolExecutor(SHARDS, "write")
+        self._stopped = False
         self._shards: list[Future[ShardStats]] = []
         self._error: BaseException | None = None
 
@@ -60,7 +60,8 @@ class Writer:
         """Begin a shard."""
         self._raise()
         self._timing: dict[str, Any] = {}
-        self._shards.append(self._thread.submit(self._write, split, number, self._timing))
+        self._queue: queue.Queue[Any] = queue.Queue(self._most_waiting)
+        self._shards.append(self._threads.submit(self._write, (split, number), self._queue, self._timing))
 
     def add(self, image: Image) -> None:
         """Give the next image of the shard."""
@@ -79,12 +80,10 @@ class Writer:
 
     def close(self) -> None:
         """Write the shards that are whole, drop one under way. Nothing is left behind, whatever was raised."""
-        self._waiting = lambda: None
-        with contextlib.suppress(BaseException):  # the thread's own error: it has stopped then
-            self._put(_ABORT)
+        self._stopped = True
         # Not shutdown alone: a join that a second Ctrl-C interrupts takes a running thread for dead (Python 3.11).
         wait(self._shards)
-        self._thread.shutdown()
+        self._threads.shutdown()
         self._encoders.shutdown(cancel_futures=True)
 
     def _put(self, item: Any) -> None:
@@ -99,17 +98,16 @@ class Writer:
         if self._error is not None:
             raise self._error
 
-    def _write(self, split: str, number: int, timing: dict[str, Any]) -> ShardStats:
-        """In the thread: one shard, of the images up to the next mark."""
+    def _write(self, name: Shard, images: queue.Queue[Any], timing: dict[str, Any]) -> ShardStats:
+        """In a thread: one shard."""
+        split, number = name
         try:
-            self._raise()  # the images in the queue may be those of a shard that failed
+            self._raise()  # a shard before it failed: nothing new is begun
             plan_id = self._plan.splits[split].plan_id
             n, version = self._plan.common.num_patches, self._plan.format
             with ShardWriter(self._store, split, number, n, plan_id, version, self._shared) as shard:
-                while (item := self._queue.get()) is not _END:
-                    if item is _ABORT:
-                        raise RuntimeError("aborted")
-                    row, encoded = item.result()
+                while (image := self._next(images)) is not _END:
+                    row, encoded = image.result()
                     if isinstance(encoded, str):
                         shard.add_failure(row, encoded)
                     else:
@@ -119,11 +117,19 @@ class Writer:
                 stats = shard.commit(timing)
         except BaseException as error:
             if self._error is None:
-                self._error, self.failed = error, (split, number)
+                self._error, self.failed = error, name
             raise
         if self._committed is not None:
-            self._committed((split, number))
+            self._committed(name)
         return stats
+
+    def _next(self, images: queue.Queue[Any]) -> Any:
+        while True:
+            try:
+                return images.get(timeout=0.2)
+            except queue.Empty:
+                if self._stopped:
+                    raise RuntimeError("stopped before the shard was whole") from None
 
     def _encode(self, image: Image) -> tuple[dict[str, Any], Encoded | str]:
         """What the row says of any input; and members with further columns, or why it failed."""

@@ -5,6 +5,7 @@ in any case. Deep: every tar is hashed too, and every sample opened. A tar alone
 that was cut at a member's edge reads without an error.
 """
 
+import functools
 import hashlib
 import reprlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from shards.writer import count, interop_files, set_id
 HASH_BLOCK = 8 << 20
 MAX_PROBLEMS = 1000
 T = TypeVar("T")
+Open = Callable[[str], storage.Ranges]
 
 
 def verify(
@@ -155,13 +157,15 @@ def _check_shard(
     return stats, problems
 
 
-def _check_file(opened: TicketSet, name: str, expected: schema.FileDigest, hashed: bool) -> Iterator[str]:
+def _check_file(
+    opened: TicketSet, name: str, expected: schema.FileDigest, hashed: bool, open_file: Open = storage.open_ranges
+) -> Iterator[str]:
     url = storage.join(opened.url, name)
     try:
         size = storage.size_of(url)
         if size != expected.bytes:
             yield f"{name}: expected {expected.bytes} bytes, got {size}"
-        elif hashed and (found := _sha256(url, size)) != expected.sha256:
+        elif hashed and (found := _sha256(open_file(url))) != expected.sha256:
             yield f"{name}: expected sha256 {expected.sha256[:12]}, got {found[:12]}"
     except FileNotFoundError:
         yield f"{name}: missing"
@@ -171,10 +175,10 @@ def _check_file(opened: TicketSet, name: str, expected: schema.FileDigest, hashe
         yield f"{name}: {error.strerror or first_line(error)}"
 
 
-def _sha256(url: str, size: int) -> str:
-    sha, ranges = hashlib.sha256(), storage.open_ranges(url)
-    for offset in range(0, size, HASH_BLOCK):
-        sha.update(ranges.read(offset, min(HASH_BLOCK, size - offset)))
+def _sha256(ranges: storage.Ranges) -> str:
+    sha = hashlib.sha256()
+    for offset in range(0, ranges.size, HASH_BLOCK):
+        sha.update(ranges.read(offset, HASH_BLOCK))
     return sha.hexdigest()
 
 
@@ -213,9 +217,10 @@ def _check_index(opened: TicketSet, name: str, stats: schema.ShardStats, plan_id
 
 def _check_tar(opened: TicketSet, name: str, stats: schema.ShardStats) -> Iterator[str]:
     """The tar's sha256 and every sample in it."""
-    yield from _check_file(opened, f"{name}.tar", stats.tar, hashed=True)
+    open_once = functools.cache(storage.open_ranges)  # blocks of a remote one are kept for its samples
+    yield from _check_file(opened, f"{name}.tar", stats.tar, True, open_once)
     try:
-        reader = SampleReader(opened)
+        reader = SampleReader(opened, open_tar=lambda url, _: open_once(url))
         rows = rows_of(opened.joined(name))
         reader.open(name)
         tickets = {row["key"]: row["ticket"] for row in opened.shard_table(name).select(["key", "ticket"]).to_pylist()}

@@ -67,6 +67,7 @@ class FaultServer(ThreadingHTTPServer):
     """Hands requests on to a server, but for those that a plan says otherwise of."""
 
     daemon_threads = True
+    latency, rate = 0.0, math.inf  # as of a store far away: seconds before an answer, bytes a second of a connection
 
     def __init__(self, behind: tuple[str, int]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -150,6 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         found = behind.getresponse()
         data = found.read()
         behind.close()
+        time.sleep(self.server.latency + len(data) / self.server.rate)
         if fault in ("lost", "stall"):
             return self._end(method, path, body, STALL if fault == "stall" else 0)
         if fault == "flip":

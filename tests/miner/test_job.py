@@ -18,7 +18,7 @@ from inputs import open_source
 from miner import job as jobs
 from miner.job import Job, mine_shard, mine_shards
 from miner.models import choose_device
-from miner.settings import Geometry, Inputs, Labeling, Machine, Output, Selection
+from miner.settings import Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.store import open_store
@@ -152,6 +152,7 @@ def test_a_program_mines_what_the_command_mines(photos: Path, weights: Path, tmp
         (lambda: Selection(tokens=4, keep_rate=0.5), "`tokens` and `keep_rate` both say"),
         (lambda: Labeling(token_label_size=96), "`token_label_size`: expected `token_labels` NAME beside it"),
         (lambda: Inputs(""), "`data`: expected a name"),
+        (lambda: Fleet(elastic=True, ray="auto"), "`ray` and `elastic` both say who mines"),
         (lambda: Output(""), "`out`: expected a name"),
         (lambda: Output("x", images="move"), "`images` 'move': "),
     ],
