@@ -260,7 +260,8 @@ class RemoteStore(Store):
             found = remote.retry(self.at(name), fs.info, path)
         except FileNotFoundError:
             return None
-        return str(next(found[key] for key in ("generation", "ETag", "etag") if found.get(key)))
+        said = (str(found[key]) for key in ("generation", "ETag", "etag") if found.get(key))
+        return next(said, f"{_modified(found)}-{found['size']}")  # sftp and the like have none
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
@@ -314,7 +315,7 @@ class RemoteStore(Store):
 def _modified(info: dict[str, Any]) -> float:
     """When an object was put; each client has a name of its own for it."""
     keys = ("LastModified", "last_modified", "updated", "mtime", "created")
-    found = next(info[key] for key in keys if info.get(key))
+    found = next((info[key] for key in keys if info.get(key)), 0.0)
     when = datetime.fromisoformat(found.replace("Z", "+00:00")) if isinstance(found, str) else found
     return when.timestamp() if isinstance(when, datetime) else float(when)
 
