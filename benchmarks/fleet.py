@@ -40,7 +40,8 @@ REQUEST = 0.05  # seconds; assumed
 KEYS = 1000  # that one LIST gives; S3's limit
 JSON = 700  # bytes of a shard's
 READ_AHEAD = 0.03  # share of a shard's images that are left when the next is asked for; see miner.reading
-FLEETS = ((1, 1280), (64, 3200), (1000, 10_000))  # workers, shards
+FLEETS = ((1, 1280), (64, 3200), (400, 4000), (1000, 4000))  # workers, shards
+LARGE = 400  # workers: minutes a run
 CASES = {  # name -> seconds that a claim holds, share of the workers that is killed in an hour, whether they are told before
     "none killed": (120.0, 0.0, False),
     "spot notice": (120.0, KILLED, True),
@@ -52,13 +53,13 @@ CASES = {  # name -> seconds that a claim holds, share of the workers that is ki
 def measure(setting: Setting) -> Part:
     seconds = IMAGES * VIEWS / views_a_second()
     part = Part(notes=[f"{REQUEST} s a request, assumed; {seconds:.1f} s a shard, of gpu.json; virtual time"])
-    # The largest takes ten minutes a run: one seed, and first, so that the others run beside it.
+    # Large ones are run once, and first, so that the others run beside them.
     runs = [
         (workers, shards, case, seed)
         for workers, shards in reversed(FLEETS)
         for case in CASES
-        if workers < 1000 or case in ("none killed", "kill -9")
-        for seed in range(setting.rounds if workers < 1000 else 1)
+        if workers < LARGE or case == "none killed"
+        for seed in range(setting.rounds if workers < LARGE else 1)
     ]
     with ProcessPoolExecutor() as pool:
         found = dict(zip(runs, pool.map(simulate, *zip(*runs, strict=True)), strict=True))
