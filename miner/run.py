@@ -142,6 +142,7 @@ def mine_missing(
         if rank == 0 or todo:
             show_summary(store, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
+        plan = read_plan(store) or plan  # it may be that of another command by now, with a split more
         done = committed(store, plan, plan.shards())
         missing = [fmt.shard_name(*shard) for shard in plan.shards() if shard not in done]
         if missing:

@@ -476,6 +476,27 @@ def test_a_split_may_come_later(photos: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "set") == contents(tmp_path / "one")
 
 
+@pytest.mark.parametrize("locks", [True, False], ids=["refused where there are locks", "in one plan where there are none"])
+def test_a_split_that_comes_while_another_is_mined_is_not_left_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """Without locks, as in an object store, both are in one manifest, whoever is last."""
+    flags = ["--data", photos, "--method", "center", "--views", 2, "--shard-size", 4, "--elastic"]
+    out, put, codes = tmp_path / "set", LocalStore.put, list[int]()
+    if not locks:
+        monkeypatch.setattr("miner.lock.fcntl", None)
+
+    def comes(self: LocalStore, name: str, *rest: Any) -> None:
+        if name == "train-000002.json" and not codes:
+            codes.append(1)
+            mine(*flags, "--split", "val", "--out", out, code=int(locks))
+        put(self, name, *rest)
+
+    monkeypatch.setattr(LocalStore, "put", lambda self, name, data, expected=ANY: comes(self, name, data, expected))
+    mine(*flags, "--split", "train", "--out", out)
+    assert codes and TicketSet.open(str(out)).splits == ["train", *["val"] * (not locks)]
+
+
 @pytest.mark.parametrize("more", [["--elastic"], []], ids=["goes on with it", "goes on without"])
 def test_a_set_begun_one_way_is_finished_the_other(
     photos: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
