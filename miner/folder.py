@@ -53,9 +53,9 @@ def check_target(out: str, data: str) -> None:
     if names and fmt.PLAN not in names:
         raise TicketSetError(f"`out` {out}: holds other files (first: {names[0]}); give an empty or new folder")
     if names:
-        data = store.read(fmt.PLAN, MAX_JSON_BYTES)  # a store that fails says nothing of the plan
+        found = store.read(fmt.PLAN, MAX_JSON_BYTES)  # a store that fails says nothing of the plan
         try:
-            parse_plan(data, store.at(fmt.PLAN))
+            parse_plan(found, store.at(fmt.PLAN))
         except TicketSetError as error:
             raise TicketSetError(
                 f"{store.at(fmt.PLAN)}: not readable as a plan ({error}); empty the folder yourself, or give another `out`"

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote
 
 from filelock import FileLock
@@ -269,7 +269,8 @@ class RemoteStore(Store):
             found = remote.retry(self.at(name), fs.info, path)
         except FileNotFoundError:
             return None
-        return str(next(found[key] for key in ("generation", "ETag", "etag") if found.get(key)))
+        # Some servers, of those that are only read, tell no more than a size.
+        return str(next((found[key] for key in ("generation", "ETag", "etag") if found.get(key)), found.get("size")))
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
@@ -317,7 +318,9 @@ class RemoteStore(Store):
             list(pool.map(remove, names))
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        return storage.temporary_file(Path(tempfile.gettempdir(), f"datalth-{name.replace('/', '-')}"))
+        # Nobody else may read it, or put a link in its place: the folder is mostly one that all users share.
+        file = tempfile.NamedTemporaryFile(prefix=f"datalth-{name.replace('/', '-')}.", suffix=".tmp")  # noqa: SIM115
+        return cast(contextlib.AbstractContextManager[BinaryIO], file)
 
 
 def _modified(info: dict[str, Any]) -> float:

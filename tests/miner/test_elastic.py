@@ -476,7 +476,9 @@ def test_a_split_may_come_later(photos: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "set") == contents(tmp_path / "one")
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["refused where there are locks", "in one plan where there are none"])
+@pytest.mark.parametrize(
+    "locks", [True, False], ids=["refused where there are locks", "in one plan where there are none"]
+)
 def test_a_split_that_comes_while_another_is_mined_is_not_left_out(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:

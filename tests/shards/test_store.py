@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from servers import FaultServer
@@ -185,6 +186,18 @@ def test_a_folder_without_hard_links_is_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(TicketSetError, match=r"/claims: its file system has no hard links \(Operation not permitted\)"):
         open_store(tmp_path / "set").clock()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_server_that_tells_no_more_than_a_size(tmp_path: Path) -> None:
+    """As many of http do, from which tars are read."""
+    fsspec.filesystem("memory").pipe_file("/bare/a.tar", b"one")
+    assert open_store("memory://bare").tag("a.tar") == "3" and open_store("memory://bare").tag("b.tar") is None
+
+
+def test_what_is_spooled_for_a_store_is_its_owners_alone() -> None:
+    with open_store("memory://bare").spool("index/train-000000.parquet") as file:
+        assert os.stat(file.name).st_mode & 0o777 == 0o600
+    assert not os.path.exists(file.name)
 
 
 def test_a_clock_is_set_though_somebody_removes_all_claims_meanwhile(tmp_path: Path) -> None:
