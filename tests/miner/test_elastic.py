@@ -456,7 +456,8 @@ def test_failures_are_counted_over_all_workers(photos: Path, words: list[str], t
     (tmp_path / "set" / "manifest.json").unlink()
     said = mine(*words, "--max-failures", 0.1, code=1).stderr
     assert "3 of 27 images failed, --max-failures allows 2" in said
-    mine(*words, "--max-failures", 0.12)
+    assert "3 images failed (first: " in mine(*words, "--max-failures", 0.12).output
+    assert "3 images failed (first: " not in mine(*words, "--max-failures", 0.12).output  # who finalized has said so
 
 
 def test_too_many_failures_are_no_shards_fault(photos: Path, words: list[str], tmp_path: Path) -> None:
