@@ -139,9 +139,9 @@ def mine_missing(
             pool.mine(job, todo, progress)
     seconds = time.monotonic() - started
     if finish(store, plan, source):
+        remove_claims(store)  # of those who began it with `elastic`
         if pool is not None:
             remove_temporary(store)  # of workers that were killed
-            remove_claims(store)
         if rank == 0 or todo:
             show_summary(store, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
