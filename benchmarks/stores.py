@@ -23,7 +23,7 @@ from benchmarks.loader import PLAIN
 from benchmarks.pictures import make_pictures
 from benchmarks.rounds import Leg, Part, Row, speedup, turns
 from benchmarks.setting import Setting, mine, rank, run
-from shards import remote
+from shards import remote, remote_file
 from shards.copies import TarCopies, fetch
 from shards.reader import TicketSet
 from tests.servers import FaultServer, s3_environment, upload
@@ -105,7 +105,7 @@ def copying(setting: Setting, part: Part) -> None:
     digest = hashlib.sha256(data).hexdigest()
 
     def copied(blocks: int) -> float:
-        with mock.patch.object(remote, "BLOCKS_AT_ONCE", blocks):
+        with mock.patch.object(remote_file, "BLOCKS_AT_ONCE", blocks):
             shutil.rmtree(setting.work / "copies", ignore_errors=True)
             return fetch(url, setting.work / "copies/set", LARGE, digest).size / 1e6
 
@@ -128,16 +128,19 @@ def clients(setting: Setting, part: Part) -> None:
         part.skip("obstore", "not installed")
         return
     other = S3Store(BUCKET, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
-    groups = [range(at, min(at + 4 * remote.BLOCK, LARGE), remote.BLOCK) for at in range(0, LARGE, 4 * remote.BLOCK)]
+    groups = [
+        range(at, min(at + 4 * remote_file.BLOCK, LARGE), remote_file.BLOCK)
+        for at in range(0, LARGE, 4 * remote_file.BLOCK)
+    ]
 
     def get(starts: range, size: int) -> int:
         found = obstore.get_ranges(other, "large.tar", starts=starts, ends=[s + size for s in starts], coalesce=0)
         return sum(len(bytes(each)) for each in found)
 
     legs: dict[str, Leg] = {
-        "fsspec, blocks": lambda: sum(map(len, remote.blocks(remote.find(url)))) / 1e6,
-        "obstore, blocks": lambda: sum(get(group, remote.BLOCK) for group in groups) / 1e6,
-        "fsspec, ranges": lambda: sum(map(len, remote.read_ranges([(url, s, s + RANGE) for s in some]))) / RANGE,
+        "fsspec, blocks": lambda: sum(map(len, remote_file.blocks(remote_file.find(url)))) / 1e6,
+        "obstore, blocks": lambda: sum(get(group, remote_file.BLOCK) for group in groups) / 1e6,
+        "fsspec, ranges": lambda: sum(map(len, remote_file.read_ranges([(url, s, s + RANGE) for s in some]))) / RANGE,
         "obstore, ranges": lambda: get(some, RANGE) / RANGE,
     }
     laps = turns(legs, setting.rounds)

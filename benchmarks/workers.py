@@ -1,4 +1,4 @@
-"""Mining into an object store against a folder, and one worker against two, on this machine.
+"""Mining into an object store against a folder, and one worker against two, on this machine; requests that it takes.
 
 The store is that of `stores`. Rates are of mining alone, as commands print them: the libraries are imported and the models
 built before. A shard is some 40 photos, so that a commit is paid twenty times as often as with the default.
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.rounds import Lap, Leg, Part, Row, speedup, turns
-from benchmarks.setting import Setting, one_thread
+from benchmarks.setting import Setting, one_thread, run
 from benchmarks.stores import BUCKET, store
-from tests.servers import s3_environment
+from tests.servers import FaultServer, s3_environment
 
 SHARD = 40
 # Name: method and its flags, images. deit_tiny is the bottleneck of the first, decoding that of the second.
@@ -28,7 +28,7 @@ _MINED = re.compile(r"mined(?: here)? ([0-9]+) images.*: ([0-9.]+) images/s")
 def measure(setting: Setting) -> Part:
     part = Part(notes=[f"shards of {SHARD} photos"])
     weights = random_weights(setting.work / "deit_tiny.safetensors")
-    with store(setting.work) as (name, address):
+    with store(setting.work) as (name, address), FaultServer(address).running() as counting:
         part.notes.append(name)
         os.environ.update(s3_environment(f"http://{address[0]}:{address[1]}"))
         for method, (flags, images) in METHODS.items():
@@ -43,7 +43,27 @@ def measure(setting: Setting) -> Part:
             part.rows.append(Row(f"--elastic, one worker, {method}, images/s", "without", rate))
             rate, _ = speedup(laps["two workers"], laps["one worker"])
             part.rows.append(Row(f"--elastic, two workers of one thread each, {method}, images/s", "one", rate))
+        os.environ.update(s3_environment(counting.url))
+        counts(setting, part, counting)
     return part
+
+
+def counts(setting: Setting, part: Part, counting: FaultServer) -> None:
+    """Requests and bytes of mining into a store, by one process."""
+    flags = ["--data", str(setting.pictures), "--method", "center", "--limit", "400", "--val-share", "0"]
+    shards = 400 // SHARD
+    for name, more in (("plain", []), ("--elastic", ["--elastic"])):
+        counting.clear()
+        run("miner.cli", *flags, *more, "--shard-size", str(SHARD), "--out", f"s3://{BUCKET}/counted{len(more)}")
+        kinds = {kind: counting.count(kind) for kind in ("PUT", "LIST", "HEAD", "GET", "DELETE")}
+        said = " + ".join(f"{number} {kind}" for kind, number in kinds.items())
+        total = [sum(kinds.values())]
+        part.rows.append(
+            Row(f"mining {shards} shards into a store, {name}: requests", "", total, unit="requests", note=said)
+        )
+        part.rows.append(
+            Row(f"mining {shards} shards into a store, {name}: bytes", "", [counting.bytes("PUT") / 1e6], unit="MB")
+        )
 
 
 def random_weights(path: Path) -> Path:

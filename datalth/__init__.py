@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miner.selectors import create_selector, register_method
+    from shards.copies import TarCopies
     from shards.images import render_view
     from shards.reader import TicketSet
     from shards.sample import Sample
@@ -32,6 +33,7 @@ __all__ = [
     "Recipe",
     "Sample",
     "Subnetwork",
+    "TarCopies",
     "TicketDataset",
     "TicketSet",
     "TicketViT",
@@ -52,6 +54,7 @@ _HOMES = {
     "Recipe": "trainer.options",
     "Sample": "shards.sample",
     "Subnetwork": "trainer.weights.subnetwork",
+    "TarCopies": "shards.copies",
     "TicketDataset": "trainer.data.dataset",
     "TicketSet": "shards.reader",
     "TicketViT": "trainer.families.vit",

@@ -332,5 +332,5 @@ def _connect(address: str) -> tuple[Any, bool]:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Ray prints a paragraph for every worker that dies, from a thread of its own, on standard output."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from shards import remote, schema, storage
+from shards import remote_file, schema, storage
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from shards.schema import FileDigest
@@ -278,7 +278,7 @@ def _fetch(blocks: Mapping[PartialCopy, Collection[int]]) -> None:
     if not runs:
         return
     places = [(copy.url, run.start * BLOCK, min(run.stop * BLOCK, copy.size)) for copy, run in runs]
-    parts = remote.read_ranges(places)
+    parts = remote_file.read_ranges(places)
     for check_unchanged in {copy.check_unchanged for copy in blocks}:
         check_unchanged()  # after the bytes have come and before they are kept: they are of the set that was opened
     for (copy, run), part in zip(runs, parts, strict=True):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from shards import remote
+from shards import remote, remote_file
 from shards.errors import TicketSetError, first_line
 
 SMALL_FILE = 256 << 20  # bytes of the largest file that is read whole: JSON, or the index of a shard
@@ -48,15 +48,15 @@ def read_bytes(url: str, limit: int = SMALL_FILE) -> bytes:
         TicketSetError: it has more than `limit` bytes, which are then not read, or is no plain file.
     """
     if remote.is_object_store(url):
-        start = remote.read_start(url, remote.SMALL)
-        if len(start) < remote.SMALL:
+        start = remote_file.read_start(url, remote_file.SMALL)
+        if len(start) < remote_file.SMALL:
             _check_size(url, len(start), limit)
             return start
     return b"".join(blocks(url, limit))
 
 
 def blocks(url: str, limit: int) -> Iterator[bytes]:
-    """A whole file from its beginning to its end, at most `remote.BLOCK` bytes at a time.
+    """A whole file from its beginning to its end, at most `remote_file.BLOCK` bytes at a time.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -66,13 +66,13 @@ def blocks(url: str, limit: int) -> Iterator[bytes]:
     if not is_remote(url):
         ranges = _LocalRanges(_open_plain(url), url)
         _check_size(url, ranges.size, limit)
-        for offset in range(0, ranges.size, remote.BLOCK):
-            yield ranges.read(offset, remote.BLOCK)
+        for offset in range(0, ranges.size, remote_file.BLOCK):
+            yield ranges.read(offset, remote_file.BLOCK)
         return
-    found = remote.find(url)
+    found = remote_file.find(url)
     _check_size(url, found.size, limit)
     done = 0
-    for part in remote.blocks(found):
+    for part in remote_file.blocks(found):
         done += len(part)
         _check_size(url, done, limit)
         yield part
@@ -116,8 +116,8 @@ def ranged_size(url: str) -> int | None:
         FileNotFoundError: it is not there.
         TicketSetError: the store fails.
     """
-    found = remote.find(url)
-    return found.size if remote.gives_ranges(found) else None
+    found = remote_file.find(url)
+    return found.size if remote_file.gives_ranges(found) else None
 
 
 class Ranges(Protocol):
@@ -148,9 +148,9 @@ def open_ranges(url: str, scattered: bool = False) -> Ranges:
     url = local(url)
     if not is_remote(url):
         return _LocalRanges(_open_plain(url), url)
-    found = remote.find(url)
+    found = remote_file.find(url)
     if found.ranged:
-        return remote.RemoteRanges(found, scattered)
+        return remote_file.RemoteRanges(found, scattered)
     with tempfile.TemporaryFile() as copy:
         for part in blocks(url, LARGE_FILE if found.size is None else found.size):
             copy.write(part)

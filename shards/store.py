@@ -269,8 +269,8 @@ class RemoteStore(Store):
             found = remote.retry(self.at(name), fs.info, path)
         except FileNotFoundError:
             return None
-        # Some servers, of those that are only read, tell no more than a size.
-        return str(next((found[key] for key in ("generation", "ETag", "etag") if found.get(key)), found.get("size")))
+        said = [str(found[key]) for key in ("generation", "ETag", "etag") if found.get(key)]
+        return said[0] if said else f"{_modified(found)}-{found.get('size')}"  # sftp, some of http
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
@@ -326,7 +326,7 @@ class RemoteStore(Store):
 def _modified(info: dict[str, Any]) -> float:
     """When an object was put; each client has a name of its own for it."""
     keys = ("LastModified", "last_modified", "updated", "mtime", "created")
-    found = next(info[key] for key in keys if info.get(key))
+    found = next((info[key] for key in keys if info.get(key)), 0.0)
     when = datetime.fromisoformat(found.replace("Z", "+00:00")) if isinstance(found, str) else found
     return when.timestamp() if isinstance(when, datetime) else float(when)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from miner.sources.source import MAX_IMAGE_BYTES, Tally, check_size, open_plain, spelled
-from shards import remote, storage
+from shards import remote, remote_file, storage
 from shards.errors import TicketSetError, first_line
 
 NAMELESS = "{count} objects are left out: a folder in their names is called nothing, // (first: {first})"
@@ -214,7 +214,7 @@ def _read_remote(url: str, path: str, size: int) -> bytes:
     check_size(size)
     where = storage.join(url, path)
     if size > 0 and remote.is_object_store(where):
-        data = remote.read_start(where, size + 1)
+        data = remote_file.read_start(where, size + 1)
         if len(data) == size:  # else it has changed
             return data
     return storage.read_bytes(where, MAX_IMAGE_BYTES)

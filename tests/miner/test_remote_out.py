@@ -14,6 +14,7 @@ from servers import FaultServer, upload
 from shards import remote, store
 from shards.reader import TicketSet
 
+pytestmark = pytest.mark.slow
 CENTER = ["--method", "center", "--views", "3", "--shard-size", "10"]
 
 
@@ -168,7 +169,6 @@ def test_workers_list_each_remote_tar_once(s3, faults, photos, tmp_path):
     assert not fsspec.filesystem("s3", skip_instance_cache=True).exists(f"{s3}/two/listings")
 
 
-@pytest.mark.slow
 def test_a_process_killed_while_it_puts_is_resumed(s3, photos, center_set, tmp_path):
     command = [sys.executable, "-m", "miner.cli", "--data", photos, "--out", f"{s3}/set", *CENTER, "--img-size", 64]
     die = "import os, sys, shards.store as s; put = s.RemoteStore._put; s.RemoteStore._put = lambda self, name, *rest:"

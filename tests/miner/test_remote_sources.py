@@ -110,8 +110,9 @@ def test_a_set_of_a_remote_folder_is_the_one_of_the_local_folder(s3, photos, tmp
     assert contents(tmp_path / "set") == contents(center_set)
 
 
-def test_tars_in_a_store(s3, photos, tmp_path):
-    """By a pattern, by braces, and as a folder that holds nothing else; the same images whichever."""
+def test_tars_in_a_store(s3, faults, photos, tmp_path):
+    """By a pattern, by braces, and as a folder that holds nothing else; the same images whichever. They come twice: to be
+    listed, and to be mined, however many threads read."""
     for number in range(3):
         members = {
             f"{number}{path.stem}.{path.suffix[1:] if kind == 'image' else kind}": path.read_bytes()
@@ -122,11 +123,14 @@ def test_tars_in_a_store(s3, photos, tmp_path):
         }
         write_tar(tmp_path / f"train-{number}.tar", members)
     upload(tmp_path, f"{s3}/tars")
+    sizes = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
     local = open_source(f"{tmp_path}/train-*.tar")
     for spec in ("tars/train-*.tar", "tars/train-{0..2}.tar", "tars"):
         source = open_source(f"{s3}/{spec}")
         assert read_all(source) == read_all(local) and len(source.splits["train"]) == len(local.splits["train"])
+    faults.clear()
     mine("--data", f"{s3}/tars/*.tar", "--out", tmp_path / "far", "--method", "center", "--views", 1, "--shard-size", 7)
+    assert (faults.count("GET"), faults.bytes("GET")) == (2 * 3, 2 * sizes)
     mine("--data", f"{s3}/tars", "--out", tmp_path / "folder", "--method", "center", "--views", 1, "--shard-size", 7)
     tars = [sorted(path.read_bytes() for path in (tmp_path / name).glob("*.tar")) for name in ("far", "folder")]
     assert tars[0] == tars[1]

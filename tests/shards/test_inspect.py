@@ -288,6 +288,20 @@ def test_the_version_is_that_of_the_package() -> None:
     assert inspect("--version").output.split()[-1] == version("datalth")
 
 
+def test_a_store_is_asked_for_no_more_than_is_shown(photos, s3, faults, tmp_path):
+    mine("--data", photos, "--out", tmp_path / "set", "--method", "center", "--views", 2, "--shard-size", 21)
+    far, tars = upload(tmp_path / "set", f"{s3}/set"), sorted((tmp_path / "set").glob("*.tar"))
+    faults.clear()
+    inspect("info", far)
+    assert len(faults.requests) == 1
+    inspect("sheet", far, "--classes", 2, "--per-class", 1, "-o", tmp_path / "sheet.png")
+    largest = max(TicketSet.open(far).table("train")["bytes"].to_pylist())
+    assert faults.count("GET", r"\.tar$") == 2 and faults.bytes("GET", r"\.tar$") <= 2 * largest
+    faults.clear()
+    inspect("verify", far, "--deep")
+    assert faults.bytes("GET", r"\.tar$") == sum(path.stat().st_size for path in tars)
+
+
 def test_of_sets_in_a_store_every_command_says_and_draws_the_same(photos, masks, s3, tmp_path):
     near = tmp_path / "sets"
     mine("--data", photos, "--out", near / "base", "--method", "center", "--views", 3, "--shard-size", 10)

@@ -19,7 +19,7 @@ import pytest
 from fsspec.registry import _registry, known_implementations
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from shards import remote, storage
+from shards import remote, remote_file, storage
 from shards.copies import TarCopies, fetch, own_folder
 from shards.errors import TicketSetError, first_line, is_machine_error
 from shards.reader import TicketSet
@@ -258,7 +258,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Store]:
     Mine.root.mkdir()
     Mine.reads = []
     monkeypatch.setitem(_registry, "faulty", Mine)
-    monkeypatch.setattr(remote, "BLOCK", 4096)
+    monkeypatch.setattr(remote_file, "BLOCK", 4096)
     monkeypatch.setattr(remote, "WAITS", (0, 0))
     return Mine
 

@@ -191,7 +191,8 @@ def test_a_folder_without_hard_links_is_one_line(tmp_path: Path, monkeypatch: py
 def test_a_server_that_tells_no_more_than_a_size(tmp_path: Path) -> None:
     """As many of http do, from which tars are read."""
     fsspec.filesystem("memory").pipe_file("/bare/a.tar", b"one")
-    assert open_store("memory://bare").tag("a.tar") == "3" and open_store("memory://bare").tag("b.tar") is None
+    assert open_store("memory://bare").tag("a.tar").endswith("-3")
+    assert open_store("memory://bare").tag("b.tar") is None
 
 
 def test_what_is_spooled_for_a_store_is_its_owners_alone() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import inspect, mine
 from servers import FaultServer, upload
-from shards import remote, storage
+from shards import remote, remote_file, storage
 from shards.copies import fetch
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -31,8 +31,8 @@ def url(s3: str, faults: FaultServer, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(S3FileSystem, "retries", 1)
     monkeypatch.setattr(S3FileSystem, "read_timeout", 0.4)
     monkeypatch.setattr(remote, "WAITS", (0, 0))
-    monkeypatch.setattr(remote, "BLOCK", BLOCK)
-    monkeypatch.setattr(remote, "SMALL", 1000)
+    monkeypatch.setattr(remote_file, "BLOCK", BLOCK)
+    monkeypatch.setattr(remote_file, "SMALL", 1000)
     put(f"{s3}/set/file.tar", CONTENT)
     faults.clear()
     return f"{s3}/set/file.tar"
@@ -48,7 +48,7 @@ READERS = {
     "blocks": lambda url: b"".join(storage.blocks(url, 1 << 20)),
     "open_ranges": lambda url: storage.open_ranges(url).read(0, 50_000),
     "open_file": lambda url: storage.open_file(url).read(),
-    "read_ranges": lambda url: b"".join(remote.read_ranges([(url, 0, 20_000), (url, 20_000, 50_000)])),
+    "read_ranges": lambda url: b"".join(remote_file.read_ranges([(url, 0, 20_000), (url, 20_000, 50_000)])),
 }
 
 
@@ -121,23 +121,23 @@ def test_scattered_parts_are_fetched_alone(url, faults):
 
 
 def test_blocks_of_all_files_together_are_bounded_and_none_outlives_its_file(s3, url, faults, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCKS_KEPT", 5)
-    before = len(remote.RemoteRanges._kept)
+    monkeypatch.setattr(remote_file, "BLOCKS_KEPT", 5)
+    before = len(remote_file.RemoteRanges._kept)
     files = [storage.open_ranges(url) for _ in range(3)]
     for file in files:
         assert file.read(0, 50_000) == CONTENT
-        assert len(remote.RemoteRanges._kept) <= 5
+        assert len(remote_file.RemoteRanges._kept) <= 5
     put(url, CONTENT[::-1])
     again = storage.open_ranges(url)
     assert again.read(0, 100) == CONTENT[::-1][:100]  # not the block of the file that was there
     del files, file, again
-    assert len(remote.RemoteRanges._kept) <= before
+    assert len(remote_file.RemoteRanges._kept) <= before
 
 
 def test_a_part_that_was_refused_is_asked_for_alone(url, faults):
     places = [(url, start, start + 100) for start in range(0, 2000, 100)]
     faults.plan(503, "GET", "file.tar", skip=7, times=3)
-    assert remote.read_ranges(places) == [CONTENT[start:end] for _, start, end in places]
+    assert remote_file.read_ranges(places) == [CONTENT[start:end] for _, start, end in places]
     assert faults.count("GET") == 20 + 3
 
 
