@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from miner.settings import GROUPS, Fleet, Geometry, Inputs, Labeling, Machine, O
 from shards.console import reports_errors
 from shards.flags import options_of, settings_from, usage_errors
 from shards.ranks import rank_and_world
+from shards.storage import is_remote
 
 EXAMPLES = """
 \b
@@ -65,7 +67,8 @@ def main(context: click.Context, **values: Any) -> None:
         with stopped_by_sigterm():
             mine(inputs, output, selection, geometry, labeling, machine, fleet, frozenset(given))
     except OSError as error:
-        error.filename = error.filename or output.out  # a full disk says no more than that
+        # A full disk says no more than that. What goes to a store is spooled on this machine before.
+        error.filename = error.filename or (tempfile.gettempdir() if is_remote(output.out) else output.out)
         raise
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT

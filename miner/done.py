@@ -10,7 +10,7 @@ from shards import format as fmt
 from shards.errors import TicketSetError
 from shards.schema import Plan, ShardStats
 from shards.store import Store
-from shards.writer import finalize, read_shard_jsons
+from shards.writer import finalize, read_plan, read_shard_jsons
 
 
 def committed(store: Store, plan: Plan, shards: list[Shard]) -> dict[Shard, ShardStats]:
@@ -49,11 +49,14 @@ def finish(store: Store, plan: Plan, source: Source, max_failures: float = 1.0) 
     """Write the manifest if every shard of the folder's plan is done; says whether it is.
 
     Args:
+        plan: of the folder when this command began; another may have added a split since, where there are no locks.
         max_failures: share of all images that may have failed.
     Raises:
         TicketSetError: more have; a shard of another plan; files of another size than its JSON says; or the folder's
             plan is another by now.
     """
+    _check_splits(store, plan)
+    plan = read_plan(store) or plan
     done = committed(store, plan, plan.shards())
     if len(done) < len(plan.shards()):
         return False
@@ -65,10 +68,14 @@ def finish(store: Store, plan: Plan, source: Source, max_failures: float = 1.0) 
             f" raise it and run the same command again, or mend them and give it `retry_failed`"
         )
     _check_sizes(store, done.values())
-    for split in plan.splits:
-        check_unchanged(store, split, plan.splits[split].plan_id)
+    _check_splits(store, plan)
     finalize(store, plan, source.classes, base_link(plan, source, store.url), list(done.values()))
     return True
+
+
+def _check_splits(store: Store, plan: Plan) -> None:
+    for split in plan.splits:
+        check_unchanged(store, split, plan.splits[split].plan_id)
 
 
 def _check_sizes(store: Store, shards: Iterable[ShardStats]) -> None:

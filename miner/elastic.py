@@ -42,12 +42,15 @@ class Worker:
         job: what they mine; shared.
         mined: the splits of it that this command is about.
         fleet: how long claims hold, and how often a shard may fail.
+    Attributes:
+        finalized: the manifest was written here.
     Raises:
         TicketSetError: the store does not keep conditional writes.
     """
 
     def __init__(self, job: Job, mined: Plan, fleet: Fleet) -> None:
         self._job, self._fleet, self._max_failures = job, fleet, job.output.max_failures
+        self.finalized = False
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._shards = {fmt.shard_name(*shard): shard for shard in mined.shards()}
         self._sizes = {name: count_images(job.plan, job.source, [shard]) for name, shard in self._shards.items()}
@@ -149,6 +152,7 @@ class Worker:
             try:
                 if not finish(store, plan, self._job.source, self._max_failures):
                     return False
+                self.finalized = True
                 claims.forget(MANIFEST)
             finally:
                 claims.drop()
@@ -189,6 +193,8 @@ def mine_elastic(job: Job, mined: Plan, producers: Sequence[Producer], fleet: Fl
     progress = worker.work(producers, shown)
     seconds = time.monotonic() - started
     if worker.finalize():
-        show_summary(job.store, seconds, progress, "mined here")
+        show_summary(
+            job.store, seconds, progress, "mined here", worker.finalized
+        )  # one of a thousand reads all indices
     else:
         click.echo("not complete yet: another split is not mined; run the command that mines it again")

@@ -9,6 +9,7 @@ from miner.settings import Fleet, Output
 from shards import format as fmt
 from shards import storage
 from shards.errors import TicketSetError
+from shards.schema import MAX_JSON_BYTES, parse_plan
 from shards.store import Store, open_store
 
 
@@ -52,10 +53,9 @@ def check_target(out: str, data: str) -> None:
     if names and fmt.PLAN not in names:
         raise TicketSetError(f"`out` {out}: holds other files (first: {names[0]}); give an empty or new folder")
     if names:
-        from shards.writer import read_plan  # imports pyarrow
-
+        found = store.read(fmt.PLAN, MAX_JSON_BYTES)  # a store that fails says nothing of the plan
         try:
-            read_plan(store)
+            parse_plan(found, store.at(fmt.PLAN))
         except TicketSetError as error:
             raise TicketSetError(
                 f"{store.at(fmt.PLAN)}: not readable as a plan ({error}); empty the folder yourself, or give another `out`"
@@ -63,6 +63,7 @@ def check_target(out: str, data: str) -> None:
 
 
 def _is_inside(out: str, data: str) -> bool:
+    data = storage.local(data)
     if storage.is_remote(out):
         return f"{out}/".startswith(f"{data.rstrip('/')}/")
     roots = [data, os.path.join(os.environ.get("DATALTH_DATA", data), data)]
@@ -80,8 +81,9 @@ def remove_set(store: Store) -> None:
     """Remove a ticket set's own files, the manifest first; anything else in the folder stays."""
     remove_temporary(store)
     store.remove([fmt.MANIFEST, fmt.TIMM_INFO, fmt.OPEN_CLIP_SIZES])
-    # A shard's JSON before its files.
-    store.remove(sorted(name for name in store.entries() if _SHARD_FILE.fullmatch(name)))
+    shards = [name for name in store.entries() if _SHARD_FILE.fullmatch(name)]
+    store.remove(name for name in shards if name.endswith(".json"))  # first: a shard whose JSON is there is done
+    store.remove(name for name in shards if not name.endswith(".json"))
     store.remove(f"{fmt.INDEX}/{name}" for name in store.entries(fmt.INDEX) if _SHARD_FILE.fullmatch(name))
     remove_claims(store)
     store.remove([fmt.PLAN])  # last: until then the folder is known to be ours

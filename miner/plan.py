@@ -169,14 +169,11 @@ def write_plan(
     """
     alone, locked = (True, True) if lock is None else (lock.alone, lock.locked)
     base_link(plan, source, store.url)  # now, not when all is mined
-    try:
-        old = read_plan(store)
-        if old is None:
-            with contextlib.suppress(Conflict):  # another process has written one since: then that counts
-                _record(store, plan, device, expected=ANY if alone and locked else None)
-            old = read_plan(store) or plan
-    except TicketSetError as error:
-        raise TicketSetError(f"{error}; start anew with `overwrite`") from None
+    old = read_plan(store)
+    if old is None:
+        with contextlib.suppress(Conflict):  # another process has written one since: then that counts
+            _record(store, plan, device, expected=ANY if alone and locked else None)
+        old = read_plan(store) or plan
     if alone and old.plan_id != plan.plan_id and not any(map(fmt.SHARD_JSON.fullmatch, store.entries())):
         _record(store, plan, device)
         return plan

@@ -166,8 +166,12 @@ def waiting_shares(progress: Progress) -> dict[str, float]:
     return {leg: seconds / total for leg, seconds in progress.waited.items()}
 
 
-def show_summary(store: Store, seconds: float, progress: Progress, who: str = "mined") -> None:
-    """Print what was written, what deserves attention, and what to type next."""
+def show_summary(store: Store, seconds: float, progress: Progress, who: str = "mined", advice: bool = True) -> None:
+    """Print what was written, what deserves attention, and what to type next.
+
+    Args:
+        advice: say what deserves attention: it takes the index of every shard to be read.
+    """
     opened = TicketSet.open(store.url, images=False)
     manifest = opened.manifest
     if progress.images:
@@ -179,7 +183,7 @@ def show_summary(store: Store, seconds: float, progress: Progress, who: str = "m
     head = ["split", "samples", "failed", "views", "shards", "size"]
     rows = [[name, s.samples, s.failed, s.views, s.shards, size(s.bytes)] for name, s in manifest.splits.items()]
     click.echo(table(rows, head))
-    for line in _advice(opened):
+    for line in _advice(opened) if advice else []:
         click.echo(as_flags(printable(line)))
     where = shlex.quote(store.url)
     base = manifest.base

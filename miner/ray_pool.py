@@ -209,9 +209,11 @@ class RayPool:
         finally:
             self.close()
         if self._poison:
-            lines = [f"{fmt.shard_name(*shard)}: {why}" for shard, why in sorted(self._poison.items())]
-            said = f"{len(lines)} of {len(todo)} shards failed {self._attempts} times; all others are done"
-            raise TicketSetError("\n  ".join([said, *lines]))
+            first = [f"{fmt.shard_name(*shard)}: {why}" for shard, why in sorted(self._poison.items())[:3]]
+            raise TicketSetError(
+                f"{job.store}: {len(self._poison)} of {len(todo)} shards failed `attempts` {self._attempts} times"
+                f" ({'; '.join(first)}); all others are done. Mend the cause and run the same command again"
+            )
 
     def _busy(self) -> int:
         return sum(hired.shard is not None for hired in self._calls.values())

@@ -12,7 +12,7 @@ import torch
 from miner import models
 from miner.done import committed, count_images, finish, forget_failed
 from miner.elastic import mine_elastic
-from miner.folder import check_alone, check_target, remove_set, remove_temporary
+from miner.folder import check_alone, check_target, remove_claims, remove_set, remove_temporary
 from miner.job import Job, mine_shards
 from miner.lock import FolderLock
 from miner.plan import make_plan, write_plan
@@ -52,6 +52,8 @@ def mine(
     check_alone(output, fleet, world=rank_and_world()[1])
     check_target(output.out, inputs.data)
     store = open_store(output.out)
+    if fleet.elastic or fleet.ray is not None:
+        store.clock()  # before hours of listing: it refuses a store where several would undo each other's shards
     source = open_source(inputs, geometry.seed, SharedListings(store) if fleet.elastic else None)
     geometry = inherit(inputs, output, geometry, source, given)
     selects = None if keeps_rankings(output, selection, source, given) else selection
@@ -137,11 +139,13 @@ def mine_missing(
             pool.mine(job, todo, progress)
     seconds = time.monotonic() - started
     if finish(store, plan, source):
+        remove_claims(store)  # of those who began it with `elastic`
         if pool is not None:
             remove_temporary(store)  # of workers that were killed
         if rank == 0 or todo:
             show_summary(store, seconds, progress, f"rank {rank} of {world} mined" if world > 1 else "mined")
     elif rank == 0:
+        plan = read_plan(store) or plan  # it may be that of another command by now, with a split more
         done = committed(store, plan, plan.shards())
         missing = [fmt.shard_name(*shard) for shard in plan.shards() if shard not in done]
         if missing:

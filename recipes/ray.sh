@@ -14,5 +14,7 @@ DATA='s3://bucket/photos/*.tar'
 OUT=s3://bucket/shards            # or a folder that all nodes see
 # ---
 
+# Where GPU nodes are started only on demand (autoscaling), add --device cuda -j 8: what a worker takes is else decided by the
+# nodes that are there now.
 # --no-wait: the job goes on without this shell; `ray job logs -f` shows its progress.
 exec ray job submit --no-wait -- datalth-mine --ray auto --data "$DATA" --out "$OUT" --amp

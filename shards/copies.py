@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -25,6 +26,9 @@ from shards.schema import FileDigest
 
 BLOCK = 1024  # bytes of a tar that a partial copy has or lacks; the least that is fetched
 _PAGE = 4096
+# Names that nothing else has: `--cache` may be a folder where a user's own sets lie, too, and these are removed.
+_OF_SETS = f"datalth-{'[0-9a-f]' * 16}"
+_COPY = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 
 
 class TarCopies:
@@ -302,7 +306,7 @@ def make_room(folder: Path, most: int | None, wanted: int = 0) -> None:
         most, wanted: bytes; see `TarCopies`.
     """
     found = []
-    for path in folder.glob("datalth-*/*"):
+    for path in folder.glob(f"{_OF_SETS}/*"):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             status = path.stat()
             # Bytes on the disk: a part of a tar is a file with holes.
@@ -312,7 +316,7 @@ def make_room(folder: Path, most: int | None, wanted: int = 0) -> None:
     for _, path, size in sorted(found):
         if held + wanted <= most:
             break
-        if path.suffix in (".tar", ".part") and _removed(path):
+        if _COPY.fullmatch(path.name) and _removed(path):
             held -= size
 
 

@@ -119,7 +119,9 @@ def list_names(url: str) -> list[str]:
     """Names directly inside a folder, sorted; empty where there is none."""
     fs, path = filesystem(url)
     with contextlib.suppress(FileNotFoundError):
-        return sorted(p.rstrip("/").rpartition("/")[2] for p in retry(url, fs.ls, path, detail=False))
+        found = (name.rstrip("/") for name in retry(url, fs.ls, path, detail=False))
+        # Some tools put an empty object in place of a folder, which is then in its own listing.
+        return sorted(name.rpartition("/")[2] for name in found if name != path.rstrip("/"))
     return []
 
 

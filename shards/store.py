@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote
 
 from filelock import FileLock
@@ -33,6 +33,7 @@ from shards.format import CLAIMS
 T = TypeVar("T")
 ANY = "whatever is there"  # as what a put expects
 REQUESTS_AT_ONCE = 16
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # exFAT, some CIFS and FUSE
 _LARGEST_PUT = 5 << 30  # bytes of one request; only a put that expects a tag is bound to one
 
 
@@ -153,20 +154,21 @@ class Store:
         Raises:
             TicketSetError: the store does not keep them.
         """
-        for _ in range(3):  # or somebody finalized the set meanwhile, and removed all claims
+        for _ in range(3):  # an answer may be lost; or somebody finalized the set meanwhile, and removed all claims
             name = f"clock-{secrets.token_hex(8)}"
             place = f"{CLAIMS}/{name}"
             try:
                 self.put(place, b"one", expected=None)
+                kept, tag = not self._put(place, b"two", expected=None), self.tag(place)
                 started = time.monotonic()
-                kept = not self._put(place, b"two", expected=None)
+                kept = kept and self._put(place, b"three", tag) and not self._put(place, b"four", tag)
                 entry = self.entries(CLAIMS).get(name)
             finally:
                 self.remove([place])
             if kept and entry is not None:
                 return lambda: entry.modified + (time.monotonic() - started)
         raise TicketSetError(
-            f"{self.url}: its store ignores conditional writes (`If-None-Match`), so that several workers would undo"
+            f"{self.url}: its store ignores conditional writes (`If-None-Match`, `If-Match`), so that several workers would undo"
             f" each other's shards; expected one that keeps them, see docs/SCALE.md; a single datalth-mine can write it"
         )
 
@@ -215,6 +217,13 @@ class LocalStore(Store):
                 os.link(data, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise TicketSetError(
+                    f"{path.parent}: its file system has no hard links ({error.strerror}), which several workers need;"
+                    f" expected a folder that has, or an object store; see docs/SCALE.md"
+                ) from None
         else:
             with self._lock():  # no system replaces a file on a condition
                 if self.tag(name) != expected:
@@ -260,8 +269,8 @@ class RemoteStore(Store):
             found = remote.retry(self.at(name), fs.info, path)
         except FileNotFoundError:
             return None
-        said = (str(found[key]) for key in ("generation", "ETag", "etag") if found.get(key))
-        return next(said, f"{_modified(found)}-{found['size']}")  # sftp and the like have none
+        said = [str(found[key]) for key in ("generation", "ETag", "etag") if found.get(key)]
+        return said[0] if said else f"{_modified(found)}-{found.get('size')}"  # sftp, some of http
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         url = self.at(folder) if folder else self.url
@@ -309,7 +318,9 @@ class RemoteStore(Store):
             list(pool.map(remove, names))
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        return storage.temporary_file(Path(tempfile.gettempdir(), f"datalth-{name.replace('/', '-')}"))
+        # Nobody else may read it, or put a link in its place: the folder is mostly one that all users share.
+        file = tempfile.NamedTemporaryFile(prefix=f"datalth-{name.replace('/', '-')}.", suffix=".tmp")  # noqa: SIM115
+        return cast(contextlib.AbstractContextManager[BinaryIO], file)
 
 
 def _modified(info: dict[str, Any]) -> float:

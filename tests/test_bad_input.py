@@ -285,6 +285,7 @@ def test_a_plan_json_of_something_else_protects_its_folder(overwrite, photos, tm
 def test_out_inside_data_is_refused(copy):
     for out in (copy, copy / "tickets", copy / "train" / "ant"):
         assert f"lies inside --data {copy}" in failure("--data", copy, "--out", out, *CENTER)
+    assert "lies inside --data file://" in failure("--data", f"file://{copy}", "--out", copy / "tickets", *CENTER)
     assert not (copy / "tickets").exists()
 
 

@@ -47,6 +47,8 @@ class Listing:
         try:
             images = [Member(name, 0, offset, size, _pieces(odd)) for name, offset, size, odd in said["images"]]
             notes = {kind: (count, first) for kind, (count, first) in said["notes"].items()}
+            if len(images) != len(said["labels"]):
+                raise ValueError
             return cls(images, said["labels"], notes)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise TicketSetError(f"{where}: expected the listing of a tar; remove it, and it is made again") from None

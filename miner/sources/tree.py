@@ -175,7 +175,7 @@ class RemoteTree:
         for name, info in found.items():
             path = name.removeprefix(top.rstrip("/")).removeprefix("/")
             folder, _, own = path.rpartition("/")
-            if "" in folder.split("/")[: len(folder)]:
+            if folder and "" in folder.split("/"):
                 tally.add(NAMELESS, spelled(path))
             elif own:
                 size = info.get("size")

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -111,7 +112,29 @@ def test_a_store_that_fails_for_ever_is_one_line_and_loses_nothing(s3, faults, p
 
 def test_a_bucket_that_is_not_there(s3, photos):
     said = mine("--data", photos, "--out", "s3://no-such-bucket/set", *CENTER, code=1).output.splitlines()[-1]
-    assert said.startswith("Error: s3://no-such-bucket/set/plan.json: cannot be written: ") and "bucket" in said
+    assert said == "Error: s3://no-such-bucket/set/plan.json: cannot be written: The specified bucket does not exist"
+
+
+def test_a_store_that_fails_is_no_broken_plan(s3, faults, photos, center_set):
+    """Nobody is to remove a set for it."""
+    out = upload(center_set, f"{s3}/set")
+    faults.plan(503, "GET", r"plan\.json")
+    said = mine("--data", photos, "--out", out, *CENTER, code=1).output
+    assert said.startswith(f"Error: {out}/plan.json: ") and "SlowDown" in said and "readable" not in said
+
+
+def test_a_full_disk_is_that_of_temporary_files(s3, photos, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shards.tar.SampleTarWriter.write", full)
+    said = mine("--data", photos, "--out", f"{s3}/set", *CENTER, code=1).output.splitlines()[-1]
+    assert said.startswith(f"Error: {tempfile.gettempdir()}: No space left on device")
+
+
+def test_the_object_that_stands_for_an_empty_folder_is_in_nobodys_way(s3, photos):
+    fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(f"{s3}/set/", b"")
+    mine("--data", photos, "--out", f"{s3}/set", *CENTER)
 
 
 def test_a_store_that_ignores_conditions_is_refused_for_several_writers_alone(s3, photos, monkeypatch):

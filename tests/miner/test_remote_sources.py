@@ -8,8 +8,10 @@ import pytest
 
 from conftest import contents, mine
 from inputs import open_source, read_all, refusal, rows, write_tar, write_tree
+from miner.sources.listings import Listing
 from servers import upload
 from shards import remote
+from shards.errors import TicketSetError
 
 MANY = ["train/ant/1.jpg", "train/ant/deep/er/2.JPG", "train/bee/10.png", "train/bee/9.png", "train/bee/notes.txt",
         "train/loose.jpg", "train/.hidden.jpg", "train/@eaDir/x.jpg", "val/bee/1.jpg", "docs/read.me"]  # fmt: skip
@@ -144,3 +146,9 @@ def test_a_ticket_set_in_a_store_is_mined_from(s3, center_set, tmp_path):
     (tmp_path / "unfinished").mkdir()
     shutil.copy(center_set / "plan.json", tmp_path / "unfinished")
     assert "not finished" in refusal(upload(tmp_path / "unfinished", f"{s3}/unfinished"))
+
+
+@pytest.mark.parametrize("said", [b"{}", b'{"images": [], "labels": [1], "notes": {}}', b'{"images": [[1]]}'])
+def test_a_listing_that_is_none_is_one_line(said):
+    with pytest.raises(TicketSetError, match="listings/a.json: expected the listing of a tar; remove it"):
+        Listing.parse(said, "listings/a.json")

@@ -342,15 +342,22 @@ def test_a_set_that_is_mined_anew_never_mixes_with_what_was_there(store, ranked_
 
 
 def held(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.rglob("*") if path.suffix in (".tar", ".part"))
+    return sorted(path.stem[-1] for path in folder.rglob("*") if path.suffix in (".tar", ".part"))
+
+
+OF_A_SET = f"datalth-{'0' * 16}"
+
+
+def copy_of(folder: Path, name: str) -> Path:
+    return folder / OF_A_SET / f"{'0' * 63}{name}"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Copies that nobody has open, of 100 kB each but for the last, which is a hole; a was opened first."""
-    (tmp_path / "copies/datalth-set").mkdir(parents=True)
+    (tmp_path / "copies" / OF_A_SET).mkdir(parents=True)
     for number, name in enumerate(("a.tar", "b.part", "c.tar", "d.part")):
-        path = tmp_path / "copies/datalth-set" / name
+        path = copy_of(tmp_path / "copies", name)
         path.write_bytes(bytes(range(256)) * 400 if name != "d.part" else b"")
         if name == "d.part":
             os.truncate(path, 1 << 40)
@@ -365,9 +372,20 @@ def test_copies_go_by_when_they_were_opened_and_count_by_what_they_take(folder):
     assert held(folder) == ["a", "b", "c", "d"]
     make_room(folder, 320_000, 50_000)
     assert held(folder) == ["b", "c", "d"]
-    os.utime(folder / "datalth-set/b.part")
+    os.utime(copy_of(folder, "b.part"))
     make_room(folder, 150_000)
     assert held(folder) == ["b", "d"]
+
+
+def test_nothing_of_a_users_own_is_removed(folder):
+    """A set of his may lie beside the copies, under a name much like theirs."""
+    own = [folder / "datalth-set/train-000000.tar", folder / "datalth-set" / f"{'0' * 63}a.tar",
+           folder / OF_A_SET / "train-000000.tar"]  # fmt: skip
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    make_room(folder, 0)
+    assert all(path.exists() for path in own) and not list(folder.glob(f"{OF_A_SET}/0*.part"))
 
 
 def test_without_a_limit_half_of_the_disk_is_left(folder, monkeypatch):
@@ -389,10 +407,10 @@ def _hold_open(path: Path, ready: Any, done: Any) -> None:
 def test_what_is_open_or_on_its_way_stays(folder):
     fork = multiprocessing.get_context("fork")
     ready, done = fork.Event(), fork.Event()
-    process = fork.Process(target=_hold_open, args=(folder / "datalth-set/a.tar", ready, done))
+    process = fork.Process(target=_hold_open, args=(copy_of(folder, "a.tar"), ready, done))
     process.start()
     assert ready.wait(30)
-    with FileLock(folder / "datalth-set/c.tar.lock"):  # fetched, and not open yet
+    with FileLock(copy_of(folder, "c.tar.lock")):  # fetched, and not open yet
         make_room(folder, 0)
         assert held(folder) == ["a", "c"]
     done.set()
