@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterable
 
-from miner.plan import base_link, check_unchanged, shard_rows
+import numpy as np
+
+from miner.plan import base_link, check_unchanged
 from miner.reading import Shard
 from miner.sources import Source
 from shards import format as fmt
@@ -40,9 +42,25 @@ def forget_failed(store: Store, plan: Plan, shards: list[Shard]) -> None:
             store.remove([f"{fmt.shard_name(*shard)}.json"])
 
 
+def shard_sizes(plan: Plan, source: Source) -> dict[Shard, int]:
+    """Inputs in each shard of the source's splits, as `miner.plan.shard_rows` deals them out."""
+    sizes: dict[Shard, int] = {}
+    for split, table in source.splits.items():
+        planned = plan.splits[split]
+        if source.base:  # its shards are the containers, those of all splits counted together
+            first = sum(len(source.base.shard_names(s)) for s in source.base.splits[: source.base.splits.index(split)])
+            counts = np.bincount(table["container"].to_numpy(), minlength=first + planned.shards)[first:].tolist()
+        else:
+            starts = range(0, planned.images, planned.shard_size)
+            counts = [min(planned.shard_size, planned.images - start) for start in starts]
+        sizes |= {(split, number): counts[number] for number in range(planned.shards)}
+    return sizes
+
+
 def count_images(plan: Plan, source: Source, shards: list[Shard]) -> int:
     """Inputs in some shards."""
-    return sum(len(shard_rows(plan, source, split, number)) for split, number in shards)
+    sizes = shard_sizes(plan, source)
+    return sum(sizes[shard] for shard in shards)
 
 
 def finish(store: Store, plan: Plan, source: Source, max_failures: float = 1.0) -> bool:

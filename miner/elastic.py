@@ -6,6 +6,7 @@ knows of the others but by the claims in the folder, and whoever sees that all s
 
 import contextlib
 import os
+import random
 import secrets
 import socket
 import time
@@ -15,9 +16,10 @@ import click
 import torch
 
 from miner.claims import Claims, State, Stolen, Unreachable
-from miner.done import count_images, finish
+from miner.done import finish, shard_sizes
 from miner.folder import remove_claims, remove_temporary
 from miner.job import Job, TooManyFailures, mine_shards
+from miner.plan import PlanChanged
 from miner.producers import Producer
 from miner.producers.producer import Image
 from miner.progress import ProgressBar, show_plan, show_summary
@@ -25,11 +27,12 @@ from miner.reading import Shard
 from miner.settings import Fleet
 from shards import format as fmt
 from shards.console import printable
-from shards.errors import TicketSetError, first_line, is_machine_error
+from shards.errors import StoreFailed, TicketSetError, first_line, is_machine_error
 from shards.ranks import rank_and_world
 from shards.schema import Plan
 from shards.store import Conflict
 
+STORE_WAIT = 10.0  # seconds, where a store fails at a shard
 SICK = 3  # shards that failed here since one was committed: it is this worker, not the shards
 ANY_NUMBER = 10**6  # of attempts to write the manifest: it is no shard that could be left out
 MANIFEST = fmt.MANIFEST.removesuffix(".json")
@@ -53,10 +56,12 @@ class Worker:
         self.finalized = False
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._shards = {fmt.shard_name(*shard): shard for shard in mined.shards()}
-        self._sizes = {name: count_images(job.plan, job.source, [shard]) for name, shard in self._shards.items()}
+        sizes = shard_sizes(job.plan, job.source)
+        self._sizes = {name: sizes[shard] for name, shard in self._shards.items()}
         self._claims = Claims(job.store, self._name, self._shards, fleet.claim_seconds, fleet.attempts)
         self._own: set[str] = set()  # shards that were committed here
         self._failed: set[str] = set()  # that failed here since one was
+        self._refused = 0  # how often the store failed here since then
 
     def work(self, producers: Sequence[Producer], shown: bool) -> ProgressBar:
         """Mine shards until all are done or given up, here or elsewhere.
@@ -102,14 +107,22 @@ class Worker:
             self._claims.forget(name)
             self._own.add(name)
             self._failed.clear()
+            self._refused = 0
 
         try:
             mine_shards(self._job, claimed(), producers, progress, committed)
             return True
         except (Stolen, Conflict):  # this worker was taken for dead, and another is at its shard
             pass
-        except (Unreachable, TooManyFailures, torch.OutOfMemoryError):
+        except (Unreachable, PlanChanged, TooManyFailures, torch.OutOfMemoryError):
             raise
+        except StoreFailed as error:  # no shard's fault, but of one object it may be for ever
+            self._refused += 1
+            if self._refused == SICK:
+                raise
+            self._claims.drop()
+            click.echo(printable(f"{error}; trying again"), err=True)
+            time.sleep(STORE_WAIT * random.uniform(0.5, 1.5))
         except Exception as error:
             if is_machine_error(error):
                 raise
@@ -120,6 +133,8 @@ class Worker:
 
     def _blame(self, shard: Shard | None, error: Exception) -> None:
         name = "" if shard is None else fmt.shard_name(*shard)
+        if name in self._claims.look().done:  # by another, who swept away what this one was writing
+            return
         if name not in self._claims.held:
             raise error  # of no shard of ours
         click.echo(printable(f"{name}: this attempt failed: {first_line(error)}"), err=True)
@@ -144,7 +159,8 @@ class Worker:
             TicketSetError: too many images failed, of all together.
         """
         store, plan = self._job.store, self._job.plan
-        claims = Claims(store, self._name, [MANIFEST], self._fleet.claim_seconds, ANY_NUMBER)
+        seconds = max(self._fleet.claim_seconds, len(plan.shards()) / 100)  # all their JSON is read meanwhile
+        claims = Claims(store, self._name, [MANIFEST], seconds, ANY_NUMBER)
         while not claims.look().done:
             if claims.take() is None:
                 time.sleep(claims.pause)

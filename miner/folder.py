@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from miner.settings import Fleet, Output
@@ -19,6 +20,8 @@ def check_alone(output: Output, fleet: Fleet, world: int) -> None:
     Raises:
         TicketSetError: see above.
     """
+    if fleet.ray is not None and find_spec("ray") is None:
+        raise TicketSetError("`ray`: Ray is not installed; pip install 'datalth[ray]'")
     if world == 1 and not fleet.elastic:
         return
     if fleet.ray is not None and world > 1:
@@ -39,6 +42,8 @@ def check_target(out: str, data: str) -> None:
     Raises:
         TicketSetError: it holds something that is no ticket set, or lies inside the data.
     """
+    if _ALMOST_URL.match(out):
+        raise TicketSetError(f"`out` {out}: expected two slashes behind the colon")
     store = open_store(out)
     if os.path.isfile(store.url):
         raise TicketSetError(f"`out` {out}: expected a folder, got a file")
@@ -70,6 +75,7 @@ def _is_inside(out: str, data: str) -> bool:
     return any(os.path.isdir(root) and Path(out).resolve().is_relative_to(Path(root).resolve()) for root in roots)
 
 
+_ALMOST_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")  # it would be a folder called s3:
 _FOR_WORKERS = {
     fmt.CLAIMS: re.compile(r".*\.a[0-9]+(\.failed|\.dropped)?|clock-[0-9a-f]{16}|lock", re.DOTALL),
     fmt.LISTINGS: re.compile(r"[0-9a-f]{32}\.json"),

@@ -50,6 +50,10 @@ NO_SELECTOR = SelectorIdentity(
 )  # fmt: skip
 
 
+class PlanChanged(TicketSetError):
+    """The folder's plan is another than the one that this process mines by."""
+
+
 def make_plan(
     source: Source,
     inputs: Inputs,
@@ -169,12 +173,12 @@ def write_plan(
     """
     alone, locked = (True, True) if lock is None else (lock.alone, lock.locked)
     base_link(plan, source, store.url)  # now, not when all is mined
-    old = read_plan(store)
-    if old is None:
+    if read_plan(store) is None:
         with contextlib.suppress(Conflict):  # another process has written one since: then that counts
             _record(store, plan, device, expected=ANY if alone and locked else None)
-        old = read_plan(store) or plan
-    if alone and old.plan_id != plan.plan_id and not any(map(fmt.SHARD_JSON.fullmatch, store.entries())):
+    tag = store.tag(fmt.PLAN)
+    old = read_plan(store) or plan
+    if alone and locked and old.plan_id != plan.plan_id and not any(map(fmt.SHARD_JSON.fullmatch, store.entries())):
         _record(store, plan, device)
         return plan
     there, here = _shared_splits(store, old, plan, source, retry)
@@ -190,7 +194,7 @@ def write_plan(
                 f" run it again when the other is done"
             )
         store.remove([fmt.MANIFEST])
-        _record(store, whole, device)
+        _record(store, whole, device, expected=ANY if locked else tag)
     return whole
 
 
@@ -234,12 +238,12 @@ def check_unchanged(store: Store, split: str, plan_id: str) -> None:
     """Before a commit: whether the folder's plan still is the one that a split is mined by.
 
     Raises:
-        TicketSetError: it is another, none, or gone.
+        PlanChanged: it is another, none, or gone.
     """
     plan = read_plan(store)
     found = plan.splits[split].plan_id if plan and split in plan.splits else None
     if found != plan_id:
-        raise TicketSetError(
+        raise PlanChanged(
             f"{store.at(fmt.PLAN)}: another datalth-mine has changed it since this one began; expected plan"
             f" {plan_id[:12]} of split {split}, got {str(found)[:12]}; give each its own `out`"
         )

@@ -17,6 +17,10 @@ class TicketSetError(ValueError):
     """A ticket set, a source or an argument is not what it should be; the command line prints it and exits 1."""
 
 
+class StoreFailed(TicketSetError):
+    """A store that is too busy, broken or out of reach for now: neither the set nor the command is to blame."""
+
+
 class ImageError(ValueError):
     """One input image cannot be used; the reason goes into its row of the index."""
 

@@ -6,13 +6,15 @@ body that is cut) is tried again here, after what a client tries by itself.
 
 import contextlib
 import errno
+import logging
+import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from shards.errors import TicketSetError, first_line
+from shards.errors import StoreFailed, TicketSetError, first_line
 
 T = TypeVar("T")
 WAITS = (0.2, 0.8)  # seconds before a second and a third try, give or take a half
@@ -44,7 +46,8 @@ def remote_errors(url: str) -> Iterator[None]:
         if missing and not _is_hidden_refusal(url, error.__cause__):
             raise
         reason = error.__cause__ if missing and error.__cause__ else error
-        raise TicketSetError(f"{url}: {first_line(reason)}") from None
+        kind = StoreFailed if _may_pass(error) else TicketSetError
+        raise kind(f"{url}: {first_line(reason)}") from None
 
 
 def _missing_package(error: ImportError) -> str:
@@ -110,6 +113,10 @@ def filesystem(url: str) -> tuple[Any, str]:
     with remote_errors(url):
         import fsspec
 
+        if url.startswith(("gs://", "gcs://")):
+            # gcsfs would ask what kind of bucket it is, over a protocol that emulators and closed networks let time out.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of what is one line here
         fs, path = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if is_object_store(url) else {}))
         fs.invalidate_cache()  # fsspec keeps its instances
         return fs, path
