@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from command_lines import COMMANDS, check_taken
 from conftest import SELECTOR
+from servers import upload
 from trainer.config import RECIPES
 from training import QUICK
 
@@ -37,9 +38,12 @@ def blocks(page: Path = ROOT / "README.md") -> list[list[str]]:
     return [block for block in found if block]
 
 
-def run_command(line: str, photos: Path, weights: Path) -> str:
+def run_command(line: str, photos: Path, weights: Path, s3: str) -> str:
     """One line of a shell block, with flags that make it small."""
-    words = [word.replace("/data/imagenet", str(photos)) for word in shlex.split(line, comments=True)]
+    places = {"/data/imagenet": str(photos), "s3://bucket": s3, "/local/cache": "cache"}
+    words = shlex.split(line, comments=True)
+    for place, here in places.items():
+        words = [word.replace(place, here) for word in words]
     if words[0] == "torchrun":
         words = words[words.index("--nproc-per-node") + 2 :]
     name, *flags = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
@@ -55,11 +59,12 @@ def run_command(line: str, photos: Path, weights: Path) -> str:
     return name
 
 
-def test_readmes_commands_and_then_its_python_run_in_one_folder(photos, weights, tmp_path, monkeypatch):
+def test_readmes_commands_and_then_its_python_run_in_one_folder(photos, weights, tmp_path, monkeypatch, s3):
     monkeypatch.chdir(tmp_path)
+    upload(photos, f"{s3}/imagenet")
     shutil.copy(photos / "val" / "bee" / "bee_0.jpg", "photo.jpg")
     shell = [line for block in blocks() if block[0].split()[0] in COMMANDS for line in block if line.strip()]
-    ran = [run_command(line, photos, weights) for line in shell]
+    ran = [run_command(line, photos, weights, s3) for line in shell]
     assert set(ran) == set(COMMANDS) and Path("shards").is_dir()
     programs = ["\n".join(block) for block in blocks() if block[0].startswith(("import ", "from "))]
     assert len(programs) == 3

@@ -21,7 +21,7 @@ def whole(folder: Path, pattern: str = "*.tar") -> int:
     return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_are_killed_and_resumed_to_the_weights_of_a_local_set(tickets, s3, faults: FaultServer, tmp_path):
     far, cache = upload(tickets, f"{s3}/sets/tickets"), tmp_path / "cache"
     more = ["-b", 2, "--recovery-interval", 1, "-j", 1]  # a worker process for each rank: behind a fork
@@ -44,7 +44,7 @@ def test_two_ranks_are_killed_and_resumed_to_the_weights_of_a_local_set(tickets,
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_ranked_views_two_ranks_fetch_parts(ranked_set, s3, faults: FaultServer, tmp_path):
     far, cache = upload(ranked_set, f"{s3}/sets/ranked"), tmp_path / "cache"
     more = ["-b", 2, "-j", 1, "--repeats", 1, "--mixup", 0, "--cutmix", 0, "--aa", "", "--tokens", 4]
