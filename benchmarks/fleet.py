@@ -6,6 +6,7 @@ stolen and how long a worker waits is the product's own code. Nothing is mined: 
 and in the place of each comes another, five minutes later.
 """
 
+import collections
 import contextlib
 import gc
 import heapq
@@ -260,12 +261,13 @@ class Simulation:
             patches.enter_context(mock.patch.object(elastic, "time", virtual))
             patches.enter_context(mock.patch.object(claims.random, "uniform", self._random.uniform))
             patches.enter_context(mock.patch.object(elastic.secrets, "token_hex", lambda _: next(names)))
-            patches.enter_context(mock.patch.object(elastic, "count_images", lambda *_: IMAGES))
+            patches.enter_context(
+                mock.patch.object(elastic, "shard_sizes", lambda *_: collections.defaultdict(lambda: IMAGES))
+            )
             patches.enter_context(mock.patch.object(elastic, "mine_shards", self._mine))
             patches.callback(gc.set_threshold, *gc.get_threshold())
-            gc.set_threshold(
-                200_000, 50, 100
-            )  # a listing makes many small objects, and there are thousands of listings
+            # A listing makes many small objects, and there are thousands of listings.
+            gc.set_threshold(200_000, 50, 100)
             for slowness in self.slowness:
                 self._start(slowness, 0.0)
             self.clock.run()

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from miner.settings import Fleet, Output
@@ -20,8 +19,6 @@ def check_alone(output: Output, fleet: Fleet, world: int) -> None:
     Raises:
         TicketSetError: see above.
     """
-    if fleet.ray is not None and find_spec("ray") is None:
-        raise TicketSetError("`ray`: Ray is not installed; pip install 'datalth[ray]'")
     if world == 1 and not fleet.elastic:
         return
     if fleet.ray is not None and world > 1:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ def mine(
     check_alone(output, fleet, world=rank_and_world()[1])
     check_target(output.out, inputs.data)
     store = open_store(output.out)
+    if fleet.ray is not None and find_spec("ray") is None:
+        raise TicketSetError("`ray`: Ray is not installed; pip install 'datalth[ray]'")
     if fleet.elastic or fleet.ray is not None:
         store.clock()  # before hours of listing: it refuses a store where several would undo each other's shards
     source = open_source(inputs, geometry.seed, SharedListings(store) if fleet.elastic else None)

@@ -122,6 +122,7 @@ def test_three_at_once_give_the_bytes_of_one(photos: Path, weights: Path, tmp_pa
     assert "workers" not in workers.said() and workers.said().count("next: ") == 3
 
 
+@pytest.mark.long
 def test_to_an_object_store(
     photos: Path, one: Path, words: list[str], s3: str, tmp_path: Path, workers: Workers
 ) -> None:
@@ -235,6 +236,7 @@ def test_a_zombie_does_no_harm(
     assert (len(done_by_zombie) == 8) == (moment == "before the manifest")
 
 
+@pytest.mark.long
 def test_a_zombie_in_the_midst_of_taking_over_does_no_harm(
     words: list[str], tmp_path: Path, workers: Workers, monkeypatch
 ) -> None:
@@ -265,7 +267,7 @@ def test_who_is_told_to_stop_drops_its_shard_at_once(
     out, add = tmp_path / "set", ShardWriter.add
 
     def slow() -> None:
-        ShardWriter.add = lambda *a: (time.sleep(0.1), add(*a))[1]  # type: ignore[method-assign]
+        ShardWriter.add = lambda *a: (time.sleep(0.3), add(*a))[1]  # type: ignore[method-assign]
 
     spot = workers.start(words, slow)
     waits_for(lambda: len(claims_of(out)) >= 2 and any(".a1" in name for name in claims_of(out)))
@@ -278,6 +280,7 @@ def test_who_is_told_to_stop_drops_its_shard_at_once(
     assert contents(out) == contents(one)
 
 
+@pytest.mark.long
 def test_who_waits_can_be_told_to_stop(words: list[str], tmp_path: Path, workers: Workers, monkeypatch) -> None:
     out = tmp_path / "set"
     holder = workers.start(words, sleep_once(*MOMENTS["in mid-shard"], monkeypatch))
@@ -303,6 +306,7 @@ def test_two_that_finalize_at_once(one: Path, words: list[str], tmp_path: Path, 
         assert contents(out) == contents(one)
 
 
+@pytest.mark.long
 def test_finalizing_is_never_given_up(one: Path, words: list[str], tmp_path: Path) -> None:
     """Not when those who were at it died, as often as a shard may fail."""
     out = tmp_path / "set"
@@ -328,6 +332,7 @@ def bad(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardWriter, "add", raising)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [0, 3, 5])
 def test_a_shard_that_always_fails_does_not_hold_up_the_rest(
     one: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -349,6 +354,7 @@ def test_a_shard_that_always_fails_does_not_hold_up_the_rest(
     assert contents(out) == contents(one)
 
 
+@pytest.mark.long
 def test_a_shard_that_fails_while_it_is_read_is_the_one_to_blame(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +373,7 @@ def test_a_shard_that_fails_while_it_is_read_is_the_one_to_blame(
     assert [path.stem for path in out.glob("claims/*.failed")] == [f"{name}.a1"]
 
 
+@pytest.mark.long
 def test_a_worker_at_which_everything_fails_stops_and_leaves_the_rest_to_others(
     one: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +388,7 @@ def test_a_worker_at_which_everything_fails_stops_and_leaves_the_rest_to_others(
     assert contents(out) == contents(one)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_no_shards_fault(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -392,6 +400,7 @@ def test_a_full_disk_is_no_shards_fault(words: list[str], tmp_path: Path, monkey
     mine(*words)
 
 
+@pytest.mark.long
 def test_a_store_that_fails_is_no_shards_fault(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +416,7 @@ def test_a_store_that_fails_is_no_shards_fault(
     assert not [name for name in claims_of(tmp_path / "set") if name.endswith(".failed")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("waiting_images", [1, 64], ids=["for room in the queue", "for the last shard"])
 def test_claims_are_renewed_while_a_slow_store_is_waited_for(
     words: list[str], monkeypatch: pytest.MonkeyPatch, waiting_images: int
@@ -427,6 +437,7 @@ def test_claims_are_renewed_while_a_slow_store_is_waited_for(
     assert meanwhile.count(f"claims/train-000003.a1 {ANY}") >= 2
 
 
+@pytest.mark.long
 def test_claims_are_renewed_where_no_model_is_asked(
     center_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +461,7 @@ def broken_photos(tmp_path: Path, photos: Path, count: int) -> Path:
     return copy
 
 
+@pytest.mark.long
 def test_failures_are_counted_over_all_workers(photos: Path, words: list[str], tmp_path: Path) -> None:
     """3 of 27: each worker may have mined fewer than are allowed."""
     words[1] = str(broken_photos(tmp_path, photos, 3))
@@ -461,6 +473,7 @@ def test_failures_are_counted_over_all_workers(photos: Path, words: list[str], t
     assert "3 images failed (first: " not in mine(*words, "--max-failures", 0.12).output  # who finalized has said so
 
 
+@pytest.mark.long
 def test_too_many_failures_are_no_shards_fault(photos: Path, words: list[str], tmp_path: Path) -> None:
     words[1] = str(broken_photos(tmp_path, photos, 3))
     assert "images failed, --max-failures allows 0 of this run" in mine(*words, code=1).stderr
@@ -469,6 +482,7 @@ def test_too_many_failures_are_no_shards_fault(photos: Path, words: list[str], t
     assert not claims_of(tmp_path / "set")
 
 
+@pytest.mark.long
 def test_a_split_may_come_later(photos: Path, tmp_path: Path) -> None:
     flags = ["--data", photos, "--method", "center", "--views", 2, "--shard-size", 4]
     for out, more in (("one", []), ("set", ["--elastic"])):
@@ -478,6 +492,7 @@ def test_a_split_may_come_later(photos: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "set") == contents(tmp_path / "one")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "locks", [True, False], ids=["refused where there are locks", "in one plan where there are none"]
 )
@@ -501,6 +516,7 @@ def test_a_split_that_comes_while_another_is_mined_is_not_left_out(
     assert codes and TicketSet.open(str(out)).splits == ["train", *["val"] * (not locks)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [["--elastic"], []], ids=["goes on with it", "goes on without"])
 def test_a_set_begun_one_way_is_finished_the_other(
     photos: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
@@ -515,6 +531,7 @@ def test_a_set_begun_one_way_is_finished_the_other(
     assert contents(out) == contents(one) and not claims_of(out)
 
 
+@pytest.mark.long
 def test_what_a_worker_that_died_while_it_took_over_has_left_is_taken_over(
     one: Path, words: list[str], tmp_path: Path
 ) -> None:
@@ -528,6 +545,7 @@ def test_what_a_worker_that_died_while_it_took_over_has_left_is_taken_over(
     assert not claims_of(out)
 
 
+@pytest.mark.long
 def test_what_killed_workers_were_writing_is_swept_at_the_end(
     one: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,12 +567,14 @@ def test_what_killed_workers_were_writing_is_swept_at_the_end(
         os.close(descriptor)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flag", ["--overwrite", "--retry-failed"])
 def test_what_workers_would_undo_for_each_other_is_refused(words: list[str], tmp_path: Path, flag: str) -> None:
     assert f"{flag} --elastic: " in mine(*words, flag, code=2).stderr
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.long
 def test_under_torchrun_each_rank_is_a_worker(
     one: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

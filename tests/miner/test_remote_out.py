@@ -52,6 +52,7 @@ def test_a_store_gets_the_bytes_of_a_folder_and_is_resumed_and_replaced(s3, phot
     assert downloaded(out, tmp_path / "replaced") == contents(tmp_path / "other")
 
 
+@pytest.mark.long
 def test_links_across_stores(s3, photos, center_set, tmp_path):
     base = upload(center_set, f"{s3}/deep/base")
     link = ["--images", "link", "--method", "random"]
@@ -99,6 +100,7 @@ def test_what_passes_is_mended(s3, faults: FaultServer, photos, center_set, tmp_
     assert downloaded(f"{s3}/set", tmp_path / "got") == contents(center_set)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", [r"train-000001\.tar", r"index/train-000001", r"train-000001\.json", r"manifest"])
 def test_a_store_that_fails_for_ever_is_one_line_and_loses_nothing(s3, faults, photos, center_set, tmp_path, path):
     faults.plan(503, "PUT", path)
@@ -115,6 +117,7 @@ def test_a_bucket_that_is_not_there(s3, photos):
     assert said == "Error: s3://no-such-bucket/set/plan.json: cannot be written: The specified bucket does not exist"
 
 
+@pytest.mark.long
 def test_a_store_that_fails_is_no_broken_plan(s3, faults, photos, center_set):
     """Nobody is to remove a set for it."""
     out = upload(center_set, f"{s3}/set")
@@ -123,6 +126,7 @@ def test_a_store_that_fails_is_no_broken_plan(s3, faults, photos, center_set):
     assert said.startswith(f"Error: {out}/plan.json: ") and "SlowDown" in said and "readable" not in said
 
 
+@pytest.mark.long
 def test_a_full_disk_is_that_of_temporary_files(s3, photos, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -132,11 +136,13 @@ def test_a_full_disk_is_that_of_temporary_files(s3, photos, monkeypatch):
     assert said.startswith(f"Error: {tempfile.gettempdir()}: No space left on device")
 
 
+@pytest.mark.long
 def test_the_object_that_stands_for_an_empty_folder_is_in_nobodys_way(s3, photos):
     fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(f"{s3}/set/", b"")
     mine("--data", photos, "--out", f"{s3}/set", *CENTER)
 
 
+@pytest.mark.long
 def test_a_store_that_ignores_conditions_is_refused_for_several_writers_alone(s3, photos, monkeypatch):
     kept = store.RemoteStore._put
     monkeypatch.setattr(store.RemoteStore, "_put", lambda self, name, data, expected: kept(self, name, data, store.ANY))
@@ -169,6 +175,7 @@ def test_workers_list_each_remote_tar_once(s3, faults, photos, tmp_path):
     assert not fsspec.filesystem("s3", skip_instance_cache=True).exists(f"{s3}/two/listings")
 
 
+@pytest.mark.long
 def test_a_process_killed_while_it_puts_is_resumed(s3, photos, center_set, tmp_path):
     command = [sys.executable, "-m", "miner.cli", "--data", photos, "--out", f"{s3}/set", *CENTER, "--img-size", 64]
     die = "import os, sys, shards.store as s; put = s.RemoteStore._put; s.RemoteStore._put = lambda self, name, *rest:"

@@ -302,6 +302,7 @@ def test_a_store_is_asked_for_no_more_than_is_shown(photos, s3, faults, tmp_path
     assert faults.bytes("GET", r"\.tar$") == sum(path.stat().st_size for path in tars)
 
 
+@pytest.mark.long
 def test_of_sets_in_a_store_every_command_says_and_draws_the_same(photos, masks, s3, tmp_path):
     near = tmp_path / "sets"
     mine("--data", photos, "--out", near / "base", "--method", "center", "--views", 3, "--shard-size", 10)

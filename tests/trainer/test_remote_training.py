@@ -56,6 +56,7 @@ def test_of_ranked_views_two_ranks_fetch_parts(ranked_set, s3, faults: FaultServ
     assert list(cache.rglob("*.part")) and not list(cache.rglob("*.tar"))
 
 
+@pytest.mark.long
 def test_a_run_with_a_cache_smaller_than_a_tar_and_a_set_on_two_stores(tickets, s3, faults: FaultServer, tmp_path):
     far = upload(tickets, f"{s3}/sets/tickets")
     faults.plan(503, "GET", "train-000001.tar", times=1)

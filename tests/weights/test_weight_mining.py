@@ -134,6 +134,7 @@ def test_stopped_anywhere_and_going_on_it_gives_the_same_bytes(center_set, imp, 
     assert files(out) == files(imp)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_after_any_file_and_moved_it_gives_the_same_bytes(center_set, imp, tmp_path):
     """What a kill leaves is a prefix of the files in the order that they are written in."""
