@@ -74,9 +74,10 @@ def _is_inside(out: str, data: str) -> bool:
 
 _ALMOST_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")  # it would be a folder called s3:
 _FOR_WORKERS = {
-    fmt.CLAIMS: re.compile(r".*\.a[0-9]+(\.failed|\.dropped)?|clock-[0-9a-f]{16}|lock", re.DOTALL),
+    fmt.CLAIMS: re.compile(r".*\.a[0-9]+(\.failed|\.dropped)?|lock", re.DOTALL),
     fmt.LISTINGS: re.compile(r"[0-9a-f]{32}\.json"),
 }
+_TEMPORARY = re.compile(r".*\.tmp|clock-[0-9a-f]{16}", re.DOTALL)  # what `Store.clock` puts lives for a moment
 _SHARD_FILE = re.compile(r".*-[0-9]{6}\.(json|tar|parquet)", re.DOTALL)
 
 
@@ -102,5 +103,5 @@ def remove_temporary(store: Store, before: float = math.inf) -> None:
     """Remove what killed runs left: what was not written to since a time of the store's clock, as by nobody who lives."""
     for folder in ("", fmt.INDEX, fmt.CLAIMS):
         found = store.entries(folder).items()
-        stale = [name for name, entry in found if name.endswith(".tmp") and entry.modified < before]
+        stale = [name for name, entry in found if _TEMPORARY.fullmatch(name) and entry.modified < before]
         store.remove(f"{folder}/{name}" if folder else name for name in stale)

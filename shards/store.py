@@ -154,7 +154,7 @@ class Store:
         Raises:
             TicketSetError: the store does not keep them.
         """
-        for _ in range(3):  # an answer may be lost; or somebody finalized the set meanwhile, and removed all claims
+        for _ in range(5):  # an answer may be lost; or somebody finalized the set meanwhile, and removed all claims
             name = f"clock-{secrets.token_hex(8)}"
             place = f"{CLAIMS}/{name}"
             try:
