@@ -83,7 +83,7 @@ class Worker:
                 if not self._mine_free(producers, progress):
                     self._claims.look()
                 state = self._claims.state
-                if not state.free and state.working:
+                if not state.free and state.working.keys() - self._own:  # what was seen at work may be done here by now
                     time.sleep(self._claims.pause)
         if state.poisoned:
             raise self._given_up(state)
