@@ -9,6 +9,7 @@ one wins and the others are told:
 No store has a rename, and only some have locks, so these two conditions are all that agreement is built on.
 """
 
+import abc
 import contextlib
 import errno
 import json
@@ -54,7 +55,7 @@ class Entry:
     modified: float
 
 
-class Store:
+class Store(abc.ABC):
     """A folder, local or remote; made by `open_store`. It is only its URL, so it can be pickled.
 
     Attributes:
@@ -80,16 +81,16 @@ class Store:
         """
         return storage.read_bytes(self.at(name), limit)
 
+    @abc.abstractmethod
     def tag(self, name: str) -> str | None:
         """What stands for an object's present content, None where there is none: another put, another tag.
 
         In S3 a tag is a hash of the content, so that the same bytes put again have the same one.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """Objects directly inside a folder by name, as one listing; empty where there is no such folder."""
-        raise NotImplementedError
 
     def put(self, name: str, data: bytes | Path, expected: str | None = ANY) -> None:
         """Put an object, whole or not at all.
@@ -108,9 +109,9 @@ class Store:
         if not self._put(name, data, expected) and not self._holds(name, data):
             raise Conflict(f"{self.at(name)}: another process has written it meanwhile")
 
+    @abc.abstractmethod
     def _put(self, name: str, data: bytes | Path, expected: str | None) -> bool:
         """Whether what was expected was there, and is now replaced."""
-        raise NotImplementedError
 
     def _holds(self, name: str, data: bytes | Path) -> bool:
         """Whether an object has these bytes."""
@@ -125,13 +126,13 @@ class Store:
         except FileNotFoundError:
             return False
 
+    @abc.abstractmethod
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects; what is not there is passed over."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A temporary local file (`Path(file.name)`) for what will be put under a name; in the folder where that is local."""
-        raise NotImplementedError
 
     def read_all(self, names: Iterable[str], limit: int = storage.SMALL_FILE) -> list[bytes | None]:
         """Several objects, asked for side by side; None for those that are not there."""
