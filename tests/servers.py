@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -213,11 +214,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
+def _put_in_one_step() -> None:
+    """A condition and the write that hangs on it are one step in S3; moto looks first and writes later, so that two may win."""
+    from moto.s3.responses import S3Response
+
+    lock, put = threading.Lock(), S3Response.put_object
+
+    def alone(*arguments: Any) -> Any:
+        with lock:
+            return put(*arguments)
+
+    S3Response.put_object = alone
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[tuple[str, int]]:
     """moto as S3 on this machine, in a thread of this process: host and port."""
     server = pytest.importorskip("moto.server", reason="needs moto: pip install 'datalth[dev]'")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request otherwise
+    _put_in_one_step()
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     yield running.get_host_and_port()
