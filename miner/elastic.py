@@ -209,8 +209,7 @@ def mine_elastic(job: Job, mined: Plan, producers: Sequence[Producer], fleet: Fl
     progress = worker.work(producers, shown)
     seconds = time.monotonic() - started
     if worker.finalize():
-        show_summary(
-            job.store, seconds, progress, "mined here", worker.finalized
-        )  # one of a thousand reads all indices
+        advice = worker.finalized  # one of a thousand reads all indices
+        show_summary(job.store, seconds, progress, "mined here", advice)
     else:
         click.echo("not complete yet: another split is not mined; run the command that mines it again")

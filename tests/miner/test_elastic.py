@@ -20,7 +20,7 @@ from conftest import SELECTOR, contents, inspect, mine
 from miner import claims, elastic, reading, writer
 from processes import ended, start
 from shards import format as fmt
-from shards.errors import TicketSetError
+from shards.errors import StoreFailed, TicketSetError
 from shards.reader import TicketSet
 from shards.store import ANY, LocalStore
 from shards.writer import ShardWriter
@@ -414,6 +414,48 @@ def test_a_store_that_fails_is_no_shards_fault(
     monkeypatch.setattr(LocalStore, "_put", fails)
     assert mine(*words, code=1).stderr == "Error: s3://x: SlowDown\n"
     assert not [name for name in claims_of(tmp_path / "set") if name.endswith(".failed")]
+
+
+@pytest.mark.parametrize("times", [2, 9999])
+def test_a_store_that_fails_at_shards_makes_no_poison_of_them(
+    one: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """It answers about claims, and is too busy for tars: for a moment, or for longer than the worker has patience."""
+    put, left = LocalStore._put, iter(range(times))
+
+    def fails(self: LocalStore, name: str, data: Any, expected: Any) -> bool:
+        if name == "train-000002.tar" and next(left, None) is not None:
+            raise StoreFailed("s3://x/train-000002.tar: SlowDown")
+        return put(self, name, data, expected)
+
+    monkeypatch.setattr(LocalStore, "_put", fails)
+    monkeypatch.setattr(elastic, "STORE_WAIT", 0.0)
+    out = tmp_path / "set"
+    said = mine(*words, "--attempts", 1, code=int(times > 2)).stderr
+    tries = said.count("train-000002.tar: SlowDown; trying again\n")
+    assert tries == 2 if times == 2 else tries >= 2  # patience begins anew with each other shard that is committed
+    assert not [name for name in claims_of(out) if name.endswith(".failed")]
+    if times > 2:
+        assert said.endswith("Error: s3://x/train-000002.tar: SlowDown\n")
+        monkeypatch.setattr(LocalStore, "_put", put)
+        mine(*words, "--attempts", 1)  # nobody has given it up
+    assert contents(out) == contents(one)
+
+
+def test_a_plan_that_changes_is_no_shards_fault(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add = tmp_path / "set", ShardWriter.add
+
+    def changes(*arguments: Any) -> None:
+        said = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+        said["splits"]["train"]["plan_id"] = said["splits"]["val"]["plan_id"] = "0" * 64
+        (out / "plan.json").write_text(json.dumps(said), encoding="utf-8")
+        add(*arguments)
+
+    monkeypatch.setattr(ShardWriter, "add", changes)
+    assert "plan.json: another datalth-mine has changed it" in mine(*words, code=1).stderr
+    assert not [name for name in claims_of(out) if name.endswith(".failed")]
 
 
 @pytest.mark.long

@@ -16,8 +16,10 @@ import miner
 from conftest import SELECTOR, contents, mine
 from inputs import open_source
 from miner import job as jobs
+from miner.done import shard_sizes
 from miner.job import Job, mine_shard, mine_shards
 from miner.models import choose_device
+from miner.plan import shard_rows
 from miner.settings import Fleet, Geometry, Inputs, Labeling, Machine, Output, Selection
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -72,6 +74,23 @@ def test_a_job_that_was_pickled_mines_the_same_bytes_in_a_fresh_process(
     assert [(s.split, s.shard, s.failed) for s in stats] == [(split, number, 0) for _, split, number in todo]
     for name in ("photos", "link"):
         assert shards_of(tmp_path / f"{name}-again") == shards_of(tmp_path / name) != {}
+
+
+def test_images_of_shards_are_counted_without_dealing_them_out(
+    photos: Path, center_set: Path, tmp_path: Path, captured: list[Job]
+) -> None:
+    """Of files, with a last shard that is not full; of a set, both splits and one; and of one that lacks images."""
+    mine("--data", photos, "--method", "center", "--shard-size", 4, "--limit", 13, "--out", tmp_path / "photos")
+    mine("--data", center_set, "--images", "link", "--method", "random", "--out", tmp_path / "link")
+    mine("--data", center_set, "--images", "link", "--method", "random", "--split", "val", "--out", tmp_path / "val")
+    for job in captured:
+        expected = {shard: len(shard_rows(job.plan, job.source, *shard)) for shard in job.plan.shards()}
+        assert shard_sizes(job.plan, job.source) == expected
+    thin = dict(captured[1].source.splits)
+    thin["train"] = thin["train"].slice(0, 12)  # its last shard is empty
+    fewer = dataclasses.replace(captured[1].source, splits=thin)
+    assert list(shard_sizes(captured[1].plan, fewer).values()) == [10, 2, 0, 6]
+    assert len(captured) == 3
 
 
 def test_a_call_a_shard_builds_the_model_once(
