@@ -12,7 +12,7 @@ import click
 
 PARTS = (
     "step", "families", "memory", "loader", "reading", "selector", "mining", "fleet", "scaling", "size", "cold", "epoch",
-    "stores",
+    "stores", "workers",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ PARTS = (
 )
 def main(parts: tuple[str, ...], data: Path | None, images: int, rounds: int, peers: str | None) -> None:
     """Measure PARTs, all of them by default: step, families, memory, loader, reading, selector, mining, fleet, scaling,
-    size, cold, epoch, stores. `gpu` is a command of its own, see `gpu --help`.
+    size, cold, epoch, stores, workers. `gpu` is a command of its own, see `gpu --help`.
 
     `report` measures nothing and prints the table of the results that lie in benchmarks/results.
     """
