@@ -210,6 +210,12 @@ class CountingStore(Store):
         self.request("GET")
         return False
 
+    def remove(self, names: Iterable[str]) -> None:
+        raise NotImplementedError("the simulated fleet removes nothing")
+
+    def spool(self, name: str) -> Any:
+        raise NotImplementedError("the simulated fleet writes no files")
+
 
 class Simulation:
     """One fleet, one set, once.
