@@ -264,16 +264,22 @@ def test_who_is_told_to_stop_drops_its_shard_at_once(
     one: Path, words: list[str], tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """And who waits for it takes it long before its time is over."""
-    out, add = tmp_path / "set", ShardWriter.add
+    out, add, told = tmp_path / "set", ShardWriter.add, tmp_path / "told"
+
+    def wait(*arguments: Any) -> None:
+        waits_for(told.exists)
+        add(*arguments)
 
     def slow() -> None:
-        ShardWriter.add = lambda *a: (time.sleep(0.3), add(*a))[1]  # type: ignore[method-assign]
+        ShardWriter.add = wait  # type: ignore[method-assign]
 
     spot = workers.start(words, slow)
     waits_for(lambda: len(claims_of(out)) >= 2 and any(".a1" in name for name in claims_of(out)))
     other = workers.start(words)
-    waits_for(lambda: len(list(out.glob("*-0*.json"))) >= 3)
+    waits_for(lambda: workers.said().count("output") == 2)
     os.kill(spot, number)
+    time.sleep(0.5)  # it has heard of it, before its shard can go on
+    told.touch()
     assert workers.end(spot) == 128 + number
     assert f"{signal.Signals(number).name}: stopped; finished shards are safe" in workers.said()
     assert workers.end(other) == 0, workers.said()
