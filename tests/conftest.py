@@ -21,6 +21,11 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+def long(*values: object):
+    """Values of a parametrized test that CI alone runs."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 def write_image(path: Path, number: int, size: tuple[int, int] = (80, 60)) -> None:
     """A picture of its own for every number: smooth colors and a bright square."""
     rng = np.random.default_rng(number)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from conftest import mine
+from conftest import long, mine
 from miner.models import meta_model
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -226,6 +226,7 @@ def mined_tickets(folder: Path, tokens: int) -> set[tuple[int, ...]]:
     return {tuple(sorted(r[:tokens].tolist())) for r in np.concatenate(rankings)}
 
 
+@pytest.mark.long
 def test_two_ranks_validate_and_save_one_model_where_batch_norm_averages(tickets, tmp_path):
     """Without it, each rank validates with averages of its own images."""
     resnet = [*flags("test_resnet"), "--epochs", 1, "--model-ema-decay", 0.5]
@@ -297,8 +298,15 @@ def maps(tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "set"
 
 
-@pytest.mark.parametrize("feed", ["late", "early"])
-@pytest.mark.parametrize("arm", ["winning", "random", "full"])
+@pytest.mark.parametrize(
+    ("arm", "feed"),
+    [
+        ("winning", "late"),
+        ("full", "early"),
+        *(long(arm, "late") for arm in ("random", "full")),
+        *(long(arm, "early") for arm in ("winning", "random")),
+    ],
+)
 def test_lvvit_trains_on_tickets_token_labels_and_mixed_tokens(tickets, maps, tmp_path, feed, arm):
     more = ["--feed", feed, "--mix-token", "--token-labels", maps, "--tickets", arm, "--epochs", 1]
     train(tickets, tmp_path, "run", *LVVIT, *NO_MIX, *more, plain=True)
@@ -349,6 +357,7 @@ def test_the_feed_gives_each_view_its_own_part_of_the_map(tickets, maps):
         assert bool(batch["flips"][slot]) == bool(flip)
 
 
+@pytest.mark.long
 def test_a_selector_whose_keep_rate_falls_resumes_exactly_and_is_tested_at_its_final_rate(
     tickets, tmp_path, monkeypatch
 ):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import long
 from shards.errors import ImageError, TicketSetError
 from trainer.data.dataset import loader
 from training import arguments
@@ -133,7 +134,7 @@ def test_workers_end_where_the_run_is_killed():
     assert len(pids) == 2 and not any(map(alive, pids))
 
 
-@pytest.mark.parametrize(("soft", "hard", "code"), [(24, 4096, 0), (24, 24, 1)])
+@pytest.mark.parametrize(("soft", "hard", "code"), [long(24, 4096, 0), (24, 24, 1)])
 def test_few_open_files_are_raised_to_what_is_allowed_or_a_line(tickets, tmp_path, soft, hard, code):
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
         pytest.skip("no more are allowed here")

@@ -326,6 +326,7 @@ def test_a_learning_rate_that_min_lr_raises_is_said(tickets, tmp_path):
     assert "--min-lr 1e-05: above the learning rate 1e-06" in output
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_compiled_is_one_line(tickets, tmp_path, monkeypatch):
     from torch._inductor import config
 

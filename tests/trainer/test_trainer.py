@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from conftest import long
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer.data.dataset import TicketDataset, ValidationDataset
@@ -142,7 +143,7 @@ def test_hooks_are_called_at_their_places(opened):
     assert hook.seen == ["begin", "epoch 0", *steps, *ends]
 
 
-@pytest.mark.parametrize("update", [1, 7])
+@pytest.mark.parametrize("update", [long(1), 7])
 def test_a_hook_with_state_goes_on_exactly_after_a_stop(opened, tmp_path, update):
     never = trainer(opened, Shrink(), RunFolder(tmp_path / "never"))
     never.fit()

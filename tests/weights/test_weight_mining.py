@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from conftest import long
 from trainer.weights.cli import main
 from trainer.weights.ticket import WeightTicket
 from trainer.weights.verify import verify
@@ -123,7 +124,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(center_set, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", [1, 4, 8, 10])
+@pytest.mark.parametrize("update", [4, *(long(u) for u in (1, 8, 10))])
 def test_stopped_anywhere_and_going_on_it_gives_the_same_bytes(center_set, imp, tmp_path, monkeypatch, update):
     out = tmp_path / "cut"
     with monkeypatch.context() as stopping:
@@ -165,7 +166,7 @@ def test_killed_after_any_file_and_moved_it_gives_the_same_bytes(center_set, imp
         assert files(out) == files(imp) and not list(out.glob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_mine_a_ticket(center_set, tmp_path):
     ranks = two_ranks(
         *flags(center_set, tmp_path / "two", "--levels", 2, "--rewind-epochs", 1, "-b", 2), module="trainer.weights.cli"
@@ -177,7 +178,7 @@ def test_two_ranks_mine_a_ticket(center_set, tmp_path):
     assert verify(ticket) == [] and ticket.plan.arguments["global_batch"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_miners_of_one_folder(center_set, tmp_path):
     command = [sys.executable, "-m", "trainer.weights.cli", *flags(center_set, tmp_path / "w", "--epochs", 200)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -240,6 +241,7 @@ def test_rst_and_random_of_a_seed_are_one_subnetwork_and_rst_has_learned(center_
     assert (final["cost"]["updates"], final["cost"]["mining_updates"]) == (12, 6)
 
 
+@pytest.mark.long
 def test_soup_keeps_what_short_trainings_agree_on(center_set, tmp_path):
     mine(center_set, tmp_path / "w", "--method", "soup", "--soup-runs", 3, "--sparsity", 0.8)
     ticket = WeightTicket.open(tmp_path / "w")
@@ -299,20 +301,18 @@ def test_a_score_of_ones_own(center_set, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model",
+    ("name", "kwargs"),
     [
         ("swin_tiny_patch4_window7_224", ["embed_dim=24", "depths=(2,2)", "num_heads=(1,2)", "window_size=4"]),
-        ("lvvit_t", ["embed_dim=32", "depth=2", "num_heads=2", "stem_width=8"]),
-        ("hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]),
+        long("lvvit_t", ["embed_dim=32", "depth=2", "num_heads=2", "stem_width=8"]),
+        long("hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]),
         ("test_resnet", []),
-        ("eva02_tiny_patch14_224", ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=16"]),
+        long("eva02_tiny_patch14_224", ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=16"]),
     ],
-    ids=lambda model: model[0],
 )
-def test_every_family_has_weight_tickets(photos, tmp_path, model):
+def test_every_family_has_weight_tickets(photos, tmp_path, name, kwargs):
     from conftest import mine as mine_patches
 
-    name, kwargs = model
     tickets = tmp_path / "set"
     mine_patches("--data", photos, "--out", tickets, "--method", "center", "--tokens", 4, "--img-size", 96 if "hiera" in name else 128, "--patch-size", 16 if "lvvit" in name or "eva" in name else 32)  # fmt: skip
     args = [part for kwarg in kwargs for part in ("--model-kwargs", kwarg)]
