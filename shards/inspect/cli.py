@@ -219,7 +219,7 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         print_json(content | {"center_classes": center} if center else content)
     else:
         likeliest = {"center": ", ".join(f"{name} {share:.3f}" for name, share in center) or None}
-        cells = {"split": split, **row, **likeliest}
+        cells = {"split": split, **row, **likeliest, "ticket": None}  # its bits say little to a person
         if row["label"] is not None:
             cells["label"] = f"{row['label']} ({opened.class_name(row['label'])})"
         click.echo(table([[name, _short(value)] for name, value in cells.items() if value is not None]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from miner.settings import DEFAULT_SELECTOR, Selection
 from shards.console import duration, file_option, printable, rate, reports_errors, table
@@ -31,7 +32,7 @@ BATCH, LOG_SECONDS, ROWS = 32, 15, 20
 
 @dataclass(frozen=True)
 class Picking(Selection):
-    """The selector whose tickets are shown too, under mining's names; `Picking()`: none."""
+    """The selector whose tickets are shown too, under mining's names."""
 
     selector: str | None = setting(
         None,
@@ -71,8 +72,10 @@ class Picking(Selection):
 )
 @click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu.  [default: the best there is]")
 @click.version_option(package_name="datalth")
+@click.pass_context
 @reports_errors
 def main(
+    context: click.Context,
     run: str,
     photos: tuple[str, ...],
     output: str | None,
@@ -97,7 +100,7 @@ def main(
     place = choose_device(device)
     student = open_student(run)
     ways: list[Way] = [Whole(student, place)]
-    if picking != Picking():
+    if any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in values):
         if student.views and not picking.tokens and picking.keep_rate is None:
             picking = replace(picking, tokens=student.views.tokens)
         ways.append(Ticket(student, picking, place, batch_size))
