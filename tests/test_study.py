@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_readme
 from click.testing import CliRunner
 from PIL import Image
 
@@ -110,8 +111,7 @@ def test_photos_of_ones_own_to_their_classes(example, scripts, photos, weights, 
     assert len(on_all.splitlines()) == 1 + 6 and len(on_both.splitlines()) == 1 + 12
     assert set(on_all.splitlines()) < set(on_both.splitlines())
     assert Image.open(tmp_path / "work" / "sheet.png").width > 300
-    page = (EXAMPLES.parent / "docs" / "PHOTOS.md").read_text(encoding="utf-8")
-    typed = [shlex.split(line.strip(), comments=True) for line in page.splitlines() if line.startswith("    datalth-")]
+    typed = [shlex.split(line, comments=True) for line in test_readme.commands(EXAMPLES.parent / "docs" / "PHOTOS.md")]
     told = {word for words in typed for word in words if word.startswith("--")}
     assert {word for words in asked for word in words if word.startswith("--")} <= told | {
         "--output",
