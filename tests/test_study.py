@@ -1,19 +1,25 @@
-"""The studies of examples/: their second set of pictures, what waits for what, and the smallest one to its end."""
+"""The scripts of examples/: a second set of pictures, what waits for what, and the smallest ones to their ends."""
 
 import importlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import test_readme
 from click.testing import CliRunner
 from PIL import Image
+
+from conftest import SELECTOR
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {
     "mine": "miner.cli",
+    "predict": "trainer.predict.cli",
+    "shards": "shards.inspect.cli",
     "train": "trainer.cli",
     "weights": "trainer.weights.cli",
     "verdict": "trainer.verdict.cli",
@@ -25,7 +31,13 @@ def example(monkeypatch) -> Any:
     """Imports a file of examples/ by its name."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield importlib.import_module
-    for name in ("commands", "weights", "make_symbols", "make_digits"):  # `weights` is too plain a name to stay
+    for name in (
+        "commands",
+        "weights",
+        "make_symbols",
+        "make_digits",
+        "photos",
+    ):  # `weights` is too plain a name to stay
         sys.modules.pop(name, None)
 
 
@@ -70,15 +82,47 @@ def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):
         assert {path for command in commands for path in command.needs} <= set(files)
 
 
-@pytest.mark.long
-def test_smallest_study_of_weights_to_its_end(example, tmp_path, monkeypatch):
-    weights = example("weights").weights  # in this process, so that scripts need not be installed
+@pytest.fixture
+def scripts(example, tmp_path, monkeypatch) -> None:
+    """What pip would install, for the commands that an example calls."""
     for name, module in SCRIPTS.items():
         script = tmp_path / f"datalth-{name}"
         script.write_text(f"#!{sys.executable}\nfrom {module} import main\n\nmain()\n", encoding="utf-8")
         script.chmod(0o755)
     monkeypatch.setattr(example("commands"), "BIN", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+
+
+@pytest.mark.slow
+def test_photos_of_ones_own_to_their_classes(example, scripts, photos, weights, tmp_path):
+    small = ["--model", SELECTOR, "--weights", weights, "--img-size", 64, "--patch-size", 16, "--tokens", 8]
+    quick = ["--epochs", 1, "--warmup-epochs", 0, "--unmask-epochs", 0, "-j", 0]
+    line = [*map(str, [photos, "--out", tmp_path / "work", "--new", photos / "val", *small, "--", *quick])]
+    for _ in range(2):  # the second time all is done
+        result = CliRunner().invoke(example("photos").main, line)
+        assert result.exit_code == 0, result.output
+    asked = [
+        words
+        for text in result.output.splitlines()
+        if (words := shlex.split(text.removeprefix("$ "))) and text[0] == "$"
+    ]
+    assert [words[0].removeprefix("datalth-") for words in asked] == ["mine", "shards", "train", "predict", "predict"]
+    on_all, on_both = ((tmp_path / "work" / name).read_text() for name in ("classes.csv", "on-tickets.csv"))
+    assert len(on_all.splitlines()) == 1 + 6 and len(on_both.splitlines()) == 1 + 12
+    assert set(on_all.splitlines()) < set(on_both.splitlines())
+    assert Image.open(tmp_path / "work" / "sheet.png").width > 300
+    typed = [shlex.split(line, comments=True) for line in test_readme.commands(EXAMPLES.parent / "docs" / "PHOTOS.md")]
+    told = {word for words in typed for word in words if word.startswith("--")}
+    assert {word for words in asked for word in words if word.startswith("--")} <= told | {
+        "--output",
+        "--resume",
+        *quick,
+    }
+
+
+@pytest.mark.long
+def test_smallest_study_of_weights_to_its_end(example, scripts, tmp_path):
+    weights = example("weights").weights
     flags = ["--seeds", "1", "--epochs", "1", "--pictures", "64", "--parts", "symbols", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(weights, flags)
     assert result.exit_code == 0, result.output
