@@ -131,17 +131,20 @@ def print_json(value: Any) -> None:
 
 def picture_option(required: bool) -> Callable[[Callable[..., Any]], Any]:
     """-o FILE.png"""
-    text = "Write the picture here." if required else "Also write a picture here."
-    return click.option("-o", "--output", required=required, callback=_check_picture, metavar="FILE.png", help=text)
+    return file_option(".png", "Write the picture here." if required else "Also write a picture here.", required)
 
 
-def _check_picture(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
-    """Refuse a picture that could not be written, before the work."""
-    if path is not None and not path.lower().endswith(".png"):
-        raise click.BadParameter(f"expected a file that ends in .png, got {path}")
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise click.BadParameter(f"{Path(path).parent}: no such folder")
-    return path
+def file_option(ending: str, text: str, required: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """-o FILE of one kind; one that could not be written is refused before the work."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+        if path is not None and not path.lower().endswith(ending):
+            raise click.BadParameter(f"expected a file that ends in {ending}, got {path}")
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise click.BadParameter(f"{Path(path).parent}: no such folder")
+        return path
+
+    return click.option("-o", "--output", required=required, callback=check, metavar=f"FILE{ending}", help=text)
 
 
 class Finite(click.FloatRange):

@@ -1,9 +1,10 @@
 """Which samples a picture shows, and what is written beside them; `draw` puts it on paper."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from shards.errors import TicketSetError
@@ -30,7 +31,9 @@ def contact_sheet(opened: TicketSet, split: str, classes: int, per_class: int) -
     Raises:
         TicketSetError: the split has no sample.
     """
-    picked = list(_pick(opened, split, classes, per_class))
+    picked = list(pick(opened.table(split), classes, per_class))
+    if not picked:
+        raise TicketSetError(f"{opened.url}: split {split} has no sample to draw")
     keys: dict[str, set[str]] = {}
     for _, places in picked:
         for name, key in places:
@@ -55,21 +58,30 @@ def frequency_maps(found: dict[str, Any]) -> Image.Image:
     return draw.maps(named, f"{found['split']}: where tickets lie, K = {found['k']} of {found['n']}")
 
 
-def _tiles(opened: TicketSet, sample: Sample, numbers: Iterable[int]) -> list[tuple[str, Tiles]]:
+def _tiles(opened: TicketSet, sample: Sample, numbers: Sequence[int]) -> list[tuple[str, Tiles]]:
     """Of each view its name, and [the view, its ticket, its ranking]."""
-    pixels = sample.pixels() if sample.ranked is None else None
     rows = []
-    for number in numbers:
-        if sample.ranked is not None:
-            stored = sample.ranked.view(number, sample.rankings[number])
-            tile = draw.view_tile(stored, (0, 0, *stored.shape[:2], 0))
-        elif pixels is not None:
-            tile = draw.view_tile(pixels, sample.views[number])
+    for number, tile in zip(numbers, view_tiles(sample, numbers), strict=True):
         lit = draw.ticket_tile(tile, sample.tickets[number], opened.grid)
         heat = draw.rank_tile(tile, sample.rankings[number], opened.grid)
         flip = ", flipped" if sample.views[number][4] else ""
         rows.append((f"view {number}{flip}", [tile, lit, heat]))
     return rows
+
+
+def view_tiles(sample: Sample, numbers: Sequence[int], side: int = draw.TILE) -> Iterator[Image.Image]:
+    """The pixels of some views, whatever the set stores of them; gray where patches of ranked views are not stored.
+
+    Raises:
+        ImageError, TicketSetError: as `Sample.pixels` and `Ranked.view`.
+    """
+    pixels = sample.pixels() if sample.ranked is None and numbers else None
+    for number in numbers:
+        if sample.ranked is not None:
+            stored = sample.ranked.view(number, sample.rankings[number])
+            yield draw.view_tile(stored, (0, 0, *stored.shape[:2], 0), side)
+        elif pixels is not None:
+            yield draw.view_tile(pixels, sample.views[number], side)
 
 
 def _what_is_gray(opened: TicketSet) -> str:
@@ -79,18 +91,17 @@ def _what_is_gray(opened: TicketSet) -> str:
     return f"   (the best {ranked.tokens} are stored; flat gray: not stored)"
 
 
-def _pick(
-    opened: TicketSet, split: str, classes: int, per_class: int
-) -> Iterator[tuple[int | None, list[tuple[str, str]]]]:
-    """(label, [(shard, key)]) of the first images of classes spread over all of them."""
-    index = opened.table(split).select(["key", "label", "status", "shard"]).to_pylist()
+def pick(table: pa.Table, classes: int, per_class: int) -> Iterator[tuple[int | None, list[tuple[str, str]]]]:
+    """(label, [(shard, key)]) of the first images of classes spread over all of them.
+
+    Args:
+        table: of `TicketSet.table`.
+    """
     by_label: dict[int | None, list[tuple[str, str]]] = {}
-    for row in index:
+    for row in table.select(["key", "label", "status", "shard"]).to_pylist():
         found = by_label.setdefault(row["label"], []) if row["status"] == "ok" else None
         if found is not None and len(found) < per_class:
             found.append((row["shard"], row["key"]))
-    if not by_label:
-        raise TicketSetError(f"{opened.url}: split {split} has no sample to draw")
     labels = sorted(by_label, key=lambda label: (label is not None, label))
     count = min(classes, len(labels))
     for i in range(count):
