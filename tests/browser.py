@@ -60,8 +60,9 @@ class Browser:
     def press(self, key: str) -> None:
         """A key of the keyboard, as `event.key` and `event.code` name it."""
         codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Enter": 13, "Escape": 27}
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+        typed = {"text": "\r"} if key == "Enter" else {}  # without it a button is not pressed
+        for kind, more in (("keyDown", typed), ("keyUp", {})):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **more)
         self.js("new Promise(requestAnimationFrame)")
 
     def resize(self, width: int, height: int, dark: bool = False) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from shards import format as fmt
 from shards.console import printable
+from shards.errors import TicketSetError
 from shards.inspect import draw
 from shards.inspect.compare import check_grids, no_common_image
 from shards.inspect.page import assemble
@@ -43,13 +44,15 @@ def explore(sets: Sequence[TicketSet], split: str, images: int) -> tuple[bytes, 
         split: of all of them.
         images: at most.
     Raises:
-        TicketSetError: sets of other grids, without tickets, or without an image in common.
+        TicketSetError: sets of other grids, without tickets, or without an image that all of them hold.
     """
     first = sets[0]
     for other in sets:
         check_grids(first, other)
     tables = [opened.table(split) for opened in sets]
     common = _ok(tables[0])
+    if not len(common):
+        raise TicketSetError(f"{first.url}: split {split} has no sample to show")
     for opened, table in zip(sets, tables, strict=True):
         common = common.filter(pc.is_in(common["key"], _ok(table)["key"]))
         if not len(common):
