@@ -13,7 +13,7 @@ import numpy as np
 
 from miner.job import Progress
 from miner.sources import Source
-from shards.console import duration, printable, size, table
+from shards.console import duration, printable, rate, size, table
 from shards.errors import TicketSetError
 from shards.flags import as_flags
 from shards.reader import TicketSet, resolve_base
@@ -133,7 +133,7 @@ class ProgressBar(Progress):
         if self._quiet:
             return
         now, images = time.monotonic(), self.images + self._elsewhere
-        detail = f"{self.views / max(now - self._start, 1e-9):.0f} views/s, failed {self.failures}"
+        detail = f"{rate(self.views, now - self._start, 'view')}, failed {self.failures}"
         if self._their_shards:
             detail = f"{self._their_shards} shards at work elsewhere, here {detail}"
         if self.workers is not None:
@@ -145,11 +145,11 @@ class ProgressBar(Progress):
             self._bar.update(images - self._bar.n)
         elif now - self._shown > LOG_SECONDS:
             self._shown = now
-            rate = images / (now - self._start)
-            left = duration((self._total - images) / rate) if images else "?"
+            taken = now - self._start
+            left = duration((self._total - images) * taken / images) if images else "?"
             waits = " ".join(f"{leg} {share:.0%}" for leg, share in shares)
             click.echo(
-                f"mining {images}/{self._total} images ({images / self._total:.0%}), {rate:.0f} images/s,"
+                f"mining {images}/{self._total} images ({images / self._total:.0%}), {rate(images, taken)},"
                 f" left {left}, {detail}, waiting: {waits}",
                 err=True,
             )
@@ -178,7 +178,7 @@ def show_summary(store: Store, seconds: float, progress: Progress, who: str = "m
         waits = ", ".join(f"{leg} {share:.0%}" for leg, share in waiting_shares(progress).items())
         click.echo(
             f"{who} {progress.images} images, {progress.views} views in {duration(seconds)}:"
-            f" {progress.images / seconds:.1f} images/s, {progress.views / seconds:.1f} views/s (waiting: {waits})"
+            f" {rate(progress.images, seconds)}, {rate(progress.views, seconds, 'view')} (waiting: {waits})"
         )
     head = ["split", "samples", "failed", "views", "shards", "size"]
     rows = [[name, s.samples, s.failed, s.views, s.shards, size(s.bytes)] for name, s in manifest.splits.items()]

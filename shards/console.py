@@ -121,6 +121,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def rate(count: float, seconds: float, unit: str = "image") -> str:
+    """Work done in a time, in words that say something at any speed: 120 images/s, 4.2 images/s, 7.5 s/image."""
+    if count <= 0 or seconds <= 0:
+        return f"- {unit}s/s"
+    speed = count / seconds
+    return f"{speed:.{0 if speed >= 100 else 1}f} {unit}s/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}"
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON on standard output, for programs.")
 
 

@@ -122,11 +122,14 @@ def usage_errors() -> Iterator[None]:
 
 
 def as_flags(text: str) -> str:
-    """Text with the backquoted fields of the command that is running as its flags; in a program it stays as it is."""
+    """Text with the backquoted fields of the command that is running as its flags, an argument's as --help names it;
+    in a program it stays as it is."""
     context = click.get_current_context(silent=True)
     for parameter in context.command.params if context is not None else ():
-        if parameter.opts and isinstance(parameter, click.Option):
-            text = text.replace(f"`{parameter.name}`", max(parameter.opts, key=len))
+        if parameter.opts:
+            option = isinstance(parameter, click.Option)
+            shown = max(parameter.opts, key=len) if option else parameter.human_readable_name
+            text = text.replace(f"`{parameter.name}`", shown)
     return text
 
 

@@ -27,6 +27,12 @@ from shards.schema import Manifest
 from shards.tar import BLOCK, member_places, split_members
 
 INDEXED = ["key", "label", "height", "width", "source", "offset", "bytes"]  # columns that `joined` hands on
+# What a person may call a sample, the first that there is: its key, its file, that file as seen from elsewhere.
+_MEANINGS: tuple[Callable[[pa.Table, str], Any], ...] = (
+    lambda table, name: pc.equal(table["key"], name),
+    lambda table, name: pc.equal(table["source"], name),
+    lambda table, name: pa.array([name.endswith(f"/{source}") for source in table["source"].to_pylist()], pa.bool_()),
+)
 EXTENTS = ("offset", "bytes", "base_offset", "base_bytes", "labels_offset", "labels_bytes")
 
 
@@ -240,22 +246,27 @@ class TicketSet:
         return own.append_column("labels_offset", found["offset"]).append_column("labels_bytes", found["bytes"])
 
     def find(self, key: str, split: str | None = None) -> tuple[str, dict[str, Any]]:
-        """(split, row of the index) of one key.
+        """(split, row of the index) of one key, or of the file that a sample was mined from.
 
+        Args:
+            key: or, where there is no such key, a source path, also one that goes on to its left: photos/train/a.jpg.
         Raises:
             TicketSetError: no such key, or it stands in several splits.
         """
-        hits = []
-        for name in [split] if split else self.splits:
-            table = self.table(name)
-            row = pc.index(table["key"], key.encode("utf-8", "backslashreplace").decode()).as_py()
-            if row >= 0:
-                hits.append((name, table.slice(row, 1).to_pylist()[0]))
-        if not hits:
-            raise TicketSetError(f"{self.url}: no sample has the key {key!r}; `datalth-shards ls` lists them")
-        if len(hits) > 1:
-            raise TicketSetError(f"{self.url}: {key!r} is in {[h[0] for h in hits]}; say which with `split`")
-        return hits[0]
+        wanted = key.encode("utf-8", "backslashreplace").decode()
+        tables = {name: self.table(name) for name in ([split] if split else self.splits)}
+        for is_meant in _MEANINGS:
+            hits = [
+                (name, row)
+                for name, table in tables.items()
+                for row in table.filter(is_meant(table, wanted)).to_pylist()
+            ]
+            if len(hits) == 1:
+                return hits[0]
+            if hits:
+                several = ", ".join(f"{row['key']} in {name}" for name, row in hits[:3])
+                raise TicketSetError(f"{self.url}: {key!r} is {several}; give a key, and its `split`")
+        raise TicketSetError(f"{self.url}: no sample has the key {key!r}; `datalth-shards ls` lists them")
 
     def ok_keys(self, name: str) -> list[str]:
         """Keys of one shard's samples that succeeded, in stored order."""

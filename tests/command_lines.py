@@ -9,11 +9,13 @@ import pytest
 import miner.cli
 import shards.inspect.cli
 import trainer.cli
+import trainer.predict.cli
 import trainer.verdict.cli
 import trainer.weights.cli
 
 COMMANDS: dict[str, Any] = {
     "datalth-mine": miner.cli.main,
+    "datalth-predict": trainer.predict.cli.main,
     "datalth-shards": shards.inspect.cli.main,
     "datalth-train": trainer.cli.main,
     "datalth-verdict": trainer.verdict.cli.main,

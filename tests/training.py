@@ -1,4 +1,4 @@
-"""Runs of datalth-train at toy size, for the tests of training."""
+"""Runs of datalth-train at toy size, and predictions of them, for the tests of training."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from trainer.cli import main
+from trainer.predict.cli import main as predict_main
 
 SMALL = ["--model-kwargs", "embed_dim=32", "--model-kwargs", "depth=2", "--model-kwargs", "num_heads=2"]
 QUICK = [*SMALL, "--epochs", "2", "-b", "4", "--warmup-epochs", "1", "-j", "0", "--repeats", "2", "--log-interval", "1"]
@@ -26,6 +27,13 @@ def arguments(tickets: Path, output: Path, name: str, *more: object, plain: bool
 def train(tickets: Path, output: Path, name: str, *more: object, code: int = 0, plain: bool = False) -> Result:
     result = CliRunner().invoke(main, arguments(tickets, output, name, *more, plain=plain))
     assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def predict(*flags: object, code: int = 0) -> Result:
+    """datalth-predict in this process; assert its exit code."""
+    result = CliRunner().invoke(predict_main, ["--device", "cpu", "-j", "2", *map(str, flags)])
+    assert result.exit_code == code, result.output + "".join(map(str, result.exc_info or ()))
     return result
 
 

@@ -109,6 +109,18 @@ def _side(opened: TicketSet, tickets: Tickets, kind: type[TicketModel]) -> int:
     return square_side(tokens, opened.num_patches, "`resize_to_tokens`") * patch
 
 
+def views_said(opened: TicketSet, tickets: Tickets, model: Model) -> dict[str, Any]:
+    """What config.json says beside timm's fields: how views were cut of photos, and tickets of views, see `trainer.predict`."""
+    return {
+        "exif": opened.exif,
+        "img_size": opened.manifest.img_size,
+        "patch_size": opened.manifest.patch_size,
+        "tokens": ticket_size(opened, tickets),
+        "feed": model.feed,
+        "resized": tickets.resize_to_tokens,
+    }
+
+
 def timm_config(model: Model, classes: list[str], student: TicketModel) -> dict[str, Any]:
     """config.json of timm's hub format: the model that the weights beside it are of, and how it is shown an image.
 

@@ -125,25 +125,40 @@ def _images(tree: Tree, split_folder: str, notes: list[str], tally: Tally) -> It
         if name and tree.leads_up(start, split_folder):
             tally.add(LOOP, spelled(start))
             continue
-        for path, item in _files(tree, start, split_folder, len(classes) == 1, tally):
+        check_level = functools.partial(_check_level, tree.root, start, len(classes) == 1, tally)
+        for path, item in files_below(tree, start, split_folder, tally, check_level):
             if is_image(path):
                 # `offset` says whether `source` spells the path with escaped bytes.
                 yield Entry(path, name, item.size, offset=int(not _is_utf8(path)))
             else:
-                others[spelled(Path(path).suffix.lower()) or "(none)"] += 1
+                others[ending(path)] += 1
     if others:
-        kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(4))
-        notes.append(
-            f"{split_folder or tree.root}: {sum(others.values())} files are not images by their ending: {kinds}"
-        )
+        notes.append(other_files(split_folder or tree.root, others))
 
 
-def _files(tree: Tree, start: str, split_folder: str, only_class: bool, tally: Tally) -> Iterator[tuple[str, Item]]:
-    """(path below root, item) of every file under a class folder, links to folders followed, each folder once.
+def ending(path: str) -> str:
+    """Of a file's name, for `other_files`."""
+    return spelled(Path(path).suffix.lower()) or "(none)"
+
+
+def other_files(place: str, endings: Counter[str]) -> str:
+    """A note on files that are left out, counted by their endings."""
+    kinds = ", ".join(f"{suffix} {count}" for suffix, count in endings.most_common(4))
+    return f"{place}: {sum(endings.values())} files are not images by their ending: {kinds}"
+
+
+def files_below(
+    tree: Tree, start: str, top: str, tally: Tally, check: Callable[[list[str]], None] = lambda inside: None
+) -> Iterator[tuple[str, Item]]:
+    """(path below root, item) of every file under a folder, links to folders followed, each folder once.
 
     Links wait until all real folders were seen, so that a folder is listed under its own name. Whether one was
     seen is asked below links only: a real folder cannot be met twice elsewhere, whatever a file system's
     numbers say.
+
+    Args:
+        top: a link that leads to where this folder is, or above, is not followed.
+        check: is given the sorted names of the folders that lie directly in `start`.
     """
     seen: set[object] = set()
     real, links = deque([(start, False)]), deque[str]()
@@ -168,15 +183,15 @@ def _files(tree: Tree, start: str, split_folder: str, only_class: bool, tally: T
             below = join(path, name)
             if not is_link:
                 real.append((below, linked))
-            elif tree.leads_up(below, split_folder):
+            elif tree.leads_up(below, top):
                 tally.add(LOOP, spelled(below))
             else:
                 links.append(below)
         if path == start:
-            _check_level(tree.root, start, sorted(name for name, _ in folders), only_class, tally)
+            check(sorted(name for name, _ in folders))
 
 
-def _check_level(root: str, class_folder: str, inside: list[str], only_class: bool, tally: Tally) -> None:
+def _check_level(root: str, class_folder: str, only_class: bool, tally: Tally, inside: list[str]) -> None:
     """A `data` one level too high would make one class of train's and val's images.
 
     Raises:

@@ -192,17 +192,20 @@ def _label_number(opened: "TicketSet", label: str) -> int:
 
 @main.command()
 @_folder
-@click.argument("key")
+@click.argument("key", metavar="KEY|FILE")
 @_base
 @click.option("--split", metavar="S", help="Needed where a key stands in several splits.")
 @picture_option(required=False)
 @json_option
 @reports_errors
 def show(folder: str, key: str, base: str | None, split: str | None, output: str | None, as_json: bool) -> None:
-    """One image: its row, its views, and their tickets; as a picture with -o.
+    """One image, by its key or by the file that it was mined from: its row, its views, and their tickets; as a picture
+    with -o.
 
     \b
-    Example: datalth-shards show shards train/bird/000_owl -o owl.png
+    Examples:
+      datalth-shards show shards train/bird/000_owl
+      datalth-shards show shards photos/train/bird/000_owl.jpg -o owl.png
     """
     from shards.format import VIEW_COLUMNS
 
@@ -211,7 +214,7 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         opened.require_tickets()
     split, row = opened.find(key, split)
     row["ticket"] = row["ticket"].hex() if row["ticket"] else None
-    sample = next(opened.stream_shard(row["shard"], {key}), None)
+    sample = next(opened.stream_shard(row["shard"], {row["key"]}), None)
     views = [] if sample is None else sample.views.tolist()
     tickets = [] if sample is None else sample.tickets.tolist()
     center = [] if sample is None else _center_classes(opened, sample)
@@ -221,18 +224,25 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         sample_page(opened, sample).save(output, "PNG")
     if as_json:
         named = [dict(zip(VIEW_COLUMNS, view, strict=True)) for view in views]
-        content = {"split": split, **row, "views": named, "tickets": tickets}
+        named_row = {"split": split, **row, "class": opened.class_name(row["label"])}
+        content = {**named_row, "views": named, "tickets": tickets}
         print_json(content | {"center_classes": center} if center else content)
     else:
         likeliest = {"center": ", ".join(f"{name} {share:.3f}" for name, share in center) or None}
         cells = {"split": split, **row, **likeliest}
-        click.echo(table([[name, str(value)] for name, value in cells.items() if value is not None]))
+        if row["label"] is not None:
+            cells["label"] = f"{row['label']} ({opened.class_name(row['label'])})"
+        click.echo(table([[name, _short(value)] for name, value in cells.items() if value is not None]))
         click.echo()
         heads = [" ".join(map(str, ticket[:8])) + " ..." if ticket else "-" for ticket in tickets]
         rows = [[i, *view, heads[i]] for i, view in enumerate(views)]
         click.echo(table(rows, ["view", *VIEW_COLUMNS, "ticket, most informative first"]))
     if output and sample is None:
         raise TicketSetError(f"{key}: failed ({row['error']}); there is nothing to draw")
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _center_classes(opened: "TicketSet", sample: "Sample") -> list[tuple[str, float]]:
@@ -265,9 +275,9 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
 
     opened = _open(folder, base)
     opened.require_tickets()
-    picture, images, shown = contact_sheet(opened, split or opened.splits[0], classes, per_class)
+    picture, shown = contact_sheet(opened, split or opened.splits[0], classes, per_class)
     picture.save(output, "PNG")
-    click.echo(f"{printable(output)}: {images} images of {shown} classes")
+    click.echo(f"{printable(output)}: {shown}")
 
 
 @main.command()

@@ -2,13 +2,14 @@
 
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-TILE = 160  # pixels of a view's side
+TILE, SMALL_TILE = 160, 96  # pixels of a view's side; of many views together
 GAP = 8
 LARGE, SMALL = 15, 12  # of letters
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
@@ -70,6 +71,40 @@ def page(rows: Sequence[tuple[str, Sequence[Image.Image]]], head: Sequence[str],
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (label_width + column * (side[0] + GAP), y))
     return sheet
+
+
+def sheet(blocks: Sequence[tuple[str, Sequence[Image.Image]]], title: str) -> Image.Image:
+    """Rows of tiles with a caption over each, in as many columns of rows as make the picture most nearly 3:2."""
+    side = blocks[0][1][0].width
+    width = max(len(tiles) for _, tiles in blocks) * (side + GAP) - GAP
+    across, down = width + 3 * GAP, side + 26
+    count, top = len(blocks), 38
+
+    def size(columns: int) -> tuple[int, int]:
+        return max(columns * across, _width(title, LARGE) + 2 * GAP), top + -(-count // columns) * down
+
+    def off(columns: int) -> float:
+        wide, high = size(columns)
+        return abs(math.log(wide / high / 1.5))
+
+    columns = min(range(1, count + 1), key=off)
+    picture = Image.new("RGB", size(columns), PAPER)
+    draw = ImageDraw.Draw(picture)
+    _write(draw, (GAP, 8), title, INK, LARGE)
+    for number, (caption, tiles) in enumerate(blocks):
+        x, y = GAP + number % columns * across, top + number // columns * down
+        _write(draw, (x, y), _cut(caption, SMALL, width), INK, SMALL)
+        for place, tile in enumerate(tiles):
+            picture.paste(tile, (x + place * (side + GAP), y + 18))
+    return picture
+
+
+def _cut(text: str, size: int, width: int) -> str:
+    """Text, or as much of its beginning as there is room for."""
+    if _width(text, size) <= width:
+        return text
+    fits = max((end for end in range(len(text)) if _width(f"{text[:end]}...", size) <= width), default=0)
+    return f"{text[:fits]}..."
 
 
 def maps(named: Sequence[tuple[str, np.ndarray]], title: str, columns: int = 6, side: int = TILE) -> Image.Image:

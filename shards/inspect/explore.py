@@ -19,7 +19,7 @@ from shards.errors import TicketSetError
 from shards.inspect import draw
 from shards.inspect.compare import check_grids, no_common_image
 from shards.inspect.page import assemble
-from shards.inspect.pictures import MAX_VIEWS, pick, view_tiles
+from shards.inspect.pictures import MAX_VIEWS, by_label, spread, view_tiles
 from shards.inspect.stats import statistics
 from shards.reader import TicketSet
 from shards.sample import Sample
@@ -57,8 +57,9 @@ def explore(sets: Sequence[TicketSet], split: str, images: int) -> tuple[bytes, 
         common = common.filter(pc.is_in(common["key"], _ok(table)["key"]))
         if not len(common):
             raise no_common_image(first, opened, split)
-    per_class = min(images, max(PER_CLASS, images // max(1, len(first.classes))))
-    keys = [key for _, places in pick(common, images // per_class, per_class) for _, key in places]
+    classes = by_label(common)
+    per_class = min(images, max(PER_CLASS, images // len(classes)))
+    keys = [key for label in spread([*classes], images // per_class) for _, key in classes[label][:per_class]]
     views = len(keys) * sum(_views(opened, split) for opened in sets)
     left = BUDGET - views * first.num_patches * fmt.ranking_dtype(first.num_patches).itemsize
     pictures = _Pictures(left // (len(keys) * sum(_own_views(opened, first, split) for opened in sets)))

@@ -17,7 +17,7 @@ from PIL import Image
 from test_verdict import write_arms
 
 from conftest import inspect, mine, write_image
-from shards.console import print_json, printable, reports_errors, table
+from shards.console import print_json, printable, rate, reports_errors, table
 from shards.errors import ImageError, TicketSetError
 
 KEY = "train/ant/ant_0"
@@ -246,3 +246,18 @@ def test_text_is_never_in_the_encoding_of_the_locale():
                     if text_file or name in ("read_text", "write_text"):
                         found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "text"),
+    [
+        (1234, 1, "1234 images/s"),
+        (42, 10, "4.2 images/s"),
+        (9996, 100, "100.0 images/s"),
+        (1, 8, "8.0 s/image"),
+        (0, 5, "- images/s"),
+        (3, 0, "- images/s"),
+    ],
+)
+def test_a_rate_says_something_at_any_speed(count, seconds, text):
+    assert rate(count, seconds) == text

@@ -128,6 +128,75 @@ def test_show_prints_views_and_tickets(center_set):
     assert "no sample has the key" in inspect("show", center_set, "nobody", code=1).output
 
 
+def test_show_takes_the_file_that_a_sample_was_mined_from(center_set, photos, linked):
+    by_key = inspect("show", center_set, KEY).output
+    for name in ("train/ant/ant_0.jpg", photos / "train/ant/ant_0.jpg", "./photos/train/ant/ant_0.jpg"):
+        assert inspect("show", center_set, name).output == by_key
+    for name in ("ant_0.jpg", "other/train/ant/ant_0.png", "xtrain/ant/ant_0.jpg"):
+        assert "no sample has the key" in inspect("show", center_set, name, code=1).output
+    assert inspect("show", linked, f"{KEY}.jpg", "--split", "train").output.split()[:2] == ["split", "train"]
+
+
+def test_show_asks_which_of_several_samples_is_meant(photos, tmp_path):
+    for name in ("a/x.jpg", "a/x.png", "x/a/x.jpg"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "val/bee/bee_0.jpg", path)
+    mine("--data", tmp_path / "data", "--out", tmp_path / "set", "--method", "center", "--val-share", 0)
+    found = json.loads(inspect("show", tmp_path / "set", "a/x.png", "--json").output)
+    assert (found["split"], found["key"], found["class"], found["label"]) == ("train", "a/x-1", "a", 0)
+    assert json.loads(inspect("show", tmp_path / "set", "data/x/a/x.png/a/x.png", "--json").output)["key"] == "a/x-1"
+    output = inspect("show", tmp_path / "set", "data/x/a/x.jpg", code=1).output
+    assert output.endswith("'data/x/a/x.jpg' is a/x in train, x/a/x in train; give a key, and its --split\n")
+
+
+def test_show_is_for_people_and_its_json_for_programs(linked):
+    rows = dict(line.split(maxsplit=1) for line in inspect("show", linked, KEY).output.split("\n\n")[0].splitlines())
+    exact = json.loads(inspect("show", linked, KEY, "--json").output)
+    assert rows["label"] == "0 (ant)" and (exact["label"], exact["class"]) == (0, "ant")
+    for name in ("mean_score", "entropy"):
+        assert len(rows[name]) <= 7 and float(rows[name]) == pytest.approx(exact[name], rel=1e-3)
+
+
+@pytest.mark.parametrize(("classes", "per_class"), [(10, 3), (3, 3), (100, 3), (1000, 1), (1000, 3), (7, 1)])
+def test_a_sheet_keeps_its_shape_whatever_it_shows(classes, per_class):
+    tile = Image.new("RGB", (16, 16), (200, 0, 0))
+    picture = draw.sheet([(f"class {i}", [tile] * 2 * per_class) for i in range(classes)], "")
+    assert 1.5 / 1.7 < picture.width / picture.height < 1.5 * 1.7
+    red = (np.asarray(picture) == (200, 0, 0)).all(2).sum()
+    assert red == classes * per_class * 2 * 16 * 16  # all of them, none over another
+
+
+def test_a_sheet_says_how_many_of_how_many_classes_it_shows(center_set, tmp_path, monkeypatch):
+    out = tmp_path / "sheet.png"
+    assert inspect("sheet", center_set, "-o", out).output == f"{out}: 9 images of 3 of 3 classes\n"
+    large = Image.open(out).size
+    text = inspect("sheet", center_set, "-o", out, "--classes", 2, "--per-class", 1).output
+    assert text == f"{out}: 2 images of 2 of 3 classes\n"
+    monkeypatch.setattr(pictures, "MANY", 8)
+    inspect("sheet", center_set, "-o", out)
+    assert Image.open(out).width < large[0]
+    monkeypatch.setattr(pictures, "MAX_SHEET", 8)
+    output = inspect("sheet", center_set, "-o", out, code=1).output
+    assert output == "Error: --classes and --per-class: expected at most 8 images, got 9\n"
+
+
+def test_a_sheet_of_unlabeled_images_shows_as_many(photos, tmp_path):
+    data = tmp_path / "photos"
+    data.mkdir()
+    for path in (photos / "train").rglob("*.*"):
+        shutil.copy(path, data)
+    mine("--data", data, "--out", tmp_path / "set", "--method", "center", "--views", 1, "--val-share", 0)
+    out = tmp_path / "sheet.png"
+    assert inspect("sheet", tmp_path / "set", "-o", out).output == f"{out}: 21 of 21 images\n"
+    assert inspect("sheet", tmp_path / "set", "-o", out, "--classes", 2).output == f"{out}: 6 of 21 images\n"
+    assert Image.open(out).width > Image.open(out).height
+
+
+def test_captions_that_are_too_long_are_cut():
+    assert draw._cut("ant", 12, 100) == "ant" and draw._cut("a" * 99, 12, 60) in ["a" * n + "..." for n in range(5, 9)]
+
+
 def test_stats_of_center_tickets_are_the_center(center_set):
     found = json.loads(inspect("stats", center_set, "--json").output)
     frequency = np.array(found["frequency"])

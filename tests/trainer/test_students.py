@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from shards.reader import TicketSet
 from trainer.cli import main
 from trainer.evaluate import best_classes, figures
 from trainer.verdict.cli import main as verdict
-from training import same, train, weights_of
+from training import predict, same, train, weights_of
 
 pytestmark = pytest.mark.slow  # trains and judges students of every family
 
@@ -180,6 +181,40 @@ def test_plain_timm_rebuilds_the_student_and_shows_it_what_it_was_tested_on(sets
         assert loss(model(theirs), labels).item() == pytest.approx(reported, abs=0.03)
     assert (exact - theirs).abs().mean() < 0.1
     assert model.pretrained_cfg["label_names"] == NAMES
+
+
+@pytest.mark.parametrize("family", ["vit of 8 px", "vit of 96 px", "swin", "swin zero", "lvvit late", "hiera", "cnn"])
+def test_predict_shows_a_student_the_tickets_that_it_was_tested_on(sets, spots, tmp_path, family):
+    """The loss tells every probability; tickets come from the photos, by the selector of the set."""
+    flags, size = FAMILIES[family]
+    more = ["--epochs", 1, "-b", 18, "--lr", 0.01, "--warmup-epochs", 0]
+    train(sets(*size), tmp_path, "run", *flags, *STEADY, *more, plain=True)
+    reported = json.loads((tmp_path / "run/final.json").read_text())["results"]
+    tokens = TicketSet.open(str(sets(*size))).k
+    found = losses(tmp_path / "run", spots / "val", tmp_path / "found.csv", "--method", "center")
+    assert found[f"{tokens}"] == pytest.approx(reported["tickets"]["loss"], abs=1e-5)
+    assert found["all"] == pytest.approx(reported["all"]["loss"], abs=0.03)
+    assert abs(reported["tickets"]["loss"] - reported["all"]["loss"]) > 1e-3  # so that one cannot stand for the other
+    if family == "swin":  # a smaller image of as many patches is another model
+        output = predict(tmp_path / "run", spots / "val", "--method", "center", "--tokens", 4, code=1).output
+        assert "--tokens 4: expected 9, what this model was built for" in output
+
+
+def losses(run: Path, photos: Path, output: Path, *flags: object) -> dict[str, float]:
+    """Mean cross-entropy of what datalth-predict says of photos in class folders, by the patches that were shown."""
+    predict(run, photos, "--top", 99, "-o", output, *flags)
+    found: dict[str, list[float]] = {}
+    for row in csv.DictReader(output.read_text().splitlines()):
+        if row["label"] == Path(row["file"]).parent.name:
+            found.setdefault(row["patches"], []).append(-math.log(float(row["probability"])))
+    return {patches: float(np.mean(values)) for patches, values in found.items()}
+
+
+def test_predict_reaches_the_reported_accuracy_on_the_original_images(learnt, spots, tmp_path):
+    predict(learnt, spots / "val", "-o", tmp_path / "found.csv")
+    rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
+    hits = [row["label"] == Path(row["file"]).parent.name for row in rows]
+    assert len(hits) == 20 and best_of(learnt) >= 50 and abs(100 * np.mean(hits) - best_of(learnt)) <= 1
 
 
 @pytest.fixture(scope="module")

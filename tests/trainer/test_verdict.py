@@ -508,3 +508,26 @@ def test_full_runs_of_packed_tickets_are_held_against_tickets_of_their_own_k(tmp
     verdict(*runs, "-o", tmp_path / "out")
     verdicts = json.loads((tmp_path / "out/verdict.json").read_text())["models"][0]["verdicts"]
     assert {v["tokens"]: round(v["a_minus_c"]["value"], 6) for v in verdicts} == {16: 23, 25: -7}
+
+
+def test_an_arm_has_its_own_color_and_shape_in_every_picture(tmp_path: Path, monkeypatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, set[tuple[float, ...]]] = {}
+    errorbar = Axes.errorbar
+
+    def noted(axis: Any, *points: Any, **looks: Any) -> Any:
+        drawn.setdefault(looks["marker"], set()).add(looks["color"])
+        return errorbar(axis, *points, **looks)
+
+    monkeypatch.setattr(Axes, "errorbar", noted)
+    runs = write_arms(tmp_path / "runs")
+    blue, orange, black = (0.0, 0.447, 0.698), (0.835, 0.369, 0.0), (0.0, 0.0, 0.0)
+    for given in (runs, runs[3:], [*runs, *write_arms(tmp_path / "more", set_id="d" * 64, set_method="n")[:3]]):
+        drawn.clear()
+        verdict(*given, "-o", tmp_path / "out")
+        found = {marker: sorted(tuple(round(part, 3) for part in color) for color in drawn[marker]) for marker in drawn}
+        assert found.pop("s") == [orange] and found.pop("X") == [black]
+        # A second line of an arm, of another set, is a paler one.
+        paler = [(0.4, 0.668, 0.819)] if len(given) > 9 else []
+        assert found == ({} if given == runs[3:] else {"o": [blue, *paler]})

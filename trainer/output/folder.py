@@ -2,7 +2,7 @@
 
 args.yaml            the flags, and what they were applied to
 classes.txt          class names in the order of the logits
-config.json          what plain timm needs beside model_best.safetensors
+config.json          what plain timm needs beside model_best.safetensors, and how photos became views
 summary.csv          a row an epoch, as timm's
 final.json           the last epoch's figures, and what they cost
 predictions.parquet  the last epoch's answer to every validation image
@@ -29,7 +29,7 @@ from trainer.hooks import Epoch, Hook
 from trainer.options import FREE_TO_CHANGE, Output
 from trainer.output import checkpoint
 from trainer.output.claim import TAKEN, Claim
-from trainer.student import timm_config
+from trainer.student import timm_config, views_said
 
 if TYPE_CHECKING:
     from trainer.evaluate import Figures
@@ -92,7 +92,9 @@ class RunFolder(Hook):
         if epoch.is_best:
             checkpoint.save_best(self.path, trainer, self._arguments, epoch.metric, epoch.number)
             # After the weights: where they are missing, timm would take another checkpoint of the folder.
-            config = timm_config(trainer.recipe.model, trainer.opened.classes, trainer.student)
+            opened, recipe = trainer.opened, trainer.recipe
+            config = timm_config(recipe.model, opened.classes, trainer.student)
+            config["views"] = views_said(opened, recipe.tickets, recipe.model)
             write_atomic(self.path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
         self._summary.add(_row(trainer, epoch))
         checkpoint.save(self.path / checkpoint.LAST, trainer, self._arguments, epoch.metric)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from shards.console import rate
 from trainer.engine import State, learning_rate
 from trainer.hooks import Epoch, Hook
 from trainer.output.folder import RunFolder
@@ -83,7 +84,7 @@ def progress(trainer: "Trainer", figures: Mapping[str, float]) -> None:
     mean = state.loss_sum / state.loss_count
     log.info(
         f"Train: {state.epoch} [{state.step:>4d}/{steps} ({100 * state.step / steps:>3.0f}%)]"
-        f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {images / seconds:.1f}/s"
+        f"  Loss: {figures['loss']:.3f} ({mean:.3f})  {rate(images, seconds)}"
         f"  LR: {learning_rate(state):.3e}  Data: {figures['waited'] / seconds:.0%}  Tokens: {tokens}/{trainer.opened.num_patches}"
     )
 

@@ -2,6 +2,7 @@
 accuracy against sparsity, one line an arm, dense as a dashed line."""
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,24 +13,24 @@ from trainer.verdict.sentences import RESAMPLED
 from trainer.verdict.weight_report import dense_beside
 
 SIZE, DPI = (12.0, 5.0), 100  # 1200 x 500 pixels a row
-# Okabe and Ito's colors, told apart by the color-blind too; an arm always has the same one.
-COLORS = {
-    "winning": "#0072B2",
-    "random": "#D55E00",
-    "random-fixed": "#E69F00",
-    "center": "#009E73",
-    "inverse": "#CC79A7",
-    "resized": "#56B4E9",
-    "full": "#000000",
+# Of each arm Okabe and Ito's color, told apart by the color-blind too, and a shape, in every picture the same ones.
+LOOKS = {
+    "winning": ("#0072B2", "o"),
+    "random": ("#D55E00", "s"),
+    "random-fixed": ("#E69F00", "D"),
+    "center": ("#009E73", "^"),
+    "inverse": ("#CC79A7", "v"),
+    "resized": ("#56B4E9", "P"),
+    "full": ("#000000", "X"),
 }
-WEIGHT_COLORS = {
-    "winning": "#0072B2",
-    "reinit": "#E69F00",
-    "shuffled": "#009E73",
-    "random": "#D55E00",
-    "dense": "#000000",
+WEIGHT_LOOKS = {
+    "winning": ("#0072B2", "o"),
+    "reinit": ("#E69F00", "D"),
+    "shuffled": ("#009E73", "^"),
+    "random": ("#D55E00", "s"),
+    "dense": ("#000000", "X"),
 }
-MARKERS = "osD^vP*X"
+PALER = 0.6  # of the color, of each further line of one arm
 STYLES = ("-", ":", "-.", (0, (1, 3)))
 DODGE = 0.006  # between arms of the same cost, as a share of full's
 SPAN = 0.2  # of all arms of the same sparsity, as a share of what is left
@@ -108,6 +109,7 @@ def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: i
         label = ", ".join(filter(None, [*names, judge.model if len(report.judges) > 1 else ""]))
         lines.setdefault(label.replace("$", r"\$"), []).append(group)
     dashed = sum(_is_dense(members[0]) for members in lines.values())
+    drawn_of: Counter[str] = Counter()
     for index, (label, members) in enumerate(sorted(lines.items(), key=lambda line: not _is_dense(line[1][0]))):
         found = [(group, judge.accuracy(group, OWN)) for group in members]
         points = sorted((_kept(group), e.value, e.half or 0.0) for group, e in found if e is not None)
@@ -115,16 +117,24 @@ def _draw_weights(report: Report, judge: Judge, axis: Any, full: bool, number: i
             continue
         xs, ys, halves = zip(*points, strict=True)
         arm = members[0].weights.arm if members[0].weights else "dense"
-        # Dense lines of one panel differ in their data or their epochs.
-        looks = {"color": WEIGHT_COLORS[arm], "linestyle": STYLES[number % 4], "linewidth": 1.6}
-        if arm == "dense":
+        color, marker = _look(WEIGHT_LOOKS, arm, 0 if arm == "dense" else drawn_of[arm])
+        drawn_of[arm] += 1
+        looks: dict[str, Any] = {"color": color, "linestyle": STYLES[number % 4], "linewidth": 1.6}
+        if arm == "dense":  # lines of one panel differ in their data or their epochs
             looks |= {"linestyle": "--", "linewidth": 1.2, "alpha": max(0.3, 0.9 - 0.25 * index)}
             drawn = axis.axhline(ys[0], **looks)
         else:
             xs = tuple(x * (1 + SPAN * (0.5 - (index - dashed + 1) / (len(lines) - dashed + 1))) for x in xs)
-            marker = MARKERS[index % len(MARKERS)]
             drawn = axis.errorbar(xs, ys, yerr=halves, capsize=3, elinewidth=1.2, marker=marker, markersize=6, **looks)
         handles.setdefault(label, drawn)
+
+
+def _look(looks: dict[str, tuple[str, str]], arm: str, before: int) -> tuple[tuple[float, ...], str]:
+    """Color and marker of a line of an arm, of which so many were drawn before: of other sets, methods or epochs."""
+    from matplotlib.colors import to_rgb
+
+    color, marker = looks[arm]
+    return tuple(1 - PALER**before * (1 - part) for part in to_rgb(color)), marker
 
 
 def _is_dense(group: Group) -> bool:
@@ -175,7 +185,7 @@ def _draw_model(report: Report, judge: Judge, axis: Any, protocol: str, number: 
     if not judge.groups:  # all of its runs have weight tickets
         return
     style = STYLES[number % 4]
-    lines = _lines(report, judge)
+    lines, drawn_of = _lines(report, judge), Counter[str]()
     factor = report.unit()[1]
     widest = factor * max(group.cost("dense_gmacs") for group in judge.groups)
     for index, (label, groups) in enumerate(lines.items()):
@@ -186,11 +196,12 @@ def _draw_model(report: Report, judge: Judge, axis: Any, protocol: str, number: 
         xs, ys, halves = zip(*found, strict=True)
         arm = groups[0].arm.partition(" +")[0]
         tuned = " +" in groups[0].arm
-        looks = {"color": COLORS[arm], "marker": MARKERS[index % len(MARKERS)], "markersize": 6}
-        looks |= {"markerfacecolor": "white" if tuned else COLORS[arm]}
+        color, marker = _look(LOOKS, arm, drawn_of[arm])
+        drawn_of[arm] += 1
+        looks = {"color": color, "marker": marker, "markersize": 6, "markerfacecolor": "white" if tuned else color}
         looks |= {"linestyle": "--" if arm == "full" else style if len(xs) > 1 else "none"}
         if arm == "full":
-            axis.axhline(ys[0], color=COLORS[arm], linestyle="--", linewidth=1, alpha=0.7)
+            axis.axhline(ys[0], color=color, linestyle="--", linewidth=1, alpha=0.7)
         else:  # arms of one cost stand side by side
             xs = tuple(x + widest * DODGE * (index - (len(lines) - 2) / 2) for x in xs)
         bars = axis.errorbar(xs, ys, yerr=halves, capsize=3, elinewidth=1.2, linewidth=1.6, **looks)

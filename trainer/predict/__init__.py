@@ -1,0 +1,1 @@
+"""A run and photos -> the class of each photo; `datalth-predict`."""
