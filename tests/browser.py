@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,8 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
+        """What the window shows, as .png or .jpeg."""
+        self.js("Promise.all([...document.images].map((image) => image.decode()))")
         path.write_bytes(b64decode(self.call("Page.captureScreenshot", format=path.suffix[1:])["data"]))
 
     def complaints(self) -> list[Any]:
@@ -111,3 +115,18 @@ def browser(folder: Path) -> Iterator[Browser]:
             found._session = None
             found.call("Browser.close")
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A window of 1200 x 900 in the light."""
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
+        found.resize(1200, 900)
+        yield found
+
+
+if __name__ == "__main__":  # python tests/browser.py PAGE.html PICTURE.png|jpeg WIDTH HEIGHT
+    with tempfile.TemporaryDirectory() as place, browser(Path(place) / "profile") as window:
+        window.resize(int(sys.argv[3]), int(sys.argv[4]))
+        window.open(Path(sys.argv[1]).absolute())
+        window.screenshot(Path(sys.argv[2]))

@@ -1,11 +1,8 @@
 """datalth-shards explore: what stands in the page, without a browser; then the page in a real one."""
 
 import base64
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from browser import Browser, browser, needs_chromium
+from browser import Browser, needs_chromium
 from conftest import inspect, mine
+from pages import Page, check_self_contained
 from servers import upload
 from shards.inspect.compare import overlap
 from shards.inspect.page import assemble
@@ -22,52 +20,6 @@ from shards.inspect.pictures import view_tiles
 from shards.reader import TicketSet
 
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-class Page(HTMLParser):
-    """Its elements, and the text of each kind of them."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self._open = ""
-        self.feed(content.decode())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._open = tag
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
-    def handle_data(self, data: str) -> None:
-        self.texts.setdefault(self._open, []).append(data)
-
-    def policy(self) -> dict[str, str]:
-        said = next(a["content"] or "" for _, a in self.tags if a.get("http-equiv") == "Content-Security-Policy")
-        return dict(rule.split(" ", 1) for rule in said.split("; "))
-
-    def data(self) -> Any:
-        return json.loads(self.texts["script"][0])
-
-
-def check_self_contained(page: Page, scripts: int = 2) -> None:
-    """One style and one script that may run, named by their hashes; nothing is fetched, nothing stands in attributes."""
-    policy = page.policy()
-    assert policy.pop("img-src") == "data:"
-    for kind, text in (("style-src", page.texts["style"][0]), ("script-src", page.texts["script"][-1])):
-        assert policy.pop(kind) == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    assert set(policy) == {"default-src", "base-uri", "form-action"} and set(policy.values()) == {"'none'"}
-    assert [tag for tag, _ in page.tags].count("script") == scripts and [tag for tag, _ in page.tags].count(
-        "style"
-    ) == 1
-    names = {name for _, attributes in page.tags for name in attributes}
-    assert not {name for name in names if name.startswith("on")} | names & {"style", "src", "srcset", "action"}
-    assert [a["href"] for _, a in page.tags if "href" in a] == ["data:,"]
-    ids = [a["id"] for _, a in page.tags if "id" in a]
-    assert len(ids) == len(set(ids))
-    assert {a["for"] for tag, a in page.tags if tag == "label" and "for" in a} <= set(ids)
 
 
 def explore(*arguments: object, out: Path) -> Page:
@@ -213,13 +165,6 @@ LIT = """[...document.querySelectorAll('.card')].filter((card) => card.checkVisi
         const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
         return data.filter((alpha, i) => i % 4 === 3 && alpha === 0).length;
     }))"""  # of every card in sight, the patches without a shade in each of its tiles
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
-        found.resize(1200, 900)
-        yield found
 
 
 def choose(page: Browser, selector: str, value: object, event: str = "input") -> None:
