@@ -74,7 +74,7 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         """What the window shows, as .png or .jpeg."""
-        self.js("Promise.all([...document.images].map((image) => image.decode()))")
+        self.js("Promise.all([...document.images].filter((image) => image.src).map((image) => image.decode()))")
         path.write_bytes(b64decode(self.call("Page.captureScreenshot", format=path.suffix[1:])["data"]))
 
     def complaints(self) -> list[Any]:

@@ -518,7 +518,7 @@ def test_points_say_what_they_are_in_a_browser(tmp_path: Path, chromium: Browser
     chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     assert chromium.js(f"{tip}.checkVisibility()")
     assert chromium.js(f"{tip}.textContent === {point}.getAttribute('aria-label')")
-    assert chromium.js("document.querySelectorAll('.line.on').length") == 4, "in both legend and panels"
+    assert chromium.js("document.querySelectorAll('.line.on').length") == 3, "in both panels and the legend"
     chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
     assert chromium.js(f"{tip}.hidden") and chromium.js("document.querySelectorAll('.line.on').length") == 0
     chromium.js(f"{point}.focus()")

@@ -4,7 +4,8 @@ const tip = document.getElementById("tip");
 
 function bringOut(plot, number) {
   plot.classList.toggle("picked", number !== null);
-  for (const line of plot.querySelectorAll(".line")) line.classList.toggle("on", line.dataset.line === number);
+  for (const line of plot.querySelectorAll(".line"))
+    line.classList.toggle("on", line.closest("[data-line]").dataset.line === number);
 }
 
 /** The words of a point, over it, and within the window. */
