@@ -73,9 +73,10 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """What the window shows, as .png or .jpeg."""
+        """What the window shows, as .png or .jpg."""
         self.js("Promise.all([...document.images].filter((image) => image.src).map((image) => image.decode()))")
-        path.write_bytes(b64decode(self.call("Page.captureScreenshot", format=path.suffix[1:])["data"]))
+        kind = "png" if path.suffix == ".png" else "jpeg"
+        path.write_bytes(b64decode(self.call("Page.captureScreenshot", format=kind)["data"]))
 
     def complaints(self) -> list[Any]:
         """Errors and warnings of the console, exceptions, what the policy refused, and requests but for the page's own data."""
@@ -125,7 +126,14 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield found
 
 
-if __name__ == "__main__":  # python tests/browser.py PAGE.html PICTURE.png|jpeg WIDTH HEIGHT
+# How docs/explore.jpg was made, of four photos of each class:
+#   datalth-mine --data stamps/val --val-share 0 --views 4 --tokens 68 --method cls-attention --weights clip_b16.safetensors
+#     --selector vit_base_patch16_clip_quickgelu_224 --out clip
+#   datalth-mine --data clip --images link --tokens 68 --method cls-attention --weights dinov2_s14.safetensors
+#     --selector vit_small_patch14_dinov2 --out dino
+#   datalth-shards explore clip dino -o explore.html
+#   python tests/browser.py explore.html docs/explore.jpg 1440 1000
+if __name__ == "__main__":  # python tests/browser.py PAGE.html PICTURE.png|jpg WIDTH HEIGHT
     with tempfile.TemporaryDirectory() as place, browser(Path(place) / "profile") as window:
         window.resize(int(sys.argv[3]), int(sys.argv[4]))
         window.open(Path(sys.argv[1]).absolute())

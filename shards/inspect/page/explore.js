@@ -128,8 +128,10 @@ function makeCard(image) {
       tiles[i].show(set, image);
       if (!i) return;
       const found = agreement(data.sets[0], set, image);
-      notes[i].textContent = found ? `overlap ${found.overlap.toFixed(2)}, IoU ${found.iou.toFixed(2)}` : "another box";
-      notes[i].title = found ? `with ${data.sets[0].name}` : "the sets cut this view out of the image at other places";
+      notes[i].textContent = found ? `overlap ${found.overlap.toFixed(2)}` : "another box";
+      notes[i].title = found
+        ? `with ${data.sets[0].name}; IoU ${found.iou.toFixed(2)}`
+        : "the sets cut this view out of the image at other places";
     });
   };
   return { element, image, text, show };
