@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -126,7 +127,7 @@ def _rows(table: pa.Table, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 def _names(sets: Sequence[TicketSet]) -> list[str]:
     """Of each set its folder's name, not where it is: a page is passed on. Two of one name get the start of their ids."""
-    names = [printable(opened.url.rpartition("/")[2]) for opened in sets]
+    names = [printable(os.path.basename(os.path.abspath(opened.url))) for opened in sets]  # of "." too
     return [
         f"{name} {opened.manifest.set_id[:8]}" if names.count(name) > 1 else name
         for name, opened in zip(names, sets, strict=True)

@@ -100,7 +100,7 @@ def _plot(plot: Plot) -> str:
     down = _scale(low - room, high + room, HEIGHT - BOTTOM, TOP)
     heights = [(value, f"{value:g}") for value in _ticks(low - room, high + room)]
     if plot.ticks is None:
-        right = 1.05 * max(p.x for p in points)
+        right = 1.05 * max(p.x for p in points) or 1.0
         along = _scale(0, right, LEFT, WIDTH - RIGHT)
         places = [(value, f"{value:g}") for value in _ticks(0, right)]
     else:  # each level of IMP takes the same share of what is left; the sparsest to the right
