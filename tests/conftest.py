@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-pytest_plugins = ["servers"]
+pytest_plugins = ["browser", "servers"]
 SELECTOR = "test_vit"  # timm's own small ViT: width 64, depth 6
 
 

@@ -119,12 +119,21 @@ def test_plain_folders_of_their_names_do_not_hide_the_packages(tmp_path):
     assert done.returncode == 0 and "None" not in done.stdout, done.stderr
 
 
-def test_packages_hold_the_recipes_and_their_types_and_an_editable_install_has_a_root():
+def test_packages_hold_the_recipes_pages_and_types_and_an_editable_install_has_a_root():
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest needs tomli too
     setup = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     patterns = setup["package-data"]
     shipped = {path for pattern in patterns["trainer"] for path in (ROOT / "trainer").glob(pattern)}
     assert shipped == set(RECIPES.values()) and len(shipped) >= 9
+    web = {path for kind in ("html", "css", "js") for package in setup["packages"]["find"]["include"]
+           for path in (ROOT / package.removesuffix("*")).rglob(f"*.{kind}")}  # fmt: skip
+    found = {
+        path
+        for name in patterns
+        for pattern in patterns[name]
+        for path in (ROOT / name.replace(".", "/")).glob(pattern)
+    }
+    assert web and web <= found
     packages = {name.removesuffix("*") for name in setup["packages"]["find"]["include"]}
     assert packages == {path.parent.name for path in ROOT.glob("*/py.typed")} and patterns["*"] == ["py.typed"]
     # A root, and nothing else, makes setuptools write a .pth instead of a finder.

@@ -382,6 +382,8 @@ def test_inspection_of_tickets_refuses_labels_alone(pair: Path, photos: Path, tm
         ("sheet", labels, "-o", tmp_path / "a.png"),
         ("show", labels, key, "-o", tmp_path / "a.png"),
         ("stats", labels),
+        ("explore", labels, "-o", tmp_path / "a.html"),
+        ("explore", pair / "tickets", labels, "-o", tmp_path / "a.html"),
         ("diff", labels, pair / "tickets"),
         ("diff", pair / "tickets", labels),
         ("score", labels, "--masks", photos),

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import duration, json_option, picture_option, print_json, printable, reports_errors, size, table
+from shards.console import (
+    duration,
+    file_option,
+    json_option,
+    picture_option,
+    print_json,
+    printable,
+    reports_errors,
+    size,
+    table,
+)
 from shards.errors import TicketSetError
 
 if TYPE_CHECKING:  # --help needs neither numpy nor pyarrow
@@ -268,6 +278,30 @@ def sheet(folder: str, base: str | None, split: str | None, output: str, classes
     picture, shown = contact_sheet(opened, split or opened.splits[0], classes, per_class)
     picture.save(output, "PNG")
     click.echo(f"{printable(output)}: {shown}")
+
+
+@main.command()
+@click.argument("folders", metavar="SET...", nargs=-1, required=True)
+@_base
+@_split
+@file_option(".html", "Write the page here.", required=True)
+@click.option("--images", type=click.IntRange(min=1), default=60, show_default=True, metavar="N", help="Images shown.")
+@reports_errors
+def explore(folders: tuple[str, ...], base: str | None, split: str | None, output: str, images: int) -> None:
+    """A page for the browser, in one file: images by class, their patches lit and dimmed by a slider.
+
+    Several sets of the same images stand side by side, with their overlap.
+
+    \b
+    Example: datalth-shards explore shards random -o explore.html
+    """
+    from shards.inspect.explore import explore as page
+    from shards.storage import write_atomic
+
+    sets = [_open(folder, base) for folder in folders]
+    content, shown = page(sets, split or sets[0].splits[0], images)
+    write_atomic(Path(output), content)
+    click.echo(f"{printable(output)}: {shown} images, {size(len(content))}")
 
 
 @main.command()

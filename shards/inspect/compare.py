@@ -8,6 +8,22 @@ from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
 
+def check_grids(a: TicketSet, b: TicketSet) -> None:
+    """
+    Raises:
+        TicketSetError: other grids, or a set of token labels alone.
+    """
+    for opened in (a, b):
+        opened.require_tickets()
+    if a.grid != b.grid:
+        raise TicketSetError(f"{a.url} and {b.url}: expected equal patch grids, got {a.grid} and {b.grid}")
+
+
+def no_common_image(a: TicketSet, b: TicketSet, split: str) -> TicketSetError:
+    """The error of two sets that cannot be held side by side."""
+    return TicketSetError(f"{a.url} and {b.url}: expected images of split {split} that both hold, got none")
+
+
 def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
     """Compare the tickets of images and views that both sets hold.
 
@@ -19,10 +35,7 @@ def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
     Raises:
         TicketSetError: other grids, no image in common, or a set of token labels alone.
     """
-    for opened in (a, b):
-        opened.require_tickets()
-    if a.grid != b.grid:
-        raise TicketSetError(f"diff: expected equal patch grids, got {a.grid} and {b.grid}")
+    check_grids(a, b)
     where = {key: name for name in b.shard_names(split) for key in b.ok_keys(name)}
     sums: dict[int, np.ndarray] = {}
     images = only_a = other_views = 0
@@ -45,7 +58,7 @@ def overlap(a: TicketSet, b: TicketSet, split: str) -> dict[str, Any]:
                 row = (1, common / min(a.k, b.k), common / (a.k + b.k - common))
                 sums[v] = sums.get(v, np.zeros(3)) + row
     if not images:
-        raise TicketSetError(f"diff: {a.url} and {b.url} have no image of split {split} in common")
+        raise no_common_image(a, b, split)
     expected = a.k * b.k / a.num_patches  # patches in common of two random tickets
     return {
         "split": split,

@@ -14,7 +14,7 @@ GAP = 8
 LARGE, SMALL = 15, 12  # of letters
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 SHADE = (38, 44, 78)  # dropped patches sink into this: told from black and from white alike
-_COLORS = np.array([(14, 8, 48), (88, 20, 110), (186, 50, 90), (245, 130, 50), (252, 240, 160)], float)
+HEAT = np.array([(14, 8, 48), (88, 20, 110), (186, 50, 90), (245, 130, 50), (252, 240, 160)], float)  # of 0 to 1
 
 
 def view_tile(pixels: np.ndarray, view: Sequence[int], side: int = TILE) -> Image.Image:
@@ -43,10 +43,10 @@ def rank_tile(tile: Image.Image, ranking: np.ndarray, grid: tuple[int, int]) -> 
 
 def heat_map(values: np.ndarray, side: int) -> Image.Image:
     """Values in [0, 1] as colored cells; the longer side has `side` pixels."""
-    position = np.clip(values, 0, 1) * (len(_COLORS) - 1)
-    low = np.minimum(position.astype(int), len(_COLORS) - 2)
+    position = np.clip(values, 0, 1) * (len(HEAT) - 1)
+    low = np.minimum(position.astype(int), len(HEAT) - 2)
     rest = (position - low)[..., None]
-    colors = (_COLORS[low] * (1 - rest) + _COLORS[low + 1] * rest).astype(np.uint8)
+    colors = (HEAT[low] * (1 - rest) + HEAT[low + 1] * rest).astype(np.uint8)
     height, width = values.shape
     scale = side / max(height, width)
     return Image.fromarray(colors).resize((round(width * scale), round(height * scale)), Image.Resampling.NEAREST)

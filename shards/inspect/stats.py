@@ -4,14 +4,17 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.reader import TicketSet
 
 
-def statistics(opened: TicketSet, split: str) -> dict[str, Any]:
+def statistics(opened: TicketSet, split: str, table: pa.Table | None = None) -> dict[str, Any]:
     """Figures of one split, from view 0's tickets.
 
+    Args:
+        table: `opened.table(split)`, where it was read already.
     Returns:
         samples, failed, k, n, errors {reason: count}, entropy {mean, p5, p50, p95} in bits or None,
         frequency [gh][gw] (share of tickets that hold a patch), per_class {name: {samples, frequency}}.
@@ -19,7 +22,7 @@ def statistics(opened: TicketSet, split: str) -> dict[str, Any]:
         TicketSetError: the set holds token labels alone.
     """
     opened.require_tickets()
-    table = opened.table(split)
+    table = opened.table(split) if table is None else table
     ok = table.filter(pc.equal(table["status"], "ok"))
     n = opened.num_patches
     packed = np.frombuffer(b"".join(ok["ticket"].to_pylist()), np.uint8).reshape(len(ok), -(-n // 8))

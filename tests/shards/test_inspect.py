@@ -52,6 +52,7 @@ def commands(folder: Path | str, other: Path | str, masks: Path, out: Path) -> l
         ["show", str(folder), KEY, "-o", str(out / "show.png")],
         ["sheet", str(folder), "-o", str(out / "sheet.png")],
         ["stats", str(folder), "-o", str(out / "stats.png")],
+        ["explore", str(folder), str(other), "-o", str(out / "explore.html")],
         ["verify", str(folder), "--deep"],
         ["diff", str(folder), str(other)],
         ["score", str(folder), "--masks", str(masks)],

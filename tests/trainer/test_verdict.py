@@ -16,6 +16,8 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+from browser import Browser, needs_chromium
+from pages import Page, check_self_contained
 from trainer.verdict.cli import main
 from trainer.verdict.statistics import Estimate, Spread, bootstrap, decide, difference, mean, pooled, t_quantile
 
@@ -470,7 +472,8 @@ def test_other_validation_images_are_told(tmp_path: Path) -> None:
 def test_files(tmp_path: Path) -> None:
     out = tmp_path / "out" / "deep"
     output = verdict(*write_arms(tmp_path / "runs"), "-o", out)
-    assert sorted(path.name for path in out.iterdir()) == ["verdict.json", "verdict.md", "verdict.png"]
+    names = ["verdict.html", "verdict.json", "verdict.md", "verdict.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
     with Image.open(out / "verdict.png") as picture:
         picture.load()
         assert picture.size == (1200, 500) and len(set(picture.convert("L").resize((120, 50)).tobytes())) > 20
@@ -482,6 +485,49 @@ def test_files(tmp_path: Path) -> None:
     assert str(out / "verdict.json") in output
     content = json.loads((out / "verdict.json").read_text())
     assert content["margin"] == 1.0 and len(content["runs"]) == 9
+
+
+def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
+    runs = write_arms(tmp_path / "<script>alert(1)<", shift={"winning": -9})
+    output = verdict(*runs, "-o", tmp_path / "out")
+    page = Page((tmp_path / "out" / "verdict.html").read_bytes())
+    check_self_contained(page, scripts=1)
+    text = " ".join("".join(page.texts["span"]).split())
+    assert text.startswith("deit_tiny, evit, K=20: the claim fails: ") and text in " ".join(output.split())
+    assert page.texts["strong"] == ["fails"]
+    assert str(runs[0]) in page.texts["code"]
+    cells = [cell for cell in page.texts["td"] if cell in ("54.00 ±0.71", "57.00 ±0.71")]
+    assert sorted(set(cells)) == ["54.00 ±0.71", "57.00 ±0.71"]
+    points = [a["aria-label"] for tag, a in page.tags if tag == "g" and a.get("class") == "point"]
+    assert points[0] == "winning (a): 54.00 ± 0.71 % (K=20, 0.2 GMACs, 3 seeds)" and len(points) == 6
+    again = tmp_path / "again"
+    verdict(*runs, "-o", again)
+    assert (again / "verdict.html").read_bytes() == (tmp_path / "out" / "verdict.html").read_bytes()
+
+
+@pytest.mark.long
+@needs_chromium
+def test_points_say_what_they_are_in_a_browser(tmp_path: Path, chromium: Browser) -> None:
+    verdict(*write_arms(tmp_path / "runs"), "-o", tmp_path / "out")
+    chromium.open(tmp_path / "out" / "verdict.html")
+    point, tip = "document.querySelectorAll('.point')[1]", "document.getElementById('tip')"
+    assert chromium.js(f"{tip}.hidden")
+    x, y = chromium.js(
+        f"(({{ x, y, width, height }}) => [x + width / 2, y + height / 2])({point}.getBoundingClientRect())"
+    )
+    chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert chromium.js(f"{tip}.checkVisibility()")
+    assert chromium.js(f"{tip}.textContent === {point}.getAttribute('aria-label')")
+    assert chromium.js("document.querySelectorAll('.line.on').length") == 3, "in both panels and the legend"
+    chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    assert chromium.js(f"{tip}.hidden") and chromium.js("document.querySelectorAll('.line.on').length") == 0
+    chromium.js(f"{point}.focus()")
+    assert chromium.js(f"{tip}.checkVisibility()")
+    for width in (360, 1600):
+        chromium.resize(width, 800)
+        assert chromium.js("document.documentElement.scrollWidth") <= width
+    chromium.resize(1200, 900)
+    assert chromium.complaints() == []
 
 
 def test_starts_without_torch_or_plots() -> None:

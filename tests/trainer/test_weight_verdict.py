@@ -470,7 +470,7 @@ def test_the_picture_has_accuracy_against_sparsity(tmp_path: Path) -> None:
         output = verdict(*given, "-o", tmp_path / name)
         with Image.open(tmp_path / name / "verdict.png") as picture:
             sizes[name] = picture.size
-        assert max(map(len, output.splitlines())) <= 120 + len(str(tmp_path)) * 3
+        assert max(map(len, output.splitlines())) <= 120 + len(str(tmp_path)) * 4
     assert sizes == {"weights": (1200, 500), "both": (1200, 1000), "data": (1200, 500)}
     text = (tmp_path / "both" / "verdict.md").read_text()
     assert "Weight tickets: top-1" in text and "2 x 2" in text and "LOTUS of imp at s=0.9" in text

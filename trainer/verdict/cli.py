@@ -20,9 +20,7 @@ Example:
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("folders", metavar="RUN...", nargs=-1, required=True)
-@click.option(
-    "-o", "--output", metavar="DIR", help="Also write verdict.md, verdict.json and verdict.png into this folder."
-)
+@click.option("-o", "--output", metavar="DIR", help="Also write verdict.html, .md, .json and .png into this folder.")
 @click.option(
     "--margin",
     type=Finite(min=0),

@@ -1,4 +1,4 @@
-"""The verdict in a folder: verdict.md, verdict.json, verdict.png; each whole or not at all."""
+"""The verdict in a folder: verdict.html, verdict.md, verdict.json, verdict.png; each whole or not at all."""
 
 import json
 from dataclasses import asdict
@@ -9,6 +9,7 @@ from shards.storage import write_atomic
 from trainer.options import PROTOCOLS
 from trainer.verdict.claim import OWN, Difference, Judge
 from trainer.verdict.groups import Group
+from trainer.verdict.page import page
 from trainer.verdict.plot import draw
 from trainer.verdict.report import Report
 from trainer.verdict.runs import DENSE
@@ -18,7 +19,7 @@ from trainer.verdict.weights import Part, Square, WeightClaim
 
 
 def write_files(report: Report, folder: Path) -> list[Path]:
-    """Write all three, the picture first, and say where.
+    """Write all four, the picture first, and say where.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -26,6 +27,7 @@ def write_files(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     data = {
         "verdict.png": draw(report),
+        "verdict.html": page(report),
         "verdict.md": report.markdown().encode(),
         "verdict.json": (json.dumps(as_json(report), indent=1, allow_nan=False) + "\n").encode(),
     }
