@@ -61,7 +61,7 @@ def patch_size_of(name: str) -> int:
     """Patch side in pixels of a timm ViT, without building its weights.
 
     Raises:
-        TicketSetError: timm has no such model, or it is no VisionTransformer with a square patch.
+        TicketSetError: timm has no such model, or it is no VisionTransformer or Eva with a square patch.
     """
     return square_patch(meta_model(lambda: _create_vit(name, num_classes=0)))
 
@@ -331,11 +331,12 @@ def compiling() -> Iterator[None]:
 
 
 def _create_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     model = create(name, "selector", pretrained, **kwargs)
-    if not isinstance(model, VisionTransformer):
-        raise TicketSetError(f"`selector` {name}: expected a timm VisionTransformer, got {type(model).__name__}")
+    if not isinstance(model, VisionTransformer | Eva):
+        raise TicketSetError(f"`selector` {name}: expected a timm VisionTransformer or Eva, got {type(model).__name__}")
     return model
 
 
@@ -349,7 +350,8 @@ def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Mo
     if not timm.is_model(full_name):
         import difflib
 
-        known = [*ALIASES, *timm.list_models(module="vision_transformer" if field == "selector" else "")]
+        modules = ("vision_transformer", "eva") if field == "selector" else ("",)
+        known = [*ALIASES, *(model for module in modules for model in timm.list_models(module=module))]
         near = difflib.get_close_matches(name, known, 3)
         near_text = f"; near: {', '.join(near)}" if near else ""
         raise TicketSetError(f"`{field}` {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
