@@ -25,7 +25,7 @@ def embed(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     x, rope = x if isinstance(x, tuple) else (x, None)
     if rope is not None:  # a table [N, 2 d] for all blocks and heads, or one for each, [blocks, h, N, 2 d]
         rope = rope[:, None] if rope.ndim == 4 else rope[None, None, None]
-    return model.norm_pre(x), rope
+    return model.norm_pre(x) if hasattr(model, "norm_pre") else x, rope  # timm 1.0.15's Eva has none
 
 
 def run_blocks(model: Any, x: Tensor, rope: Tensor | None, start: int, stop: int) -> Tensor:
@@ -61,7 +61,7 @@ def mean_attention(block: Any, x: Tensor, rope: Tensor | None = None) -> Tensor:
 def latent_attention(model: Any, x: Tensor) -> Tensor:
     """[B, T, D] behind the last block -> head-mean attention of the pooling head's query after softmax, [B, n]."""
     pool, x, prefix = model.attn_pool, model.norm(x), model.num_prefix_tokens
-    if not getattr(model, "pool_include_prefix", is_eva(model)):  # what timm pools, shares in the softmax
+    if not getattr(model, "pool_include_prefix", True):  # an Eva, and all in timm 1.0.15, pool prefix tokens too
         x, prefix = x[:, prefix:], 0
     weight, bias = pool.kv.weight.chunk(2)[0], None if pool.kv.bias is None else pool.kv.bias.chunk(2)[0]
     query = pool.q_norm(_heads(pool, pool.q(pool.latent)))
@@ -84,7 +84,7 @@ def _softmax(attn: Any, query: Tensor, key: Tensor) -> Tensor:
 
 def _queries(attn: Any, x: Tensor) -> Tensor:
     queries = _heads(attn, _project(attn, x, 0))
-    return attn.q_norm(queries) if hasattr(attn, "q_norm") else queries  # timm 1.0.15's Eva has none
+    return attn.q_norm(queries) if hasattr(attn, "q_norm") else queries  # nor has it these
 
 
 def _keys(attn: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from test_selectors import GRID, N, embedded, full_attention, mlp, pixels, ranking_of, saved, sharpened
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ class Naive:
         x = cells @ model.patch_embed.proj.weight.flatten(1).T
         if model.patch_embed.proj.bias is not None:
             x = x + model.patch_embed.proj.bias
-        first = torch.cat([t[0] for t in (model.cls_token, model.reg_token) if t is not None])
+        first = torch.cat([t[0] for t in (model.cls_token, getattr(model, "reg_token", None)) if t is not None])
         assert len(first) == prefix
         table = model.pos_embed
         if table is not None and table.shape[1] == N:
@@ -105,7 +106,8 @@ class Naive:
         x = torch.cat([first, x])
         if table is not None and table.shape[1] > N:
             x = x + table[0]
-        self.model, self.prefix, self.x = model, prefix, model.norm_pre(x)
+        self.model, self.prefix = model, prefix
+        self.x = model.norm_pre(x) if hasattr(model, "norm_pre") else x
         self.alive = list(range(N))
 
     def table(self, number: int) -> Tensor | None:
@@ -239,10 +241,12 @@ def test_dinov2_with_registers_equals_the_full_matrix() -> None:
     torch.testing.assert_close(scores, weights.mean(1)[:, 0, 5:], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
 def test_weights_of_another_grid_are_loaded_as_timm_resamples_them(name: str, tmp_path: Path) -> None:
     if not timm.is_model(name):
         pytest.skip("a newer timm's")
+    if not hasattr(Eva, "set_input_size"):
+        pytest.skip("a newer timm resamples in place")
     given = timm.create_model(name, num_classes=3)  # at its own 224 or 256 px
     for parameter in given.parameters():
         nn.init.normal_(parameter, std=0.1)
