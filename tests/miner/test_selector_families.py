@@ -10,10 +10,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from conftest import mine
 from miner.drop import keep_counts
 from miner.models import build_vit
 from miner.selectors import create_selector
 from shards.errors import TicketSetError
+from shards.reader import TicketSet
 
 SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
 ROTARY = {  # timm's name, and its prefix tokens
@@ -285,6 +287,20 @@ def test_a_method_that_finds_nothing_to_read_says_what_would(name: str, method: 
     with pytest.raises(TicketSetError) as error:
         create_selector(method, build(name, **options), GRID, counts)
     assert words in str(error.value) and name in str(error.value)
+
+
+def test_a_set_of_pool_attention_says_what_it_is(photos: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", timm.create_model("test_vit3").state_dict())
+    flags = ["--data", photos, "--out", tmp_path / "out", "--views", 1, "--selector", "test_vit3", "--weights", path]
+    mine(*flags, "--method", "pool-attention")
+    opened = TicketSet.open(str(tmp_path / "out"))
+    selector = opened.manifest.selector
+    assert (selector.method, selector.model, selector.blocks) == ("pool-attention", "test_vit3", ())
+    assert len({sample.rankings[0].tobytes() for sample in opened.stream("train")}) > 1
+    assert (
+        "--method pool-attention looks behind"
+        in mine(*flags, "--method", "pool-attention", "--drop-blocks", 2, code=1).output
+    )
 
 
 def test_pool_attention_takes_no_block() -> None:

@@ -26,6 +26,7 @@ from conftest import SELECTOR, mine
 from miner.drop import default_blocks, keep_counts, keep_counts_for
 from miner.models import build_vit, load_weights, meta_model, patch_size_of, state_hash
 from miner.selectors import METHODS, Selector, create_selector, register_method
+from miner.settings import Selection
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
@@ -675,7 +676,16 @@ def test_without_network_and_weights_the_error_says_how_to_get_them(monkeypatch:
         build_vit("deit_tiny", (14, 14))
     text = str(error.value)
     assert "\n" not in text and "OSError" in text
-    assert "`weights` FILE" in text and "timm.create_model('deit_tiny_patch16_224', pretrained=True)" in text
+    where = "https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors"
+    assert f"fetch {where} where there is a network, and give it with `weights` FILE" in text
+
+
+def test_dinov2_stands_for_a_model_and_the_method_that_suits_it() -> None:
+    """A method that is typed stays, and of every other selector the method is the paper's."""
+    assert Selection(selector="dinov2").method == "cls-attention"
+    assert Selection(selector="dinov2", method="evit").method == "evit"
+    assert Selection().method == Selection(selector="vit_small_patch14_dinov2").method == "evit"
+    assert patch_size_of("dinov2") == 14
 
 
 class _Numbers(nn.Module):
