@@ -43,6 +43,12 @@ class TicketViT(TicketModel):
         if is_eva(model):
             model.patch_drop = _Slot(model.num_prefix_tokens)
 
+    @classmethod
+    def patch_of(cls, model: Any, patch_size: int) -> int:
+        """Its own: of a set of 14 x 14 patches of 16 px (224 px), a DINOv2 is fed 14 x 14 of 14 px (196 px)."""
+        check_model(model)
+        return int(model.patch_embed.patch_size[0])
+
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
         """[B, K, C*p*p] normalized pixels and [B, K] row-major places in [0, N) -> logits [B, classes].
 
