@@ -21,7 +21,7 @@ from shards.storage import is_remote
 EXAMPLES = """
 \b
 Examples:
-  datalth-mine --data photos --out tickets
+  datalth-mine --data photos --out tickets --selector dinov2
   datalth-mine --data imagenet --out shards --keep-rate 0.8 --amp
   datalth-mine --data shards --images link --keep-rate 0.7 --out shards-r.7
   datalth-mine --data shards --images ranked --out shards-ranked
@@ -48,6 +48,7 @@ def main(context: click.Context, **values: Any) -> None:
       evit            the paper's: dropped in three stages by the class token's attention
       cls-attention   the class token's attention at one block, all patches present
       rollout         attention rolled out from the first block
+      pool-attention  the attention of a pooling head, as SigLIP's
       center, random  controls that use no model
       none            no tickets: a linked set of token labels alone
       module:function your own; docs/ARCHITECTURE.md shows one

@@ -24,6 +24,7 @@ ALIASES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
+    "dinov2": "vit_small_patch14_dinov2",
 }
 WEIGHTS = {"selector": "weights", "token_labels": "token_label_weights", "model": "initial_checkpoint"}  # fields
 
@@ -53,7 +54,7 @@ def choose_device(name: str | None = None, kinds: tuple[str, ...] = ()) -> torch
 
 
 def timm_name(name: str) -> str:
-    """deit_tiny|small|base stand for timm's models of 224 px and patch 16."""
+    """deit_tiny|small|base stand for timm's models of 224 px and patch 16, dinov2 for its smallest DINOv2."""
     return ALIASES.get(name, name)
 
 
@@ -61,7 +62,7 @@ def patch_size_of(name: str) -> int:
     """Patch side in pixels of a timm ViT, without building its weights.
 
     Raises:
-        TicketSetError: timm has no such model, or it is no VisionTransformer with a square patch.
+        TicketSetError: timm has no such model, or it is no VisionTransformer or Eva with a square patch.
     """
     return square_patch(meta_model(lambda: _create_vit(name, num_classes=0)))
 
@@ -331,11 +332,12 @@ def compiling() -> Iterator[None]:
 
 
 def _create_vit(name: str, pretrained: bool = False, **kwargs: Any) -> Model:
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     model = create(name, "selector", pretrained, **kwargs)
-    if not isinstance(model, VisionTransformer):
-        raise TicketSetError(f"`selector` {name}: expected a timm VisionTransformer, got {type(model).__name__}")
+    if not isinstance(model, VisionTransformer | Eva):
+        raise TicketSetError(f"`selector` {name}: expected a timm VisionTransformer or Eva, got {type(model).__name__}")
     return model
 
 
@@ -349,7 +351,8 @@ def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Mo
     if not timm.is_model(full_name):
         import difflib
 
-        known = [*ALIASES, *timm.list_models(module="vision_transformer" if field == "selector" else "")]
+        modules = ("vision_transformer", "eva") if field == "selector" else ("",)
+        known = [*ALIASES, *(model for module in modules for model in timm.list_models(module=module))]
         near = difflib.get_close_matches(name, known, 3)
         near_text = f"; near: {', '.join(near)}" if near else ""
         raise TicketSetError(f"`{field}` {name}: expected a timm model or one of {', '.join(ALIASES)}{near_text}")
@@ -359,10 +362,18 @@ def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Mo
         if not pretrained:
             raise TicketSetError(f"`{field}` {name}: timm cannot build it: {first_line(error)}") from None
         raise TicketSetError(
-            f"`{field}` {name}: no pretrained weights here ({type(error).__name__}). Give a file with `{WEIGHTS[field]}` FILE"
-            f" (.safetensors or .pth), or, where there is a network, run once:"
-            f" python -c \"import timm; timm.create_model('{full_name}', pretrained=True)\""
+            f"`{field}` {name}: no pretrained weights here ({type(error).__name__}); {_where_to_get(full_name)}, and give it"
+            f" with `{WEIGHTS[field]}` FILE"
         ) from None
+
+
+def _where_to_get(full_name: str) -> str:
+    """In words, the file of a model's pretrained weights."""
+    config: Any = timm.get_pretrained_cfg(full_name)
+    file = config.url if config else None
+    if config and config.hf_hub_id:
+        file = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{config.hf_hub_filename or 'model.safetensors'}"
+    return f"fetch {file} where there is a network" if file else "find a file of them (.safetensors or .pth)"
 
 
 def mean_and_std(model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -4,7 +4,7 @@ A method is one function `(selector, images, seeds) -> (ranking [B, N], scores [
 `register_method` adds one, and `--method module:function` takes it from any importable module.
 
 Sources: evit: EViT (ICLR 2022) section 3.1 as Data-LTH's public code uses it (no fused token);
-cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020).
+cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020); pool-attention: SigLIP's pooling head (ICCV 2023).
 
 Shapes: B images, N patches, P prefix tokens, T = P + N tokens at most, D width, h heads.
 """
@@ -17,16 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miner.attention import check_model, class_attention, descending, mean_attention
+from miner.attention import (
+    check_model,
+    class_attention,
+    descending,
+    embed,
+    latent_attention,
+    mean_attention,
+    name_of,
+    rope_of,
+    run_blocks,
+)
 from miner.drop import check_blocks, default_blocks
 from shards.errors import TicketSetError
 from shards.flags import function_of
 from shards.views import center_distance
 
-Model = Any  # a timm VisionTransformer; torch would type each of its attributes Tensor | Module
+Model = Any  # a timm VisionTransformer or Eva; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
 BLIND = {"random", "center"}  # look at no pixels, let alone a model's
+READS = {"evit": "cls_token", "cls-attention": "cls_token", "rollout": "cls_token", "pool-attention": "attn_pool"}
 
 
 def register_method(name: str, needs_model: bool = False) -> Callable[[Method], Method]:
@@ -75,7 +86,7 @@ class Selector:
 
     Attributes:
         method: its name.
-        model: timm VisionTransformer in eval mode; None for a method that was given none.
+        model: timm VisionTransformer or Eva in eval mode; None for a method that was given none.
         grid: (gh, gw).
         blocks: where scores are taken.
         counts: patches kept after each of evit's stages; the last is K.
@@ -136,16 +147,16 @@ def create_selector(
     """A selector whose arguments fit each other.
 
     Args:
-        method: evit, cls-attention, rollout, random, center, a registered name, or module:function.
-        model: timm VisionTransformer with a class token and this grid; None where the method needs none.
+        method: evit, cls-attention, rollout, pool-attention, random, center, a registered name, or module:function.
+        model: timm VisionTransformer or Eva of this grid; None where the method needs none.
         grid: (gh, gw) of the tickets.
         counts: `miner.drop.keep_counts` of N; for evit one a block.
-        blocks: 0-based; None = quarter points for evit, the last block for the others.
+        blocks: 0-based; None = quarter points for evit, none for pool-attention, the last block for the others.
         device: to compute on.
         amp: bf16 autocast.
         compile: torch.compile the model's blocks.
     Raises:
-        TicketSetError: unknown method, a block the model lacks, a model without class token or of another grid.
+        TicketSetError: unknown method, a block the model lacks, a model without what the method reads or of another grid.
     """
     needed = needs_model(method)
     if method in BLIND:
@@ -157,19 +168,48 @@ def create_selector(
         torch.empty(0, device=device)  # is it there?
         return Selector(method, None, grid, (), counts, device, amp)
     check_model(model, grid)
-    depth = len(model.blocks)
-    if blocks is None:
-        blocks = default_blocks(depth) if method == "evit" else (depth - 1,)
-    check_blocks(blocks, depth)
+    _check_reads(model, method)
+    blocks = _blocks(method, blocks, len(model.blocks))
     if method == "evit" and len(counts) != len(blocks):
         raise TicketSetError(f"evit: expected a keep count for each of {len(blocks)} blocks, got {len(counts)}")
     if method in ("cls-attention", "rollout") and len(blocks) != 1:
         raise TicketSetError(f"`method` {method}: expected one block in `drop_blocks`, got {len(blocks)}")
     model = model.eval().to(device)
     if compile:
-        for block in model.blocks[: blocks[-1] + 1]:
+        for block in model.blocks[: blocks[-1] + 1] if blocks else model.blocks:
             block.compile(dynamic=True)
-    return Selector(method, model, grid, tuple(blocks), counts, device, amp)
+    return Selector(method, model, grid, blocks, counts, device, amp)
+
+
+def _check_reads(model: Model, method: str) -> None:
+    """Refuse a model without the class token, or the pooling head of attention, that a method reads."""
+    from timm.layers import AttentionPoolLatent
+
+    there = {
+        "cls_token": getattr(model, "cls_token", None) is not None,
+        "attn_pool": type(getattr(model, "attn_pool", None)) is AttentionPoolLatent,
+    }
+    needed = READS.get(method)
+    if needed is None or there[needed]:
+        return
+    what = {"cls_token": "a class token", "attn_pool": "a pooling head of attention, as SigLIP's"}[needed]
+    fit = [name for name, other in READS.items() if there[other]]
+    instead = f"; what it has serves `method` {' or '.join(fit)}" if fit else ""
+    raise TicketSetError(
+        f"selector {name_of(model)}: `method` {method} expects a model with {what}, got one without{instead}"
+    )
+
+
+def _blocks(method: str, blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """Where scores are taken, checked."""
+    if method == "pool-attention":
+        if blocks:
+            raise TicketSetError(f"`drop_blocks`: `method` {method} looks behind the last block; leave it out")
+        return ()
+    if blocks is None:
+        blocks = default_blocks(depth) if method == "evit" else (depth - 1,)
+    check_blocks(blocks, depth)
+    return tuple(blocks)
 
 
 @register_method("evit", needs_model=True)
@@ -181,25 +221,27 @@ def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[T
     rather than between attention and MLP: the MLP works token by token, so survivors are the same.
     """
     model, prefix = selector.model, selector.model.num_prefix_tokens
-    x = _embed(model, images)
+    x, rope = embed(model, images)
     patches = torch.arange(selector.num_patches, device=x.device).expand(len(x), -1)  # [B, n] survivors
     dropped: list[Tensor] = []
     scores: list[Tensor] = []
     start = 0
     for block, count in zip(selector.blocks, selector.counts, strict=True):
-        x = _run_blocks(model, x, start, block)
-        attention = class_attention(model.blocks[block], x)[:, prefix:]
+        x = run_blocks(model, x, rope, start, block)
+        attention = class_attention(model.blocks[block], x, rope_of(rope, block))[:, prefix:]
         scores.append(attention)
         order = descending(attention)
         if block == selector.blocks[-1]:
             dropped.append(patches.gather(1, order))  # the kept and the last dropped, by the same attention
             break
-        x = _run_blocks(model, x, block, block + 1)
+        x = run_blocks(model, x, rope, block, block + 1)
         dropped.append(patches.gather(1, order[:, count:]))
         kept = order[:, :count].sort(dim=1).values  # raster order, so that ties go to the lower patch
         patches = patches.gather(1, kept)
         rows = kept[:, :, None].expand(-1, -1, x.shape[2])
         x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, rows)], dim=1)
+        if rope is not None:  # the survivors' own
+            rope = rope.take_along_dim(kept[None, :, None, :, None], dim=3)
         start = block + 1
     return torch.cat(dropped[::-1], dim=1), scores[0]
 
@@ -207,9 +249,10 @@ def evit(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[T
 @register_method("cls-attention", needs_model=True)
 def cls_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """Head-mean attention of the class token at one block, all patches present."""
-    (block,) = selector.blocks
-    x = _run_blocks(selector.model, _embed(selector.model, images), 0, block)
-    scores = class_attention(selector.model.blocks[block], x)[:, selector.model.num_prefix_tokens :]
+    model, (block,) = selector.model, selector.blocks
+    x, rope = embed(model, images)
+    x = run_blocks(model, x, rope, 0, block)
+    scores = class_attention(model.blocks[block], x, rope_of(rope, block))[:, model.num_prefix_tokens :]
     return descending(scores), scores
 
 
@@ -217,16 +260,25 @@ def cls_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -
 def rollout(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """Attention rollout from block 0 to one block: the product of (A + I) / 2, head means, class token's row."""
     model, (last,) = selector.model, selector.blocks
-    x = _embed(model, images)
+    x, rope = embed(model, images)
     identity = torch.eye(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     flow = identity
     for i in range(last + 1):
-        attention = mean_attention(model.blocks[i], x)  # [B, T, T]
+        attention = mean_attention(model.blocks[i], x, rope_of(rope, i))  # [B, T, T]
         with torch.autocast(x.device.type, enabled=False):
             flow = (attention + identity) / 2 @ flow
         if i < last:
-            x = _run_blocks(model, x, i, i + 1)
+            x = run_blocks(model, x, rope, i, i + 1)
     scores = flow[:, 0, model.num_prefix_tokens :]
+    return descending(scores), scores
+
+
+@register_method("pool-attention", needs_model=True)
+def pool_attention(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Head-mean attention of the pooling head's query, of a model that pools its patches by attention."""
+    model = selector.model
+    x, rope = embed(model, images)
+    scores = latent_attention(model, run_blocks(model, x, rope, 0, len(model.blocks)))
     return descending(scores), scores
 
 
@@ -246,15 +298,3 @@ def center(selector: Selector, images: Any, seeds: list[int] | None) -> tuple[Te
     scores = -torch.from_numpy(center_distance(selector.grid)).double()
     scores = scores.expand(len(images if seeds is None else seeds), -1)
     return descending(scores), scores
-
-
-def _embed(model: Model, images: Tensor) -> Tensor:
-    """[B, 3, S, S] -> [B, T, D], as timm's forward_features before its blocks."""
-    tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    return tokens
-
-
-def _run_blocks(model: Model, x: Tensor, start: int, stop: int) -> Tensor:
-    for block in model.blocks[start:stop]:
-        x = block(x)
-    return x

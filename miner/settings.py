@@ -15,7 +15,8 @@ from shards.flags import Settings, setting
 from shards.schema import MAX_SEED, MAX_SHARD_IMAGES, MAX_SIDE, MAX_STORE_SIDE, MAX_VIEWS
 
 TRAIN_VIEWS, OTHER_VIEWS = 16, 1
-DEFAULT_SELECTOR = "deit_small"
+DEFAULT_SELECTOR, DEFAULT_METHOD = "deit_small", "evit"
+METHOD_OF = {"dinov2": "cls-attention"}  # it was never trained to drop patches; docs/SELECTORS.md has figures
 DEFAULT_QUALITY = 90  # of ranked views
 NO_RANKINGS = "none"  # as a method: the set has token labels alone
 # A ticket set that is mined from decides these; of the second, giving the same again is no mistake.
@@ -98,13 +99,18 @@ class Selection(Settings):
     selector: str | None = setting(
         None,
         metavar="NAME",
-        help="timm ViT that ranks, or deit_tiny|deit_small|deit_base; a method of your own is given one where this is typed, or where it says `needs_model`.",
+        help="timm ViT that ranks, or deit_tiny|deit_small|deit_base, trained on ImageNet, or dinov2, for any photos; a method of your own is given one where this is typed, or where it says `needs_model`.",
         shown=DEFAULT_SELECTOR,
     )
     weights: str | None = setting(
         None, metavar="FILE", help="Its weights, .safetensors or .pth. Default: timm's pretrained ones."
     )
-    method: str = setting("evit", metavar="NAME", help="How patches are ranked; see above.")
+    method: str = setting(
+        "",
+        metavar="NAME",
+        help="How patches are ranked; see above.",
+        shown=f"{DEFAULT_METHOD}, of dinov2 {METHOD_OF['dinov2']}",
+    )
     keep_rate: float | None = setting(
         None, metavar="R", help="Share of patches kept at each of three stages.", shown=f"{DEFAULT_KEEP_RATE}"
     )
@@ -122,6 +128,8 @@ class Selection(Settings):
         super().__post_init__()
         if self.tokens and self.keep_rate is not None:
             raise TicketSetError("`tokens` and `keep_rate` both say how many patches a ticket has; give one of them")
+        if not self.method:
+            object.__setattr__(self, "method", METHOD_OF.get(self.selector or "", DEFAULT_METHOD))
 
     @property
     def ranks(self) -> bool:

@@ -76,8 +76,8 @@ class _Weights(TorchFunctionMode):
 
 
 def dense_gmacs(settings: Model, opened: TicketSet, student: TicketModel) -> float:
-    """GMACs of the student on whole views of the set's own size, also where it is trained on smaller ones."""
-    side, patch = opened.manifest.img_size, opened.manifest.patch_size
+    """GMACs of the student on whole views of the set's own grid, also where it is trained on smaller ones."""
+    side, patch = opened.grid[0] * student.patch_size, student.patch_size
     if student.whole_side != side:
         if "window_size" in settings.model_kwargs:  # Swin's is of the smaller image; timm's own is of the whole
             kept = {name: value for name, value in settings.model_kwargs.items() if name != "window_size"}

@@ -31,7 +31,8 @@ def build_student(
     """
     meta = meta_model(lambda: create_model(model, opened))
     feed, kind = feed_of(meta, model.feed)
-    side, patch = _side(opened, tickets, kind), opened.manifest.patch_size
+    patch = kind.patch_of(meta, opened.manifest.patch_size)
+    side = _side(opened, tickets, kind, patch)
     grid = (side // patch,) * 2 if tickets.resize_to_tokens else opened.grid
     timm_model = create_model(model, opened, pretrained=model.pretrained, **kind.size_arguments(meta, side))
     _start_weights(timm_model, model, opened, trained)
@@ -50,8 +51,10 @@ def build_student(
         raise TicketSetError(
             f"`model` {model.model}: has a {student.grid[0]}x{student.grid[1]} grid of {student.patch_size} px patches,"
             f" but what {opened.url} feeds is {grid[0]}x{grid[1]} of {patch} px; leave img_size and patch_size out of"
-            f" `model_kwargs`, or mine with datalth-mine --patch-size {student.patch_size}"
+            f" `model_kwargs`, or mine with datalth-mine --img-size {student.whole_side} --patch-size {student.patch_size}"
         )
+    if patch != opened.manifest.patch_size:
+        log.info(f"{model.model} has patches of {patch} px: it is fed the views' {grid[0]}x{grid[1]} at {side} px")
     return student
 
 
@@ -95,15 +98,15 @@ def _start_weights(timm_model: Any, model: Model, opened: TicketSet, trained: bo
         )
 
 
-def _side(opened: TicketSet, tickets: Tickets, kind: type[TicketModel]) -> int:
-    """Pixels of the whole views that the student takes.
+def _side(opened: TicketSet, tickets: Tickets, kind: type[TicketModel], patch: int) -> int:
+    """Pixels of the whole views that the student takes, in patches of `patch` pixels.
 
     Raises:
         TicketSetError: a K that is no square, where views or tickets of K patches make an image.
     """
-    tokens, patch = ticket_size(opened, tickets), opened.manifest.patch_size
+    tokens = ticket_size(opened, tickets)
     if not tickets.resize_to_tokens:
-        return kind.side_of(tokens, opened.manifest.img_size, patch)
+        return kind.side_of(tokens, opened.grid[0] * patch, patch)
     if tickets.tickets not in ("winning", "full"):
         raise TicketSetError(f"`resize_to_tokens` shows whole views: leave `tickets` {tickets.tickets} out")
     return square_side(tokens, opened.num_patches, "`resize_to_tokens`") * patch

@@ -26,6 +26,7 @@ from conftest import SELECTOR, mine
 from miner.drop import default_blocks, keep_counts, keep_counts_for
 from miner.models import build_vit, load_weights, meta_model, patch_size_of, state_hash
 from miner.selectors import METHODS, Selector, create_selector, register_method
+from miner.settings import Selection
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
 
@@ -88,11 +89,11 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor:
     if model.patch_embed.proj.bias is not None:
         x = x + model.patch_embed.proj.bias
     prefix = [model.cls_token, getattr(model, "dist_token", None), getattr(model, "reg_token", None)]
-    tokens = torch.cat([p for p in prefix if p is not None], dim=1).expand(batch, -1, -1)
+    tokens = [p.expand(batch, -1, -1) for p in prefix if p is not None]
     if model.no_embed_class:
-        x = torch.cat([tokens, x + model.pos_embed], dim=1)
+        x = torch.cat([*tokens, x + model.pos_embed], dim=1)
     else:
-        x = torch.cat([tokens, x], dim=1) + model.pos_embed
+        x = torch.cat([*tokens, x], dim=1) + model.pos_embed
     return model.norm_pre(x)
 
 
@@ -548,7 +549,7 @@ def test_a_method_may_lie_in_the_folder_where_the_user_works(tmp_path: Path, mon
         ("expected a function, got int", {"method": "test_selectors:N"}),
         ("needs a selector model", {"model": None}),
         ("a class token", {"model": vit(class_token=False, global_pool="avg")}),
-        ("a class token", {"model": nn.Linear(1, 1)}),
+        ("expected a timm VisionTransformer or Eva, got Linear", {"model": nn.Linear(1, 1)}),
         ("and Attention, got DiffAttention", {"model": other_attention()}),
         ("and Attention, got ParallelThingsBlock", {"model": vit(block_fn=ParallelThingsBlock)}),
     ],
@@ -658,7 +659,7 @@ def test_weights_of_another_model_are_refused_with_an_example(tmp_path: Path) ->
 def test_unknown_and_unfit_models_are_refused() -> None:
     with pytest.raises(TicketSetError, match="expected a timm model or one of deit_tiny"):
         build_vit("vit_smal_patch16_224", (14, 14), "w.pth")
-    with pytest.raises(TicketSetError, match="expected a timm VisionTransformer, got ResNet"):
+    with pytest.raises(TicketSetError, match="expected a timm VisionTransformer or Eva, got ResNet"):
         patch_size_of("resnet18")
 
 
@@ -675,7 +676,16 @@ def test_without_network_and_weights_the_error_says_how_to_get_them(monkeypatch:
         build_vit("deit_tiny", (14, 14))
     text = str(error.value)
     assert "\n" not in text and "OSError" in text
-    assert "`weights` FILE" in text and "timm.create_model('deit_tiny_patch16_224', pretrained=True)" in text
+    where = "https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors"
+    assert f"fetch {where} where there is a network, and give it with `weights` FILE" in text
+
+
+def test_dinov2_stands_for_a_model_and_the_method_that_suits_it() -> None:
+    """A method that is typed stays, and of every other selector the method is the paper's."""
+    assert Selection(selector="dinov2").method == "cls-attention"
+    assert Selection(selector="dinov2", method="evit").method == "evit"
+    assert Selection().method == Selection(selector="vit_small_patch14_dinov2").method == "evit"
+    assert patch_size_of("dinov2") == 14
 
 
 class _Numbers(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from feeds import PLAIN, RICH, dataset, equal
 from timm.data.mixup import Mixup, mixup_target
@@ -22,6 +23,7 @@ from trainer.data.augment import seeded
 from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
 from trainer.data.sampler import epoch_samples, view_of_visit
 from trainer.families.patches import gather_patches, patchify
+from trainer.families.vit import TicketViT
 from trainer.options import ARMS
 
 CPU = torch.device("cpu")
@@ -183,6 +185,19 @@ def test_all_patches_may_be_fewer_and_coarser_than_the_ticket_was_mined_on(opene
             sample = stored[shard, row]
             pixels = torch.from_numpy(sample.render(view, 32))
             assert torch.equal(patches, patchify(pixels.permute(2, 0, 1)[None], 16)[0])
+
+
+def test_a_ticket_is_places_whatever_pixels_a_students_patch_has(opened, stored):
+    """A set of 4 x 4 patches of 16 px, a student of 14 px: the same places, in the same view at 56 px."""
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=56, embed_dim=32, depth=1, num_heads=2)
+    views = Views.of(opened, TicketViT(model))
+    assert (views.side, views.whole_side, views.patch_size) == (56, 56, 14)
+    feed = dataset(opened, PLAIN, views=views)
+    batch = feed[0, 0, 0]
+    assert torch.equal(batch["keep_indices"], dataset(opened, PLAIN)[0, 0, 0]["keep_indices"])
+    for patches, keep, (shard, row, view) in zip(batch["patches"], batch["keep_indices"], shown(feed, 0), strict=False):
+        pixels = torch.from_numpy(stored[shard, row].render(view, 56))
+        assert torch.equal(patches, gather_patches(patchify(pixels.permute(2, 0, 1)[None], 14), keep[None])[0])
 
 
 def test_every_image_is_decoded_once_a_batch(opened, monkeypatch):

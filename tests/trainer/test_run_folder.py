@@ -336,7 +336,7 @@ def test_flags_that_cannot_be_meant_are_refused_before_anything_is_trained(ticke
 
     small = ("--model-kwargs", "img_size=64", "--tokens", 9)
     assert "has a 4x4 grid" in refused("--resize-to-tokens", *small)
-    assert "feeds is 3x3 of 16 px" in refused("--resize-to-tokens", "--tokens", 9, "--model-kwargs", "patch_size=8")
+    assert "feeds is 4x4 of 14 px" in refused("--model-kwargs", "patch_size=14", "--model-kwargs", "img_size=70")
     assert "expected 3 input channels" in refused("--model-kwargs", "in_chans=1")
     assert "global_pool ''" in refused("--model-kwargs", "global_pool=", "--model-kwargs", "class_token=True")
     assert "expected cuda or cpu" in refused("--device", "meta")

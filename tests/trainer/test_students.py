@@ -43,6 +43,8 @@ FAMILIES = {
     "vit": (VIT, (64, 16)),
     "vit of 8 px": ([*VIT[:2], *VIT[2:], "--model-kwargs", "patch_size=8"], (64, 8)),
     "vit of 96 px": (VIT, (96, 16)),
+    "patches of 14 px": (["--model", "vit_small_patch14_reg4_dinov2", *VIT[2:]], (64, 16)),  # as views of 56 px
+    "rotary, patches of 14 px": (["--model", "eva02_tiny_patch14_224", *VIT[2:]], (64, 16)),
     "resized": ([*VIT, "--resize-to-tokens", "--tokens", 9], (64, 16)),
     "selector": ([*VIT, "--tickets", "full", "--drop-blocks", "0,1"], (64, 16)),
     "swin": ([*SWIN, "--feed", "small-dense"], (64, 16)),
@@ -154,7 +156,19 @@ STEADY = ["--repeats", 1, "--mixup", 0, "--cutmix", 0, "--aa", "", "--color-jitt
 
 
 @pytest.mark.parametrize(
-    "family", ["vit of 8 px", "vit of 96 px", "resized", "selector", "swin", "lvvit early", "hiera", "cnn"]
+    "family",
+    [
+        "vit of 8 px",
+        "vit of 96 px",
+        "patches of 14 px",
+        "rotary, patches of 14 px",
+        "resized",
+        "selector",
+        "swin",
+        "lvvit early",
+        "hiera",
+        "cnn",
+    ],
 )
 def test_plain_timm_rebuilds_the_student_and_shows_it_what_it_was_tested_on(sets, tmp_path, family):
     """The loss on all patches tells every weight, the size, the crop and the normalisation."""

@@ -67,13 +67,12 @@ class Views:
         Args:
             resized: whole views at the student's own size stand in for tickets.
         """
-        img_size, patch_size = opened.manifest.img_size, opened.manifest.patch_size
         if student is None:
-            return cls(img_size, img_size, patch_size)
+            return cls(opened.manifest.img_size, opened.manifest.img_size, opened.manifest.patch_size)
         return cls(
-            side=student.whole_side if resized else img_size,
+            side=student.whole_side if resized else opened.grid[0] * student.patch_size,
             whole_side=student.whole_side,
-            patch_size=patch_size,
+            patch_size=student.patch_size,
             wants_all=student.wants_all,
             token_labels=student.wants_token_labels,
             mean=resolve_model_data_config(student.model)["mean"],

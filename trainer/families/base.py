@@ -39,6 +39,14 @@ class TicketModel(nn.Module, ABC):
     protocols: tuple[str, ...] = PROTOCOLS
 
     @classmethod
+    def patch_of(cls, model: Any, patch_size: int) -> int:
+        """Side in pixels of the patches that a timm model is fed, where those of the set are of `patch_size`.
+
+        A ticket is places of a grid; a view cut into that grid may be rendered at any size.
+        """
+        return patch_size
+
+    @classmethod
     def side_of(cls, tokens: int, img_size: int, patch_size: int) -> int:
         """Pixels of the whole views that a model is built for, where tickets are K patches of views of img_size pixels.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from miner.attention import check_model, class_attention, descending
+from miner.attention import check_model, class_attention, descending, is_eva, name_of
 from miner.drop import DEFAULT_KEEP_RATE, check_blocks, default_blocks, keep_counts
 from shards.errors import TicketSetError
 from trainer.families.patches import gather_patches, scatter_patches
@@ -56,6 +56,10 @@ class DroppingViT(TicketViT):
     ) -> None:
         super().__init__(model)
         check_model(model, self.grid)
+        if is_eva(model) or model.cls_token is None:
+            raise TicketSetError(
+                f"model {name_of(model)}: cannot drop patches inside; expected a timm VisionTransformer with a class token"
+            )
         depth = len(model.blocks)
         blocks = default_blocks(depth) if drop_blocks is None else tuple(drop_blocks)
         check_blocks(blocks, depth)

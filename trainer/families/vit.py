@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miner.attention import is_eva
 from shards.errors import TicketSetError
 from trainer.families.base import TicketModel
 from trainer.families.patches import gather_patches, scatter_patches
@@ -38,16 +39,22 @@ class TicketViT(TicketModel):
         self.grid = tuple(model.patch_embed.grid_size)
         self.patch_size = model.patch_embed.patch_size[0]
         self.whole_side = self.grid[0] * self.patch_size
-        self.takes_places_twice = not _is_eva(model)  # which scatters patches over a view
-        if _is_eva(model):
+        self.takes_places_twice = not is_eva(model)  # which scatters patches over a view
+        if is_eva(model):
             model.patch_drop = _Slot(model.num_prefix_tokens)
+
+    @classmethod
+    def patch_of(cls, model: Any, patch_size: int) -> int:
+        """Its own: of a set of 14 x 14 patches of 16 px (224 px), a DINOv2 is fed 14 x 14 of 14 px (196 px)."""
+        check_model(model)
+        return int(model.patch_embed.patch_size[0])
 
     def forward(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
         """[B, K, C*p*p] normalized pixels and [B, K] row-major places in [0, N) -> logits [B, classes].
 
         In training a distilled model in distilled_training mode gives its pair of logits, as timm's does.
         """
-        if _is_eva(self.model):
+        if is_eva(self.model):
             self.model.patch_drop.keep_indices = keep_indices
             return self.model(scatter_patches(patches, keep_indices, self.grid, self.patch_size))
         model = self.model
@@ -99,7 +106,7 @@ def check_model(model: Any) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     name = type(model).__name__
-    if not (isinstance(model, VisionTransformer) or _is_eva(model)):
+    if not (isinstance(model, VisionTransformer) or is_eva(model)):
         raise TicketSetError(f"model {name}: cannot take tickets; expected a timm VisionTransformer or Eva")
     stem: Any = getattr(model.patch_embed, "proj", None)
     size = tuple(model.patch_embed.patch_size)
@@ -119,11 +126,5 @@ def check_model(model: Any) -> None:
         raise TicketSetError(f"model {name}: expected a fixed patch grid; build it with img_size")
     if model.pos_drop.p:
         raise TicketSetError(f"model {name}: expected no dropout of position embeddings, got {model.pos_drop.p}")
-    if not _is_eva(model) and not isinstance(model.patch_drop, nn.Identity):
+    if not is_eva(model) and not isinstance(model.patch_drop, nn.Identity):
         raise TicketSetError(f"model {name}: patch_drop_rate drops patches at random beside the tickets; leave it 0")
-
-
-def _is_eva(model: Any) -> bool:
-    from timm.models.eva import Eva
-
-    return isinstance(model, Eva)
