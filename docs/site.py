@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("recipes/*")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.cff"), *ROOT.glob("recipes/*")]:
         name = str(path.relative_to(ROOT))
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
