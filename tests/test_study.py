@@ -12,12 +12,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = {
-    "mine": "miner.cli",
-    "train": "trainer.cli",
-    "weights": "trainer.weights.cli",
-    "verdict": "trainer.verdict.cli",
-}
 
 
 @pytest.fixture
@@ -72,12 +66,7 @@ def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):
 
 @pytest.mark.long
 def test_smallest_study_of_weights_to_its_end(example, tmp_path, monkeypatch):
-    weights = example("weights").weights  # in this process, so that scripts need not be installed
-    for name, module in SCRIPTS.items():
-        script = tmp_path / f"datalth-{name}"
-        script.write_text(f"#!{sys.executable}\nfrom {module} import main\n\nmain()\n", encoding="utf-8")
-        script.chmod(0o755)
-    monkeypatch.setattr(example("commands"), "BIN", tmp_path)
+    weights = example("weights").weights
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     flags = ["--seeds", "1", "--epochs", "1", "--pictures", "64", "--parts", "symbols", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(weights, flags)
