@@ -1,22 +1,35 @@
 """What the studies share: public commands, shown and run, one by one or side by side; figures of runs; tables."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import click
 
 from trainer.verdict.statistics import Estimate
 
-HERE = Path(__file__).parent
-BIN = Path(sys.executable).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))  # short, for who reads the commands
 RECIPE = HERE / "digits.yaml"
+PROGRAMS = {
+    "datalth-mine": "miner.cli",
+    "datalth-predict": "trainer.predict.cli",
+    "datalth-shards": "shards.inspect.cli",
+    "datalth-train": "trainer.cli",
+    "datalth-verdict": "trainer.verdict.cli",
+    "datalth-weights": "trainer.weights.cli",
+}
+# Importing torch and timm takes seconds, so it is done once: each command is forked from a process that has them.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["miner.run", "trainer.run"])
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # trainings run side by side
 
 
 def say(text: str) -> None:
@@ -29,16 +42,35 @@ def show(*words: object) -> None:
     Raises:
         click.ClickException: it failed; it has said why.
     """
-    texts = [str(word) for word in words]
-    click.echo(f"\n$ {shlex.join(texts)}")
-    program = [sys.executable] if texts[0].endswith(".py") else [str(BIN / texts.pop(0))]
-    if subprocess.run([*program, *texts], check=False).returncode:
+    click.echo(f"\n$ {shlex.join(map(str, words))}")
+    process = start(words)
+    process.join()
+    if process.exitcode:
         raise click.ClickException("the command above failed")
+
+
+def start(words: Sequence[object], log: Path | None = None) -> BaseProcess:
+    """A command in a process of its own; what it says goes to the end of a log, or to the screen."""
+    sys.stdout.flush()
+    process = SERVER.Process(target=run, args=([str(word) for word in words], log))
+    process.start()
+    return process
+
+
+def run(words: Sequence[str], log: Path | None) -> None:
+    """One of PROGRAMS or a file of examples/, as if typed; ends the process."""
+    if log is not None:
+        with open(log, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    name, *flags = words
+    module = importlib.import_module(PROGRAMS.get(name, Path(name).stem))
+    module.main(flags, prog_name=name)
 
 
 def mine(out: Path, *flags: object) -> None:
     """Mine a set; one that is finished is opened and left as it is."""
-    show("datalth-mine", "--img-size", 96, "--out", out, *flags)
+    show(*mining(out, *flags).words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +98,11 @@ class Command:
         return self.done.parent.with_name(f"{self.name}.log")
 
 
+def mining(out: Path, *flags: object, needs: Sequence[Path] = ()) -> Command:
+    """A ticket set in the folder out."""
+    return Command(["datalth-mine", "--img-size", 96, "--out", out, *flags], out / "manifest.json", needs)
+
+
 def training(output: Path, name: str, tickets: Path, *flags: object, needs: Sequence[Path] = ()) -> Command:
     """A run on a ticket set in the folder output/name; an interrupted one goes on."""
     words = ["datalth-train", "--shards", tickets, "-c", RECIPE, *flags, "--output", output, "--experiment", name]
@@ -79,7 +116,7 @@ def run_all(commands: Sequence[Command], at_once: int) -> None:
         click.ClickException: some failed, or wait for what never came; the others have run.
     """
     waiting = [command for command in commands if not command.done.exists()]
-    running: dict[Command, tuple[subprocess.Popen[bytes], float]] = {}
+    running: dict[Command, tuple[BaseProcess, float]] = {}
     failed: list[str] = []
     total = len(waiting)
     click.echo(f"\n{total} commands to run, {at_once} at a time; logs: NAME.log beside each one's folder")
@@ -92,30 +129,27 @@ def run_all(commands: Sequence[Command], at_once: int) -> None:
             if not running:
                 break
             time.sleep(0.2)  # a file that others need may come before its command ends
-            for command, (process, start) in [*running.items()]:
-                if process.poll() is not None:
+            for command, (process, began) in [*running.items()]:
+                if process.exitcode is not None:
                     del running[command]
-                    text = how_it_went(command, process.returncode, time.perf_counter() - start)
-                    failed += [text] if process.returncode else []
+                    text = how_it_went(command, process.exitcode, time.perf_counter() - began)
+                    failed += [text] if process.exitcode else []
                     click.echo(f"[{total - len(waiting) - len(running)}/{total}] {text}")
     finally:  # they save where they are
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
-            process.wait()
+            process.join()
     failed += [f"{command.name}: could not begin" for command in waiting]
     if failed:
         raise click.ClickException("; ".join(failed))
 
 
-def begin(command: Command) -> subprocess.Popen[bytes]:
+def begin(command: Command) -> BaseProcess:
     """Print it, and start it with its log."""
-    texts = [str(word) for word in command.words]
-    click.echo(f"$ {shlex.join(texts)}")
+    click.echo(f"$ {shlex.join(map(str, command.words))}")
     command.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(command.log, "ab") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([str(BIN / texts[0]), *texts[1:]], stdout=log, stderr=log, env=environment)
+    return start(command.words, command.log)
 
 
 def how_it_went(command: Command, code: int, seconds: float) -> str:

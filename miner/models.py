@@ -348,7 +348,7 @@ def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Mo
         TicketSetError: no such model, arguments that it does not take, or no pretrained weights to be had.
     """
     full_name = timm_name(name)
-    if not timm.is_model(full_name):
+    if not (timm.is_model(full_name) or full_name.startswith("local-dir:")):  # the latter: a run's model, by timm
         import difflib
 
         modules = ("vision_transformer", "eva") if field == "selector" else ("",)

@@ -16,14 +16,6 @@ from PIL import Image
 from conftest import SELECTOR
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = {
-    "mine": "miner.cli",
-    "predict": "trainer.predict.cli",
-    "shards": "shards.inspect.cli",
-    "train": "trainer.cli",
-    "weights": "trainer.weights.cli",
-    "verdict": "trainer.verdict.cli",
-}
 
 
 @pytest.fixture
@@ -82,19 +74,9 @@ def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):
         assert {path for command in commands for path in command.needs} <= set(files)
 
 
-@pytest.fixture
-def scripts(example, tmp_path, monkeypatch) -> None:
-    """What pip would install, for the commands that an example calls."""
-    for name, module in SCRIPTS.items():
-        script = tmp_path / f"datalth-{name}"
-        script.write_text(f"#!{sys.executable}\nfrom {module} import main\n\nmain()\n", encoding="utf-8")
-        script.chmod(0o755)
-    monkeypatch.setattr(example("commands"), "BIN", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-
-
 @pytest.mark.slow
-def test_photos_of_ones_own_to_their_classes(example, scripts, photos, weights, tmp_path):
+def test_photos_of_ones_own_to_their_classes(example, photos, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     small = ["--model", SELECTOR, "--weights", weights, "--img-size", 64, "--patch-size", 16, "--tokens", 8]
     quick = ["--epochs", 1, "--warmup-epochs", 0, "--unmask-epochs", 0, "-j", 0]
     line = [*map(str, [photos, "--out", tmp_path / "work", "--new", photos / "val", *small, "--", *quick])]
@@ -121,8 +103,9 @@ def test_photos_of_ones_own_to_their_classes(example, scripts, photos, weights, 
 
 
 @pytest.mark.long
-def test_smallest_study_of_weights_to_its_end(example, scripts, tmp_path):
+def test_smallest_study_of_weights_to_its_end(example, tmp_path, monkeypatch):
     weights = example("weights").weights
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     flags = ["--seeds", "1", "--epochs", "1", "--pictures", "64", "--parts", "symbols", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(weights, flags)
     assert result.exit_code == 0, result.output

@@ -420,7 +420,8 @@ class ValidationDataset(Dataset[Batch]):
         split: its split.
         views: what the student takes; None: what a ViT takes.
         batch_size: the last of a rank may be smaller.
-        rank, ranks: each rank has every `ranks`-th image.
+        rank: which one this is; it has every `ranks`-th image.
+        ranks: how many there are.
         copies: of remote tars; see `Rows`.
     Attributes:
         rows: the samples.
