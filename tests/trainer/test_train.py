@@ -313,12 +313,13 @@ def test_optimizers_and_schedulers_that_timm_does_not_know_are_one_line(tickets,
     assert output.startswith("Error: --opt ") and output.count("\n") == 1 and said in output
 
 
-def test_the_learning_rate_shown_is_that_of_the_layers_that_have_it_whole(tickets, tmp_path):
+def test_the_learning_rates_shown_are_those_of_all_layers(tickets, tmp_path):
     flags = ["--layer-decay", 0.5, "--min-lr", 0.001, "--lr", 0.001, "--warmup-epochs", 0, "--epochs", 1]
     output = train(tickets, tmp_path, "run", *flags).output
-    assert output.count("LR: 1.000e-03") == 6
+    assert output.count("LR: 1.250e-04..1.000e-03 ") == 6
     head, row = ((tmp_path / "run/summary.csv").read_text()).splitlines()
-    assert row.split(",")[head.split(",").index("lr")] == "0.001"
+    cells = dict(zip(head.split(","), row.split(","), strict=True))
+    assert (cells["lr"], cells["lr_lowest"], cells["lr_head"]) == ("0.001", "0.000125", "0.001")
 
 
 def test_a_learning_rate_that_min_lr_raises_is_said(tickets, tmp_path):
