@@ -36,6 +36,7 @@ class Progress(Hook):
         log.info(f"output: {self._folder.path}")
         self._work, self._from = Work(trainer), (trainer.state.epoch, trainer.state.step)
         self._start = self._epoch_start = time.monotonic()
+        self._trained = 0.0  # seconds of the epoch; a run may go on where its epoch is trained and not tested
 
     def log(self, trainer: "Trainer", figures: Mapping[str, float]) -> None:
         state = trainer.state
@@ -51,7 +52,7 @@ class Progress(Hook):
             text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in epoch.results.items())
             tested = f"top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})"
             times += f", {duration(now - self._epoch_start - self._trained)} test"
-        self._epoch_start = now
+        self._epoch_start, self._trained = now, 0.0
         log.info(f"Test: {epoch.number}  {tested}  {times}, left {self._left(state.epoch, 0)}")
 
     def _left(self, epoch: int, step: int) -> str:
