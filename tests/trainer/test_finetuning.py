@@ -179,3 +179,21 @@ def test_time_left_counts_epochs_on_all_patches_and_tests_by_what_they_compute()
         (5, 0): 30 * step + 20 * 4 * step + 2 * test + 20 * 6,
     }
     assert {place: work.until(*place) for place in expected} == pytest.approx(expected)
+
+
+def test_weights_of_another_grid_and_of_other_classes_are_a_start(tickets, tmp_path):
+    """As CLIP's, with a classifier of 512, and DINOv2's, of a 37 x 37 grid, without one."""
+    config = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    clip, dino = (
+        timm.create_model("deit_tiny_patch16_224", img_size=side, num_classes=classes, **config)
+        for side, classes in ((64, 512), (96, 0))
+    )
+    for name, model in (("clip", clip), ("dino", dino)):
+        torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+        start = ["--initial-checkpoint", tmp_path / f"{name}.pth", "--freeze", "*", "--epochs", 1]
+        shown = train(tickets, tmp_path, name, *start).output
+        assert f"{name}.pth: head.weight, head.bias start anew" in shown
+        trained = weights_of(tmp_path / name)
+        assert torch.equal(trained["blocks.1.mlp.fc1.weight"], model.state_dict()["blocks.1.mlp.fc1.weight"])
+        assert trained["pos_embed"].shape == (1, 17, 32) and len(trained["head.bias"]) == 3
+    assert torch.equal(weights_of(tmp_path / "clip")["pos_embed"], clip.state_dict()["pos_embed"])
