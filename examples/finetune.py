@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 # recipes/finetune.yaml as it was, without --amp, which CPUs are slower with, and at fewer epochs.
-BEFORE = "--lr-base 5e-5 --weight-decay 1e-8 --min-lr 1e-6 --mixup 0 --cutmix 0 --reprob 0 --repeats 1 --no-model-ema -b 64"
+BEFORE = (
+    "--lr-base 5e-5 --weight-decay 1e-8 --min-lr 1e-6 --mixup 0 --cutmix 0 --reprob 0 --repeats 1 --no-model-ema -b 64"
+)
 ARMS = {"before": [*BEFORE.split(), "--drop-path", "0.1"], "now": ["-c", "finetune"]}
 
 
