@@ -304,6 +304,12 @@ def _classifiers(model: Model) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def classifier_weights(model: Model) -> frozenset[str]:
+    """Names of the weights of the model's last layers."""
+    layers = tuple(f"{layer}." for layer in _classifiers(model))
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(layers))
+
+
 def state_hash(model: Model) -> str:
     """sha256 over the sorted (name, dtype, shape, bytes) of a state dict: what the selector really computes with."""
     sha = hashlib.sha256()

@@ -1,5 +1,6 @@
 """Runs of datalth-train at toy size, and predictions of them, for the tests of training."""
 
+import csv
 import os
 import signal
 import socket
@@ -39,6 +40,12 @@ def predict(*flags: object, code: int = 0) -> Result:
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "last.pth.tar", weights_only=True)["state_dict"]
+
+
+def summary_of(run: Path) -> list[dict[str, str]]:
+    """Rows of summary.csv without `seconds`, which no two runs share."""
+    with open(run / "summary.csv", encoding="utf-8", newline="") as file:
+        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -28,8 +28,8 @@ Examples:
 def main(**values: Any) -> None:
     """Train a ViT from scratch on the tickets of a set; feed only the kept patches, at their own positions.
 
-    Defaults are DeiT's recipe for ImageNet; a small set needs another, such as -c quick. Validation reports accuracy
-    on the selector's tickets and on all patches.
+    Defaults are DeiT's recipe for ImageNet; a small set needs another, such as -c quick, or -c finetune from pretrained
+    weights. Validation reports accuracy on the selector's tickets and on all patches.
     """
     if values["shards"] is None and not (values["eval"] and values["resume"]):
         raise click.UsageError("Missing option '--shards'.")

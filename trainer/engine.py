@@ -172,11 +172,6 @@ def train_epoch(state: State, batches: Iterable[Batch], steps: int, setup: Setup
     return state.loss_sum / max(1, state.loss_count)
 
 
-def learning_rate(state: State) -> float:
-    """Of the layers that have it whole: `layer_decay` gives the lower ones less."""
-    return max(group["lr"] for group in state.optimizer.param_groups)
-
-
 def train_micro_batch(state: State, batch: Batch, setup: Setup, update: int, micro: int) -> Tensor:
     """Forward and backward of one micro-batch of a step; returns its share of the step's loss, detached."""
     accum, student = setup.optimization.grad_accum_steps, state.student

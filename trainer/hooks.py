@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from trainer.evaluate import Figures
     from trainer.families.base import TicketModel
+    from trainer.optimizer import Rates
     from trainer.trainer import Trainer
 
 
@@ -25,17 +26,18 @@ class Epoch:
     Attributes:
         number: from 0.
         loss: mean over its steps and all ranks.
-        lr: the learning rate at its end.
-        results: figures by protocol; those of a hook's models under its prefix and the protocol.
-        metric: top-1 under the student's own protocol.
+        rates: the learning rates at its end.
+        results: figures by protocol; those of a hook's models under its prefix and the protocol. Empty where the epoch was
+            not tested, see `val_interval`.
+        metric: top-1 under the student's own protocol; None where it was not tested.
         is_best: no epoch before it had a better one.
     """
 
     number: int
     loss: float
-    lr: float
+    rates: "Rates"
     results: "Mapping[str, Figures]"
-    metric: float
+    metric: float | None
     is_best: bool
 
 
@@ -75,7 +77,7 @@ class Hook:
         """Within an epoch, at its end before validation, and where a signal stops it: the state is at a step's border."""
 
     def after_epoch(self, trainer: "Trainer", epoch: Epoch) -> None:
-        """Trained and tested; `trainer.state` stands at the next epoch."""
+        """Trained, and tested where it was due; `trainer.state` stands at the next epoch."""
 
     def at_end(self, trainer: "Trainer", results: "Mapping[str, Figures]", answers: Tensor) -> None:
         """All epochs are over.

@@ -122,6 +122,12 @@ class Model(Settings):
     model_kwargs: dict[str, Any] = setting(
         dict, metavar="NAME=VALUE", help="For timm.create_model (repeatable).", parse=key_values
     )
+    freeze: str | None = setting(
+        None,
+        metavar="PATTERN,...",
+        help="Keep these weights as they start, by shell patterns of their names: 'blocks.[0-5],*_embed'; '*' is a linear"
+        " probe. The classifier always learns.",
+    )
     drop_path: float = setting(0.1, SHARE, "Stochastic depth.")
     grad_checkpointing: bool = setting(False, help="Less memory, more time.")
 
@@ -223,7 +229,10 @@ class Optimization(Settings):
         dict, metavar="NAME=VALUE", help="For the optimizer, such as momentum=0.9 (repeatable).", parse=key_values
     )
     layer_decay: float | None = setting(
-        None, Finite(), "Learning rate times D a layer down; for fine-tuning.", metavar="D"
+        None, Finite(0, 1, min_open=True), "Learning rate times D a layer down; for fine-tuning.", metavar="D"
+    )
+    head_lr: float | None = setting(
+        None, AMOUNT, "Absolute, of the classifier at its height; for fine-tuning.", metavar="LR", shown="as the others"
     )
     lr: float | None = setting(None, AMOUNT, "Absolute; overrides --lr-base.")
     lr_base: float = setting(5e-4, AMOUNT, "Per 512 images of the global batch.")
@@ -255,6 +264,7 @@ class Machine(Settings):
         shown="4, or as many as there are cores",
         marks=FREE,
     )
+    val_interval: int = setting(1, POSITIVE, "Validate every E epochs, and after the last.", metavar="E", marks=FREE)
     log_interval: int = setting(50, POSITIVE, metavar="STEPS", marks=FREE)
     recovery_interval: int = setting(0, COUNT, "Save within an epoch.", metavar="STEPS", marks=FREE)
 
@@ -348,6 +358,8 @@ def group_of(group: Any, values: Mapping[str, Any]) -> Any:
 
 GROUPS: tuple[type[Settings], ...] = (Data, Tickets, Model, Weights, Dropping, Augment, Optimization, Machine, Output)
 FREE_TO_CHANGE = marked("free", *GROUPS) | {"world_size"}
+# Settings that came later: a plan leaves them out where they are unset, so that a weight ticket of before is still of it.
+LATER = frozenset(["freeze", "head_lr"])
 # What args.yaml holds beside the settings.
 DERIVED = frozenset(
     ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"]

@@ -14,23 +14,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from tqdm import tqdm
 
 from miner.models import choose_device
 from shards.copies import TarCopies
-from shards.errors import TicketSetError, first_line
+from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer.costs import costs, sparse_gmacs
 from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
 from trainer.data.loader import Batch
-from trainer.engine import Setup, State, Stopped, is_better, learning_rate, train_epoch, train_micro_batch
+from trainer.engine import Setup, State, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
 from trainer.families.base import TicketModel
 from trainer.families.dropping import FallingKeepRate
+from trainer.freeze import freeze
 from trainer.hooks import Average, Epoch, Hook
+from trainer.optimizer import Rates, build_optimizer, learning_rate_of
 from trainer.options import WEIGHT_DERIVED, Data, Machine, Optimization, Recipe
 from trainer.ranks import Rank
 from trainer.student import build_student
@@ -80,6 +80,7 @@ class Trainer:
         torch.manual_seed(machine.seed if self.subnetwork.seed is None else self.subnetwork.seed)
         self.student = build_student(opened, recipe.model, tickets, recipe.dropping, trained).to(self.rank.device)
         self.subnetwork.lay_on(self.student.model)
+        frozen = freeze(self.student.model, recipe.model.freeze) if recipe.model.freeze else []
         check_student(recipe, self.student)
         views = Views.of(opened, self.student, tickets.resize_to_tokens)
         copies = copies_of(recipe.data)
@@ -110,7 +111,7 @@ class Trainer:
         self.state = build_state(self.student, optimization, machine, self.rank, self.lr, self.steps)
         self.setup = Setup.of(self.student, optimization, machine, self.rank)
         self._begin_at(self.subnetwork.first_epoch)
-        self.hooks: list[Hook] = list(hooks)
+        self.hooks: list[Hook] = [*frozen, *hooks]
         # Before all others: what is saved or tested after an update must have seen it.
         if optimization.model_ema:
             self.hooks.insert(0, Average(self.student.model, optimization.model_ema_decay))
@@ -220,8 +221,8 @@ class Trainer:
     def _try_batch(self, dataset: TicketDataset) -> None:
         """One micro-batch forward and backward, with an optimizer's two numbers a weight in memory."""
         buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]  # averages of batch norm
-        weights = [] if self.state.optimizer.state else [p for p in self.student.parameters() for _ in range(2)]
-        moments = [torch.empty_like(p) for p in weights]
+        trained = [p for p in self.student.parameters() if p.requires_grad and not self.state.optimizer.state]
+        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
         setup = replace(self.setup, optimization=replace(self.setup.optimization, grad_accum_steps=1))
         train_micro_batch(self.state, dataset[0, 0, self.rank.number], setup, 0, 0)
         self.state.optimizer.zero_grad()
@@ -229,7 +230,7 @@ class Trainer:
             buffer.copy_(before)
         del moments
 
-    def _epoch(self) -> tuple[dict[str, Figures], Tensor]:
+    def _epoch(self) -> tuple[dict[str, Figures], Tensor] | None:
         state, last = self.state, self.recipe.optimization.epochs - 1
         for hook in self.hooks:
             hook.before_epoch(self)
@@ -237,16 +238,19 @@ class Trainer:
         # Its worker processes end before those of validation begin, and whatever goes wrong.
         with contextlib.closing(self._batches(self.dataset, places)) as batches:
             loss = train_epoch(state, batches, self.steps, self.setup, self)
-        lr, number = learning_rate(state), state.epoch
-        results, answers = self.evaluate(self.protocols if number == last else self.protocols[:2])
-        metric = results[self.own_protocol]["top1"]
-        best = is_better(metric, state.best)
+        rates, number = Rates.of(state.optimizer), state.epoch
+        found, results, metric, best = None, {}, None, False
+        if number == last or (number + 1) % self.recipe.machine.val_interval == 0:
+            found = self.evaluate(self.protocols if number == last else self.protocols[:2])
+            results = found[0]
+            metric = results[self.own_protocol]["top1"]
+            best = is_better(metric, state.best)
         if best:
             state.best, state.best_epoch = metric, number
         state.epoch, state.step, state.loss_sum, state.loss_count = number + 1, 0, 0.0, 0
         for hook in self.hooks:
-            hook.after_epoch(self, Epoch(number, loss, lr, results, metric, best))
-        return results, answers
+            hook.after_epoch(self, Epoch(number, loss, rates, results, metric, best))
+        return found
 
     def evaluate(self, protocols: Sequence[str]) -> tuple[dict[str, Figures], Tensor]:
         """The student and what hooks have tested beside it, under each protocol, and their answers.
@@ -326,11 +330,6 @@ class Trainer:
         return bool(self.stopped_by)
 
 
-def learning_rate_of(optimization: Optimization, global_batch: int) -> float:
-    """The rate at its height: `lr`, or `lr_base` for each 512 images of a step."""
-    return optimization.lr_base * global_batch / 512 if optimization.lr is None else optimization.lr
-
-
 def copies_of(data: Data) -> TarCopies:
     """Where remote tars are copied to."""
     return TarCopies(data.cache, None if data.cache_size is None else round(data.cache_size * 1e9))
@@ -367,35 +366,7 @@ def build_state(
     Raises:
         TicketSetError: timm does not know the optimizer or the schedule.
     """
-    try:
-        optimizer = create_optimizer_v2(
-            student.model,
-            optimization.opt,
-            lr=lr,
-            weight_decay=optimization.weight_decay,
-            layer_decay=optimization.layer_decay,
-            **optimization.opt_kwargs,
-        )
-        if getattr(optimizer, "is_second_order", False):
-            raise ValueError("second-order optimizers are not supported")
-        # timm before 1.0.30 has no constant schedule; steps that are never taken are one.
-        constant = {"sched": "step", "decay_epochs": optimization.epochs + 1}
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            **(constant if optimization.sched == "constant" else {"sched": optimization.sched}),
-            num_epochs=optimization.epochs,
-            min_lr=optimization.min_lr,
-            warmup_lr=optimization.warmup_lr,
-            warmup_epochs=optimization.warmup_epochs,
-            step_on_epochs=False,  # a schedule by updates goes on in the middle of an epoch
-            updates_per_epoch=steps,
-        )
-        if scheduler is None:
-            raise ValueError("expected a schedule; constant leaves the learning rate as it is")
-        scheduler.step_update(0)
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # timm's factories, for unknown names
-        reason = first_line(error) if str(error) else "not supported here"
-        raise TicketSetError(f"`opt` {optimization.opt}, `sched` {optimization.sched}, `lr` {lr:g}: {reason}") from None
+    optimizer, scheduler = build_optimizer(student.model, optimization, lr, steps)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=machine.amp and machine.amp_dtype == "float16")
     trained: Any = student
     if machine.torchcompile:

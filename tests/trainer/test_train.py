@@ -24,7 +24,7 @@ from trainer.evaluate import evaluate
 from trainer.families.vit import TicketViT
 from trainer.options import Machine, Optimization
 from trainer.ranks import Rank
-from training import SMALL, arguments, same, stopped_at, train, weights_of
+from training import SMALL, arguments, same, stopped_at, summary_of, train, weights_of
 
 pytestmark = pytest.mark.slow  # trains for each test
 
@@ -44,7 +44,7 @@ def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_weights_and_losses(
     )
     train(tickets, tmp_path, "run", "--resume", "latest")
     assert same(weights_of(tmp_path / "run"), weights_of(whole))
-    assert (tmp_path / "run/summary.csv").read_text() == (whole / "summary.csv").read_text()
+    assert summary_of(tmp_path / "run") == summary_of(whole)
 
 
 def test_another_seed_gives_other_weights(tickets, whole, tmp_path):
@@ -296,8 +296,8 @@ def test_the_mean_loss_does_not_depend_on_where_a_run_was_stopped(tickets, whole
         stopped_at(3, patch)
         train(tickets, tmp_path, "stopped", "--log-interval", 50, code=143)
     train(tickets, tmp_path, "stopped", "--log-interval", 50, "--resume", "latest")
-    assert (tmp_path / "stopped/summary.csv").read_text() == (tmp_path / "never/summary.csv").read_text()
-    assert (tmp_path / "never/summary.csv").read_text() == (whole / "summary.csv").read_text()
+    assert summary_of(tmp_path / "stopped") == summary_of(tmp_path / "never")
+    assert summary_of(tmp_path / "never") == summary_of(whole)
 
 
 @pytest.mark.parametrize(
@@ -313,12 +313,13 @@ def test_optimizers_and_schedulers_that_timm_does_not_know_are_one_line(tickets,
     assert output.startswith("Error: --opt ") and output.count("\n") == 1 and said in output
 
 
-def test_the_learning_rate_shown_is_that_of_the_layers_that_have_it_whole(tickets, tmp_path):
+def test_the_learning_rates_shown_are_those_of_all_layers(tickets, tmp_path):
     flags = ["--layer-decay", 0.5, "--min-lr", 0.001, "--lr", 0.001, "--warmup-epochs", 0, "--epochs", 1]
     output = train(tickets, tmp_path, "run", *flags).output
-    assert output.count("LR: 1.000e-03") == 6
+    assert output.count("LR: 1.250e-04..1.000e-03 ") == 6
     head, row = ((tmp_path / "run/summary.csv").read_text()).splitlines()
-    assert row.split(",")[head.split(",").index("lr")] == "0.001"
+    cells = dict(zip(head.split(","), row.split(","), strict=True))
+    assert (cells["lr"], cells["lr_lowest"], cells["lr_head"]) == ("0.001", "0.000125", "0.001")
 
 
 def test_a_learning_rate_that_min_lr_raises_is_said(tickets, tmp_path):

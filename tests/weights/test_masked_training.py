@@ -21,7 +21,7 @@ from trainer.trainer import Trainer
 from trainer.weights import masks as masked
 from trainer.weights.scores import drawn, keep_best
 from trainer.weights.subnetwork import Subnetwork, not_zero, prunable
-from training import QUICK, same, stopped_at, train, two_ranks, weights_of
+from training import QUICK, same, stopped_at, summary_of, train, two_ranks, weights_of
 
 SMALL = {"model_kwargs": {"embed_dim": 32, "depth": 2, "num_heads": 2}, "batch_size": 4, "repeats": 2, "workers": 0}
 SHORT = {**SMALL, "epochs": 2, "warmup_epochs": 1, "log_interval": 100, "model_ema_decay": 0.5}
@@ -222,7 +222,8 @@ def test_dense_is_a_run_without_a_ticket(center_set, ticket, tmp_path):
     train(center_set, tmp_path, "plain", "--seed", 3)
     train(center_set, tmp_path, "dense", "--seed", 3, "--weight-ticket", ticket, "--weight-arm", "dense")
     assert same(weights_of(tmp_path / "plain"), weights_of(tmp_path / "dense"))
-    for name in ("summary.csv", "model_best.safetensors", "predictions.parquet", "config.json"):
+    assert summary_of(tmp_path / "plain") == summary_of(tmp_path / "dense")
+    for name in ("model_best.safetensors", "predictions.parquet", "config.json"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
 
 

@@ -18,7 +18,7 @@ from conftest import long
 from trainer.weights.cli import main
 from trainer.weights.ticket import WeightTicket
 from trainer.weights.verify import verify
-from training import QUICK, same, stopped_at, train, two_ranks, weights_of
+from training import QUICK, same, stopped_at, summary_of, train, two_ranks, weights_of
 
 FLAGS = [*QUICK, "--no-model-ema", "--seed", "5"]
 BYTES = ("plan.json", "start.safetensors", "masks-*.safetensors")
@@ -67,7 +67,8 @@ def test_imp_keeps_the_greatest_weights_of_the_training_before(center_set, imp):
 
 def test_level_0_is_an_ordinary_run_and_its_weights_at_the_epoch_are_the_start(center_set, imp, tmp_path):
     train(center_set, tmp_path, "run", "--no-model-ema", "--seed", 5)
-    for name in ("summary.csv", "model_best.safetensors", "predictions.parquet", "final.json"):
+    assert summary_of(imp / "level-00") == summary_of(tmp_path / "run")
+    for name in ("model_best.safetensors", "predictions.parquet", "final.json"):
         ours, theirs = ((folder / name).read_bytes() for folder in (imp / "level-00", tmp_path / "run"))
         if name == "final.json":
             ours, theirs = ({**json.loads(j), "cost": {**json.loads(j)["cost"], "seconds": 0}} for j in (ours, theirs))

@@ -41,7 +41,8 @@ class Events(Hook):
         if self._writer is None:  # until the first epoch's end the run's folder holds nothing of theirs
             self._open(trainer, self._folder.path)
         self._writer.add_scalar("train_loss", epoch.loss, epoch.number)
-        self._writer.add_scalar("lr", epoch.lr, epoch.number)
+        self._writer.add_scalar("lr", epoch.rates.highest, epoch.number)
+        self._writer.add_scalar("lr_head", epoch.rates.head, epoch.number)
         for name, figures in epoch.results.items():
             for figure, value in figures.items():
                 self._writer.add_scalar(f"{name}_{figure}", value, epoch.number)

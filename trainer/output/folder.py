@@ -89,7 +89,7 @@ class RunFolder(Hook):
         """Best weights, the epoch's row, then the checkpoint that goes on."""
         if self._summary is None:
             return
-        if epoch.is_best:
+        if epoch.is_best and epoch.metric is not None:
             checkpoint.save_best(self.path, trainer, self._arguments, epoch.metric, epoch.number)
             # After the weights: where they are missing, timm would take another checkpoint of the folder.
             opened, recipe = trainer.opened, trainer.recipe
@@ -116,14 +116,17 @@ class RunFolder(Hook):
 
 
 def _row(trainer: "Trainer", epoch: Epoch) -> dict[str, Any]:
-    """summary.csv's cells; EMA's stand empty until its weights have seen enough, random's until the last epoch."""
+    """summary.csv's cells; EMA's stand empty until its weights have seen enough, random's until the last epoch, all of them
+    where the epoch was not tested. `seconds` are those of training so far."""
     prefixes = ["", *(prefix for hook in trainer.hooks for prefix in hook.prefixes)]
     names = [f"{prefix}{protocol}" for prefix in prefixes for protocol in trainer.protocols]
     blank = dict.fromkeys(("top1", "top5", "loss"), "")
     cells = {
         f"eval_{name}_{figure}": {**blank, **epoch.results.get(name, {})}[figure] for name in names for figure in blank
     }
-    return {"epoch": epoch.number, "train_loss": epoch.loss, **cells, "lr": epoch.lr}
+    rates = {"lr": epoch.rates.highest, "lr_lowest": epoch.rates.lowest, "lr_head": epoch.rates.head}
+    seconds = round(trainer.state.seconds, 1)
+    return {"epoch": epoch.number, "train_loss": epoch.loss, **cells, **rates, "seconds": seconds}
 
 
 class Summary:
@@ -156,7 +159,8 @@ class Summary:
     def add(self, row: dict[str, Any]) -> None:
         """Write an epoch's row; the first gives the file its columns."""
         self._head = self._head or ",".join(row)
-        self._rows.append(",".join(map(str, row.values())))
+        # A run that an older version began has fewer.
+        self._rows.append(",".join(str(row.get(name, "")) for name in self._head.split(",")))
         self._write()
 
     def _write(self) -> None:

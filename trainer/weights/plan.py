@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import TicketSetError
 from shards.flags import function_of
-from trainer.options import FREE_TO_CHANGE
+from trainer.options import FREE_TO_CHANGE, LATER
 from trainer.weights.options import METHODS, Mining
 from trainer.weights.scores import default_levels
 from trainer.weights.subnetwork import heads_of, prunable
@@ -55,6 +55,7 @@ def _arguments(trainer: "Trainer") -> dict[str, Any]:
         name: value
         for name, value in trainer.arguments().items()
         if name not in FREE_TO_CHANGE and name != "seed" and not name.startswith("weight_")
+        if not (name in LATER and value is None)
     }
     model = trainer.recipe.model
     start = _sha256(model.initial_checkpoint) if model.initial_checkpoint else None
