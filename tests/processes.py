@@ -23,6 +23,7 @@ def start(module: str, arguments: list[str], log: Path, before: Callable[[], Non
         os.dup2(out, 1)
         os.dup2(out, 2)
         signal.alarm(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         importlib.import_module(module).main(arguments)
         code = 0

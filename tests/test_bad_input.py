@@ -229,7 +229,11 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
         (("--method", "center", "--scale", 0.5, 0.1), 2, "--scale: expected 0 < MIN <= MAX <= 1, got 0.5 0.1"),
         (("--method", "center", "--ratio", 0, 1), 2, "--ratio: expected 0 < MIN <= MAX, got 0 1"),
         (("--method", "center", "--images", "link"), 1, "is no ticket set; there is nothing to link to"),
-        (("--method", "centre"), 1, "--method centre: expected one of evit, cls-attention, rollout, random, center"),
+        (
+            ("--method", "centre"),
+            1,
+            "--method centre: expected one of evit, cls-attention, rollout, pool-attention, random, center",
+        ),
         (("--method", "center", "--weights", "w.pth"), 1, "--weights: --method center uses no model; leave it out"),
         (("--method", ":f"), 1, "--method :f: "),
         (("--method", "math:sqrt"), 1, "--method: expected a function in a Python file"),

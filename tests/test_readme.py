@@ -48,7 +48,7 @@ def run_command(line: str, photos: Path, weights: Path, s3: str) -> str:
         words = words[words.index("--nproc-per-node") + 2 :]
     name, *flags = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     if name == "datalth-mine":
-        flags += ["--img-size", "64", "-j", "2", "--device", "cpu"]
+        flags += ["--img-size", "64", "-j", "2", "--device", "cpu", *(["--tokens", "8"] if "--tokens" in flags else [])]
         of_a_set = {"link", "ranked"} & set(flags)  # which then decides the rest
         flags += [] if of_a_set else ["--views", "4", "--selector", SELECTOR, "--weights", str(weights)]
     if name == "datalth-train" or flags[0] == "mine":

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -456,7 +457,9 @@ def test_a_plan_that_changes_is_no_shards_fault(
     def changes(*arguments: Any) -> None:
         said = json.loads((out / "plan.json").read_text(encoding="utf-8"))
         said["splits"]["train"]["plan_id"] = said["splits"]["val"]["plan_id"] = "0" * 64
-        (out / "plan.json").write_text(json.dumps(said), encoding="utf-8")
+        changed = out / f"plan.{threading.get_ident()}.tmp"
+        changed.write_text(json.dumps(said), encoding="utf-8")
+        changed.replace(out / "plan.json")  # whole, for who reads it meanwhile
         add(*arguments)
 
     monkeypatch.setattr(ShardWriter, "add", changes)
