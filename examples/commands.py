@@ -29,23 +29,24 @@ PROGRAMS = {
 # Importing torch and timm takes seconds, so it is done once: each command is forked from a process that has them.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["miner.run", "trainer.run"])
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # trainings run side by side
 
 
 def say(text: str) -> None:
     click.secho(f"\n=== {text}", bold=True)
 
 
-def show(*words: object) -> None:
+def show(*words: object, codes: Sequence[int] = (0,)) -> None:
     """Print a command, run it, and let it write to the screen.
 
+    Args:
+        codes: with which it may end.
     Raises:
         click.ClickException: it failed; it has said why.
     """
     click.echo(f"\n$ {shlex.join(map(str, words))}")
     process = start(words)
     process.join()
-    if process.exitcode:
+    if process.exitcode not in codes:
         raise click.ClickException("the command above failed")
 
 
@@ -59,7 +60,8 @@ def start(words: Sequence[object], log: Path | None = None) -> BaseProcess:
 
 def run(words: Sequence[str], log: Path | None) -> None:
     """One of PROGRAMS or a file of examples/, as if typed; ends the process."""
-    if log is not None:
+    if log is not None:  # beside others
+        importlib.import_module("torch").set_num_threads(1)
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -354,7 +355,10 @@ def create(name: str, field: str, pretrained: bool = False, **kwargs: Any) -> Mo
         TicketSetError: no such model, arguments that it does not take, or no pretrained weights to be had.
     """
     full_name = timm_name(name)
-    if not (timm.is_model(full_name) or full_name.startswith("local-dir:")):  # the latter: a run's model, by timm
+    run = full_name.removeprefix("local-dir:")
+    if run != full_name and not Path(run, "config.json").is_file():
+        raise TicketSetError(f"`{field}` {name}: expected the folder of a run with its config.json, found none")
+    if run == full_name and not timm.is_model(full_name):
         import difflib
 
         modules = ("vision_transformer", "eva") if field == "selector" else ("",)

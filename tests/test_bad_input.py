@@ -698,6 +698,7 @@ miner.cli.main()
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files by /proc")
 def test_too_few_open_files_stop_the_run_and_fail_no_photo(photos, tmp_path):
     command = ["--data", photos, "--out", tmp_path / "out", *CENTER, "--max-failures", 1, "-b", 1]

@@ -239,6 +239,7 @@ for number, moment in enumerate(moments):
 COMMITS = 10  # files that a set of two shards renames: the plan, two shards' three, three at the end
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_commit_and_resumed_gives_the_same_bytes(arguments: Arguments, tmp_path: Path) -> None:
     short = [*arguments, "--split", "train", "--limit", "4", "--shard-size", "2", "-j", "2"]

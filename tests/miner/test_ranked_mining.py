@@ -223,6 +223,7 @@ def test_ranks_give_the_same_bytes(
     assert contents(tmp_path) == contents(sets / "ranked")
 
 
+@pytest.mark.long
 def test_a_job_mines_the_same_bytes_in_another_process(
     sets: Path, selector: Arguments, drawn: Arguments, tmp_path: Path, captured: list[Job], monkeypatch: Any
 ) -> None:

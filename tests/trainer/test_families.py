@@ -387,6 +387,7 @@ def test_a_selector_whose_keep_rate_falls_resumes_exactly_and_is_tested_at_its_f
     assert final["dropped"]["loss"] != final["all"]["loss"], again  # it has not dropped in training yet
 
 
+@pytest.mark.long
 def test_a_selector_learns_to_drop_and_the_miner_takes_it(tickets, photos, tmp_path):
     """Its survivors are the miner's tickets: tests/test_dropping_vit.py holds them against each other."""
     selector = ["--tickets", "full", "--drop-blocks", "0,1", "--keep-rate", 0.7, "--shrink-epochs", 1]

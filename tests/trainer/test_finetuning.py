@@ -122,6 +122,7 @@ def test_frozen_weights_stay_and_a_run_that_was_stopped_goes_on_exactly(tickets,
     assert same(weights_of(tmp_path / "again"), now)
 
 
+@pytest.mark.long
 def test_two_ranks_and_checkpointed_activations_train_what_one_rank_does(tickets, tmp_path):
     """Random numbers are of a place in the global batch; sums of gradients differ in the last bits."""
     flags = [str(flag) for flag in ALL] + ["--drop-path", "0", "--reprob", "0", "--clip-grad", "1"]

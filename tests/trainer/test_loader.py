@@ -108,6 +108,7 @@ def run_alone(code, *before, timeout=60):
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.long
 def test_a_small_dev_shm_is_no_matter():
     """As in a container: torch's own workers would wait for ever."""
     inside = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
@@ -117,6 +118,7 @@ def test_a_small_dev_shm_is_no_matter():
     assert result.stdout == "190\n", result.stderr
 
 
+@pytest.mark.long
 def test_an_exit_in_the_middle_waits_for_no_worker():
     result = run_alone("batches = loader(Numbers(), range(100), 2, CPU); next(batches); print(children()); sys.exit(3)")
     assert result.returncode == 3 and not result.stderr

@@ -51,8 +51,14 @@ def test_probabilities_are_those_of_plain_timm(run, photos, tmp_path):
     assert {row["patches"] for row in rows} == {"all"} and all(not row["error"] for row in rows)
 
 
-def test_tickets_are_those_of_the_runs_own_validation(run, photos, weights, tmp_path):
+@pytest.mark.parametrize("patch", [16, 8], ids=["patches of the set", "half as large, at half the size"])
+def test_tickets_are_those_of_the_runs_own_validation(run, tickets, photos, weights, tmp_path, patch):
     """Mined by the same selector, with the run's K: the answers and the loss that the run has logged."""
+    if patch != 16:
+        small = ["--model-kwargs", f"patch_size={patch}", "--epochs", 1, "--warmup-epochs", 0, "--lr", 0.005]
+        train(tickets, tmp_path, "other", *small)
+        run = tmp_path / "other"
+        assert json.loads((run / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 32]
     picked = ["--tickets", SELECTOR, "--weights", weights]
     rows = rows_of(run, photos / "val", "--top", 3, *picked, output=tmp_path / "a.csv")
     on_tickets = [row for row in rows if row["patches"] == "8"]
@@ -140,6 +146,16 @@ def edit(run: Path, change) -> None:
     (run / "config.json").write_text(json.dumps(config))
 
 
+def test_a_model_of_another_folder_is_refused(run, photos, tmp_path):
+    stranger = shutil.copytree(run, tmp_path / "stranger")
+    edit(stranger, lambda config: config.update(architecture=f"local-dir:{run}"))
+    assert "config.json: architecture: expected the name of a timm model" in predict(stranger, photos, code=1).stderr
+    (stranger / "config.json").unlink()
+    assert "whose first tested epoch is over, found no config.json" in predict(stranger, photos, code=1).stderr
+    said = predict(run, photos, "--tickets", f"local-dir:{stranger}", code=1).stderr
+    assert "expected the folder of a run with its config.json, found none" in said
+
+
 def test_a_run_of_an_older_version_predicts_but_has_no_tickets(run, photos, tmp_path):
     older = shutil.copytree(run, tmp_path / "older")
     edit(older, lambda config: config.pop("views"))
@@ -150,7 +166,7 @@ def test_a_run_of_an_older_version_predicts_but_has_no_tickets(run, photos, tmp_
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(architecture="hf-hub:somebody/model"), "RUN hf-hub:somebody/model: expected a timm model"),
+        (lambda c: c.update(architecture="hf-hub:somebody/model"), "architecture: expected the name of a timm model, got hf-hub:somebody/model"),
         (lambda c: c["model_args"].update(checkpoint_path="/etc/passwd"), "expected arguments of a model, got checkpoint_path"),
         (lambda c: c["model_args"].update(depth=3), "model_best.safetensors: do not fit VisionTransformer of depth 3"),
         (lambda c: c["label_names"].append("dog"), "expected a classifier of the 4 classes of config.json, got 3"),

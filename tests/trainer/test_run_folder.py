@@ -225,6 +225,7 @@ def wait_for(path: Path, rank: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_one_signalled_rank_stops_all_at_the_same_step_and_losses_are_of_all_ranks(tickets, tmp_path):
     """The interval of the log is longer than the epoch: it does not decide when a signal is heard."""
     flags = ["--drop-path", "0", "--reprob", "0", "--log-interval", "50", "--epochs", "400", "--warmup-epochs", "0"]

@@ -200,7 +200,7 @@ def test_another_ticket_is_refused_when_a_run_goes_on(center_set, ticket, tmp_pa
     moved.rename(ticket)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_keep_the_same_zeros(center_set, ticket, tmp_path):
     flags = [str(f) for f in (*QUICK, "--shards", center_set, "--output", tmp_path, "--experiment", "two")]
     ranks = two_ranks(*flags, "-b", "2", "--weight-ticket", str(ticket), "--model-ema-decay", "0.5")

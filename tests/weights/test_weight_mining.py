@@ -104,6 +104,7 @@ def test_a_level_is_what_datalth_train_makes_of_the_finished_ticket(center_set, 
     assert [row.partition(",")[0] for row in rows] == ["epoch", "1"]
 
 
+@pytest.mark.long
 def test_rewound_weights_have_no_plain_reinit_but_another_seeds_start(center_set, imp, tmp_path):
     output = train(
         center_set, tmp_path, "run", "--weight-ticket", imp, "--weight-arm", "reinit", "--no-model-ema", code=1
@@ -221,6 +222,7 @@ def test_oneshot_is_one_level(center_set, tmp_path):
     assert ticket.manifest.levels[1].results.keys() == {"tickets", "all", "random"}
 
 
+@pytest.mark.long
 def test_rst_and_random_of_a_seed_are_one_subnetwork_and_rst_has_learned(center_set, tmp_path):
     mine(center_set, tmp_path / "rst", "--method", "rst", "--transform-epochs", 1, "--mining-lr", 0.001)
     mine(center_set, tmp_path / "random", "--method", "random")
@@ -257,6 +259,7 @@ def test_soup_keeps_what_short_trainings_agree_on(center_set, tmp_path):
     assert votes[mask].min() >= votes[~mask].max() and (votes == 3).sum() < mask.sum()
 
 
+@pytest.mark.long
 def test_a_score_of_ones_own(center_set, tmp_path, monkeypatch):
     (tmp_path / "mine_scores.py").write_text(
         textwrap.dedent("""

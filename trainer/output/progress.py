@@ -46,14 +46,15 @@ class Progress(Hook):
 
     def after_epoch(self, trainer: "Trainer", epoch: Epoch) -> None:
         state, now = trainer.state, time.monotonic()
-        times = f"{duration(self._trained)} training"
+        times = [f"{duration(self._trained)} training"] if self._trained else []
         tested = "not tested"
         if epoch.results:
             text = ", ".join(f"{name} {figures['top1']:.2f}" for name, figures in epoch.results.items())
             tested = f"top-1 {text}  (best {state.best:.2f}, epoch {state.best_epoch})"
-            times += f", {duration(now - self._epoch_start - self._trained)} test"
+            times.append(f"{duration(now - self._epoch_start - self._trained)} test")
         self._epoch_start, self._trained = now, 0.0
-        log.info(f"Test: {epoch.number}  {tested}  {times}, left {self._left(state.epoch, 0)}")
+        times.append(f"left {self._left(state.epoch, 0)}")
+        log.info(f"Test: {epoch.number}  {tested}  {', '.join(times)}")
 
     def _left(self, epoch: int, step: int) -> str:
         done = self._work.until(epoch, step) - self._work.until(*self._from)

@@ -102,15 +102,17 @@ class Ticket:
             )
         geometry = Geometry(img_size=views.img_size, patch_size=views.patch_size)
         self._rankings = build_rankings(selection, geometry, Machine(), device, batch_size)
-        self._size, self._side, self._patch = self._rankings.size, views.img_size, views.patch_size
-        self._tokens = self._rankings.identity.counts[-1]
+        self._size, self._tokens = self._rankings.size, self._rankings.identity.counts[-1]
         feed, kind = feed_of(model, views.feed)
-        side = kind.side_of(self._tokens, views.img_size, views.patch_size)
+        # The same grid for all three: the set, the selector, and the student, whose patches may be of another size.
+        self._patch = kind.patch_of(model, views.patch_size)
+        self._side = geometry.grid[0] * self._patch
+        side = kind.side_of(self._tokens, self._side, self._patch)
         config = resolve_model_data_config(model)
         if side != config["input_size"][-1]:
             raise TicketSetError(f"`tokens` {self._tokens}: expected {views.tokens}, what this model was built for")
-        self._fed = kind.wrap(model, feed, geometry.grid, views.patch_size, side).eval()
-        if self._fed.grid != geometry.grid or self._fed.patch_size != views.patch_size:
+        self._fed = kind.wrap(model, feed, geometry.grid, self._patch, side).eval()
+        if self._fed.grid != geometry.grid or self._fed.patch_size != self._patch:
             raise TicketSetError("`selector`: config.json has other patches than the model beside it")
         self._mean, self._std, self._device = tuple(config["mean"]), tuple(config["std"]), device
         self.name = f"{self._tokens}"

@@ -97,10 +97,12 @@ def open_student(folder: str) -> Student:
     path = Path(folder, CONFIG)
     if not path.is_file():
         raise TicketSetError(
-            f"`run` {folder}: expected the folder of a run of datalth-train whose first epoch is over, found no {CONFIG}"
+            f"`run` {folder}: expected the folder of a run of datalth-train whose first tested epoch is over, found no {CONFIG}"
         )
     with path.open("rb") as file:
         config = SAID(parse_json(file.read(MAX_CONFIG), str(path)), str(path))
+    if ":" in config["architecture"]:  # timm would read another folder, or ask a hub
+        raise TicketSetError(f"{path}: architecture: expected the name of a timm model, got {config['architecture']}")
     weights = path.with_name(checkpoint.BEST_WEIGHTS)
     if not weights.is_file():
         raise TicketSetError(f"`run` {folder}: expected its best weights, found no {weights.name}")

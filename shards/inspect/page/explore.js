@@ -179,7 +179,11 @@ function makeBlock(name, members) {
   return { element, cards, show };
 }
 
-const groups = Map.groupBy(data.images.keys(), (image) => data.images[image].class);
+const groups = new Map(); // class -> numbers of its images; Map.groupBy is too new for some browsers
+for (const [image, { class: name }] of data.images.entries()) {
+  if (!groups.has(name)) groups.set(name, []);
+  groups.get(name).push(image);
+}
 const blocks = [...groups].map(([name, members]) => makeBlock(name, members));
 byId("classes").append(...blocks.map((block) => block.element));
 
