@@ -388,4 +388,4 @@ def test_of_sets_in_a_store_every_command_says_and_draws_the_same(photos, masks,
         ]
         said = [re.sub(r"\d+\.\d+ s\b", "SECONDS", text) for text in said]
         found.append((said, {path.name: path.read_bytes() for path in out.iterdir()}))
-    assert found[0] == found[1] and len(found[0][1]) == 3
+    assert found[0] == found[1] and len(found[0][1]) == 4
