@@ -96,8 +96,6 @@ def test_photos_of_ones_own_to_their_classes(example, photos, weights, tmp_path,
     typed = [shlex.split(line, comments=True) for line in test_readme.commands(EXAMPLES.parent / "docs" / "PHOTOS.md")]
     told = {word for words in typed for word in words if word.startswith("--")}
     assert {word for words in asked for word in words if word.startswith("--")} <= told | {
-        "--img-size",
-        "--method",
         "--output",
         "--resume",
         *quick,
