@@ -113,6 +113,8 @@ def test_a_server_killed_while_it_takes_shards_loses_nothing(server: Server, pho
             worker = subprocess.Popen([*map(str, command), "--device", "cpu"], stdout=file, stderr=subprocess.STDOUT)
         if kills < KILLS:
             before = count(out)
+            while worker.poll() is None and "output" not in log.read_text():
+                time.sleep(0.01)
             while worker.poll() is None:
                 worker.send_signal(signal.SIGSTOP)  # else it may be done before it is counted
                 enough = count(out) >= before + 8
