@@ -155,8 +155,11 @@ def test_the_summary_counts_the_seconds_of_training(tickets, tmp_path):
     assert 0 <= first <= second
 
 
-def test_time_left_counts_epochs_on_all_patches_and_tests_by_what_they_compute():
+@pytest.mark.parametrize(("frozen", "passes"), [("blocks", 3), ("*", 1)])
+def test_time_left_counts_epochs_on_all_patches_and_tests_by_what_they_compute(frozen, passes):
     """5 epochs of 10 steps, the last two on all patches; tested after the 2nd, the 4th and the 5th."""
+    model = timm.create_model("test_vit", num_classes=3)
+    freeze(model, frozen)
     trainer = SimpleNamespace(
         recipe=SimpleNamespace(
             optimization=SimpleNamespace(epochs=5),
@@ -166,10 +169,11 @@ def test_time_left_counts_epochs_on_all_patches_and_tests_by_what_they_compute()
         costs={"train_gmacs": (3 * 1 + 2 * 4) / 5, "test_gmacs": {"tickets": 1, "all": 4, "random": 1}},
         steps=10,
         dataset=SimpleNamespace(global_batch=8),
+        student=SimpleNamespace(model=model),
         validation=SimpleNamespace(rows=range(20)),
     )
     work = Work(trainer)
-    step, test = 3 * 8, 20 * (1 + 4)
+    step, test = passes * 8, 20 * (1 + 4)
     expected = {
         (0, 0): 0,
         (0, 7): 7 * step,

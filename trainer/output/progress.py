@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from miner.models import classifier_weights
 from shards.console import duration, rate
 from trainer.engine import State
 from trainer.hooks import Epoch, Hook
@@ -80,8 +81,11 @@ class Work:
         self._steps = trainer.steps
         whole, unmasked = costs["test_gmacs"].get("all", 0.0), recipe.tickets.unmask_epochs
         on_tickets = (self.epochs * costs["train_gmacs"] - unmasked * whole) / self._masked if self._masked else 0.0
-        # Backward computes twice what forward does.
-        self._step = [3 * trainer.dataset.global_batch * gmacs for gmacs in (on_tickets, whole)]
+        model = trainer.student.model
+        head = classifier_weights(model)
+        learns = any(weight.requires_grad for name, weight in model.named_parameters() if name not in head)
+        passes = 3 if learns else 1  # backward computes twice what forward does, of a linear probe next to nothing
+        self._step = [passes * trainer.dataset.global_batch * gmacs for gmacs in (on_tickets, whole)]
         self._tests = [len(trainer.validation.rows) * gmacs for gmacs in costs["test_gmacs"].values()]
 
     def until(self, epoch: int, step: int) -> float:
