@@ -1,7 +1,7 @@
 """The last legs of a shard: images that are done are encoded by threads; two more write them: tar, parquet, JSON."""
 
-import contextlib
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -21,7 +21,7 @@ _END = object()  # in a shard's queue, behind its images
 
 
 class Writer:
-    """Threads that write shards as they are given; at most WAITING_IMAGES of a shard wait for them and their encoders.
+    """Threads that write shards as they are given; at most WAITING_IMAGES, of all shards, wait for them and their encoders.
 
     Args:
         plan: of the folder.
@@ -50,7 +50,9 @@ class Writer:
         self._committed, self._waiting = committed, waiting
         self.failed: Shard | None = None
         self._encoders = ThreadPoolExecutor(workers, "encode")
-        self._most_waiting = _most_waiting(plan, workers)
+        # Shared by shards: each with room of its own would hold twice as much while one is slow. An earlier shard never
+        # waits for room that a later one took, since its images have all come by then.
+        self._room = threading.Semaphore(_most_waiting(plan, workers))
         self._threads = ThreadPoolExecutor(SHARDS, "write")
         self._stopped = False
         self._shards: list[Future[ShardStats]] = []
@@ -60,17 +62,23 @@ class Writer:
         """Begin a shard."""
         self._raise()
         self._timing: dict[str, Any] = {}
-        self._queue: queue.Queue[Any] = queue.Queue(self._most_waiting)
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._shards.append(self._threads.submit(self._write, (split, number), self._queue, self._timing))
 
     def add(self, image: Image) -> None:
         """Give the next image of the shard."""
-        self._put(self._encoders.submit(self._encode, image))
+        encoded = self._encoders.submit(self._encode, image)
+        self._raise()
+        while not self._room.acquire(timeout=1):
+            self._raise()
+            self._waiting()
+        self._queue.put(encoded)
 
     def commit(self, timing: dict[str, Any]) -> None:
         """Say that the shard is whole."""
+        self._raise()
         self._timing |= timing
-        self._put(_END)
+        self._queue.put(_END)
 
     def finish(self) -> list[ShardStats]:
         """Wait until everything is on disk; gives what each shard's JSON says."""
@@ -86,19 +94,11 @@ class Writer:
         self._threads.shutdown()
         self._encoders.shutdown(cancel_futures=True)
 
-    def _put(self, item: Any) -> None:
-        while True:
-            self._raise()
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=1)
-                return
-            self._waiting()
-
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _write(self, name: Shard, images: queue.Queue[Any], timing: dict[str, Any]) -> ShardStats:
+    def _write(self, name: Shard, images: queue.SimpleQueue[Any], timing: dict[str, Any]) -> ShardStats:
         """In a thread: one shard."""
         split, number = name
         try:
@@ -123,13 +123,17 @@ class Writer:
             self._committed(name)
         return stats
 
-    def _next(self, images: queue.Queue[Any]) -> Any:
+    def _next(self, images: queue.SimpleQueue[Any]) -> Any:
         while True:
             try:
-                return images.get(timeout=0.2)
+                image = images.get(timeout=0.2)
             except queue.Empty:
                 if self._stopped:
                     raise RuntimeError("stopped before the shard was whole") from None
+            else:
+                if image is not _END:
+                    self._room.release()
+                return image
 
     def _encode(self, image: Image) -> tuple[dict[str, Any], Encoded | str]:
         """What the row says of any input; and members with further columns, or why it failed."""

@@ -254,7 +254,10 @@ def _in_folder(folder: Path, make: Callable[[], contextlib.AbstractContextManage
     """A file in a folder that others may remove whenever it is empty."""
     with contextlib.ExitStack() as stack:
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(
+                FileExistsError
+            ):  # it was there, and gone when mkdir looked whether it is a folder
+                folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 file = stack.enter_context(make())
                 break

@@ -366,7 +366,7 @@ def test_batches_are_fixed_by_the_plan_and_never_cross_a_shard(
     assert not well_formed([pairs[i : i + 5] for i in range(0, len(pairs), 5)], shard_of, 5)
 
 
-def peak_in_flight(monkeypatch: pytest.MonkeyPatch, folder: Path, patience: float) -> int:
+def peak_in_flight(monkeypatch: pytest.MonkeyPatch, folder: Path, shard_size: int, patience: float) -> int:
     """Images read and not yet written, at most, of 400, when the writer stands still at its first image."""
     out = io.BytesIO()
     Image.new("RGB", (8, 8), (9, 99, 200)).save(out, "PNG")
@@ -393,18 +393,19 @@ def peak_in_flight(monkeypatch: pytest.MonkeyPatch, folder: Path, patience: floa
         patch.setattr(ShardWriter, "add", slow_add)
         rows = [{"key": f"k{i}", "source": f"k{i}.png", "label": 0, "size": 1, "container": 0, "offset": 0} for i in range(count)]  # fmt: skip
         source = Source("made", ["only"], {"train": pa.Table.from_pylist(rows, SCHEMA)}, read)
-        job, producers, _ = small_job(source, folder, 8, 2, views=1, shard_size=100)
+        job, producers, _ = small_job(source, folder, 8, 2, views=1, shard_size=shard_size)
         mine_shards(job, job.plan.shards(), producers)
     assert seen["read"] == seen["written"] == count
     return seen["peak"]
 
 
-def test_images_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shard_size", [100, 50])  # of 50, the second is begun while the first waits
+def test_images_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int) -> None:
     # 18 read ahead and 2 in threads, 8 in flight and 8 gathered for the next batch, 64 before the writer, 1 in it.
-    assert peak_in_flight(monkeypatch, tmp_path / "a", patience=0.5) <= 105
-    # The negative control: a queue without an end lets everything in.
-    monkeypatch.setattr(miner.writer, "WAITING_IMAGES", 0)
-    assert peak_in_flight(monkeypatch, tmp_path / "b", patience=30) > 390
+    assert peak_in_flight(monkeypatch, tmp_path / "a", shard_size, patience=0.5) <= 105
+    # The negative control: more room than there are images lets everything in.
+    monkeypatch.setattr(miner.writer, "WAITING_IMAGES", 1000)
+    assert peak_in_flight(monkeypatch, tmp_path / "b", shard_size, patience=30) > 390
 
 
 def test_random_rankings_do_not_depend_on_batches_or_workers(photos: Path, tmp_path: Path) -> None:

@@ -224,3 +224,23 @@ def test_a_folder_that_is_removed_while_one_puts_into_it_is_made_again(
     store.put("claims/a", b"two", expected=store.tag("claims/a"))
     assert store.read("claims/a") == b"two"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_that_is_removed_while_mkdir_looks_what_it_is_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mkdir finds it, looks whether it is a folder, and finds nothing: it then says that a file is in the way."""
+    store, is_dir, times = open_store(tmp_path), Path.is_dir, iter(range(99))
+    (tmp_path / "claims").mkdir()
+
+    def removed(self: Path) -> bool:
+        if self.name == "claims" and next(times) == 0:
+            os.rmdir(self)
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", removed)
+    store.put("claims/a", b"one", expected=None)
+    assert store.read("claims/a") == b"one" and next(times) > 0  # it was asked
+    (tmp_path / "index").write_bytes(b"a file")
+    with pytest.raises(OSError, match="index"):  # and a file that is in the way is no folder that comes back
+        store.put("index/a", b"one", expected=None)
