@@ -41,7 +41,9 @@ from shards.views import CROP_PCT
 from shards.writer import read_plan
 
 # Raise when the same inputs and options would give other bytes than before.
-ALGORITHM = 2  # since 2, gray of 12 bits and TIFFs whose white is 0 are scaled by what their file says
+# Since 2, gray of 12 bits and TIFFs whose white is 0 are scaled by what their file says; since 3, the index says how scores
+# are spread.
+ALGORITHM = 3
 # A set without rankings has no such producer. Its plan and manifest say so in these words, K = 0 among them, since sets
 # of before do: another spelling would be another plan.
 NO_SELECTOR = SelectorIdentity(

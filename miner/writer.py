@@ -103,9 +103,10 @@ class Writer:
         split, number = name
         try:
             self._raise()  # a shard before it failed: nothing new is begun
-            plan_id = self._plan.splits[split].plan_id
-            n, version = self._plan.common.num_patches, self._plan.format
-            with ShardWriter(self._store, split, number, n, plan_id, version, self._shared) as shard:
+            common, planned = self._plan.common, self._plan.splits[split]
+            plan_id, views = planned.plan_id, planned.views if common.k else None
+            made_as = (common.num_patches, plan_id, self._plan.format, views, self._shared)
+            with ShardWriter(self._store, split, number, *made_as) as shard:
                 while (image := self._next(images)) is not _END:
                     row, encoded = image.result()
                     if isinstance(encoded, str):

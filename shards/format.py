@@ -1,4 +1,4 @@
-"""Format 1.2 of a ticket set: names, versions, dtypes, and the bytes of its members.
+"""Format 1.3 of a ticket set: names, versions, dtypes, and the bytes of its members.
 
 A sample of `train-000000.tar` is these tar members in this order (docs/FORMAT.md draws the bytes):
 
@@ -28,9 +28,9 @@ import numpy as np
 from shards.errors import TicketSetError, first_line
 
 KIND = "datalth-ticket-set"
-FORMAT = (1, 2)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
-# What a set is written as that holds nothing newer.
-PLAIN_FORMAT, TOKEN_LABELS_FORMAT = (1, 0), (1, 1)
+FORMAT = (1, 3)  # (major, minor): readers refuse a higher major and ignore what a higher minor added
+SPREAD_FORMAT = (1, 3)  # since then the index of a set with rankings says how scores are spread
+TOKEN_LABELS_FORMAT = (1, 1)  # what a set is written as that holds token labels alone
 
 PLAN = "plan.json"
 MANIFEST = "manifest.json"

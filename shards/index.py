@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shards import spread
 from shards.errors import TicketSetError, first_line
 from shards.keys import KEY_PATTERN
 from shards.schema import MAX_SHARD_IMAGES
@@ -19,8 +20,14 @@ from shards.tar import BLOCK
 MAX_BYTES = 256 << 20  # of the columns read, in memory
 
 
-def index_schema(num_patches: int) -> pa.Schema:
-    """Columns of index/*.parquet."""
+def index_schema(num_patches: int, views: int | None = None) -> pa.Schema:
+    """Columns of index/*.parquet.
+
+    Args:
+        num_patches: N.
+        views: V, where the index says how their scores are spread.
+    """
+    more = [] if views is None else [("spread", pa.binary(spread.size(views, num_patches)))]
     return pa.schema(
         [
             ("key", pa.string()),
@@ -41,11 +48,14 @@ def index_schema(num_patches: int) -> pa.Schema:
             ("k", pa.int32()),
             ("mean_score", pa.float32()),
             ("entropy", pa.float32()),
+            *more,
         ]
     )
 
 
-def read_index(data: bytes, where: str, num_patches: int, num_classes: int) -> pa.Table:
+def read_index(
+    data: bytes, where: str, num_patches: int, num_classes: int, views: int | None = None
+) -> pa.Table:
     """The index of one shard, checked: what it says can be used as a key, a label, a place in the tar, a frame.
 
     Args:
@@ -53,10 +63,11 @@ def read_index(data: bytes, where: str, num_patches: int, num_classes: int) -> p
         where: for errors.
         num_patches: N of the set.
         num_classes: of the set; labels are below it.
+        views: V, where the set's format says that there is the column `spread`.
     Raises:
         TicketSetError: not a parquet file, or not such an index.
     """
-    schema = index_schema(num_patches)
+    schema = index_schema(num_patches, views)
     table = read_parquet(data, where, schema.names)
     for field in schema:
         if table.schema.field(field.name).type != field.type:
@@ -76,6 +87,10 @@ def read_index(data: bytes, where: str, num_patches: int, num_classes: int) -> p
     for name, least in (("offset", 0), ("bytes", BLOCK)):
         whole = pc.equal(pc.multiply(pc.divide(good[name], BLOCK), BLOCK), good[name])
         _require(good, where, name, pc.and_(pc.greater_equal(good[name], least), whole), f"blocks of {BLOCK} bytes")
+    if views is not None:
+        counts = spread.decode(table["spread"].to_pylist(), views, num_patches)
+        sound = pa.chunked_array([pa.array(spread.is_sound(counts, num_patches))])
+        _require(table, where, "spread", sound, f"numbers of patches that rise from 1 to {num_patches}, or none")
     return table
 
 

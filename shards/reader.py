@@ -132,6 +132,11 @@ class TicketSet:
         return fmt.RANKING in self.manifest.members
 
     @property
+    def says_spread(self) -> bool:
+        """Whether its index says how each view's scores are spread, where they are a distribution."""
+        return self.has_tickets and self.manifest.format >= fmt.SPREAD_FORMAT
+
+    @property
     def holds_whole_views(self) -> bool:
         """Whether any patch of a view can be had; of ranked views the last may be cut off."""
         return self.stored_tokens == self.num_patches
@@ -185,7 +190,8 @@ class TicketSet:
         """
         url = storage.join(self.url, fmt.INDEX, f"{name}.parquet")
         try:
-            return read_index(storage.read_bytes(url), url, self.num_patches, len(self.manifest.classes))
+            views = self.manifest.splits[name.rpartition("-")[0]].views if self.says_spread else None
+            return read_index(storage.read_bytes(url), url, self.num_patches, len(self.manifest.classes), views)
         except FileNotFoundError:
             raise TicketSetError(f"{url}: missing; expected the index of shard {name}") from None
 

@@ -276,8 +276,7 @@ class Plan(Record):
     @classmethod
     def of(cls, common: PlanCommon, splits: dict[str, PlanSplit]) -> "Plan":
         """The plan of some splits, whose plan_ids are set."""
-        version = fmt.TOKEN_LABELS_FORMAT if common.token_labels else fmt.PLAIN_FORMAT
-        version = fmt.FORMAT if common.ranked else version
+        version = fmt.FORMAT if common.k else fmt.TOKEN_LABELS_FORMAT
         return cls(format=version, plan_id=plan_identity(splits), common=common, splits=splits)
 
     def shards(self) -> list[tuple[str, int]]:

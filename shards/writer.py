@@ -62,6 +62,7 @@ class ShardWriter:
         num_patches: N.
         plan_id: of the split; goes into the parquet and the JSON, so that another plan's shard is noticed.
         version: of the format, (major, minor).
+        views: V, where rows say how the views' scores are spread.
         shared: other processes may write the same shard, now or when this one is taken for dead.
     """
 
@@ -72,13 +73,14 @@ class ShardWriter:
         number: int,
         num_patches: int,
         plan_id: str,
-        version: tuple[int, int] = fmt.PLAIN_FORMAT,
+        version: tuple[int, int] = fmt.FORMAT,
+        views: int | None = None,
         shared: bool = False,
     ) -> None:
         self.store, self.split, self.number, self._version, self._shared = store, split, number, version, shared
         self.name = fmt.shard_name(split, number)
         self._plan_id = plan_id
-        self._schema = index_schema(num_patches)
+        self._schema = index_schema(num_patches, views)
         self._rows: list[dict[str, Any]] = []
         self._image_bytes = 0
         self._committed = False

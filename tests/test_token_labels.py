@@ -195,9 +195,7 @@ def test_a_labeler_of_another_size_has_as_many_places_as_its_stride_gives(center
 # --- the format
 
 
-def test_sets_without_token_labels_stay_format_1_0(center_set: Path) -> None:
-    for name in ("manifest.json", "plan.json", "train-000000.json"):
-        assert json.loads((center_set / name).read_bytes())["format"] == [1, 0]
+def test_sets_without_token_labels_do_not_speak_of_them(center_set: Path) -> None:
     manifest = json.loads((center_set / "manifest.json").read_bytes())
     assert "token_labels" not in manifest and fmt.TOKEN_LABELS not in manifest["members"]
     assert "token_labels" not in json.loads((center_set / "plan.json").read_bytes())["common"]
@@ -205,7 +203,7 @@ def test_sets_without_token_labels_stay_format_1_0(center_set: Path) -> None:
 
 def test_a_set_with_them_says_so(reference: Path) -> None:
     for name in ("manifest.json", "plan.json", "train-000000.json"):
-        assert json.loads((reference / name).read_bytes())["format"] == [1, 1]
+        assert json.loads((reference / name).read_bytes())["format"] == [1, 3]
     manifest = json.loads((reference / "manifest.json").read_bytes())
     assert manifest["members"][fmt.TOKEN_LABELS] == {"dtype": "uint16", "shape": [2, 3, 18, 18]}
     said = manifest["token_labels"]
@@ -227,7 +225,7 @@ def test_a_set_of_ranked_views_has_them_too(arguments: list[object], reference: 
     for photo, ranked in zip(photos, views, strict=True):
         assert ranked.key == photo.key and np.array_equal(ranked.token_labels, photo.token_labels)
         assert ranked.render(1, 64).shape == (64, 64, 3)
-    assert json.loads((tmp_path / "set/manifest.json").read_bytes())["format"] == [1, 2]
+    assert json.loads((tmp_path / "set/manifest.json").read_bytes())["format"] == [1, 3]
 
 
 # --- the run
@@ -319,7 +317,7 @@ def test_rows_join_tickets_and_labels_of_one_base(pair: Path) -> None:
 def test_labels_of_a_base_are_its_links_too(reference: Path, tmp_path: Path) -> None:
     mine("--data", reference, "--images", "link", "--method", "random", "--out", tmp_path / "link")
     opened = TicketSet.open(str(tmp_path / "link"))
-    assert opened.manifest.format == (1, 0)
+    assert opened.manifest.token_labels is None
     base = {s.key: s.token_labels for s in TicketSet.open(str(reference)).stream("val")}
     assert all(np.array_equal(s.token_labels, base[s.key]) for s in opened.stream("val"))
     rows = Rows(opened, "val")

@@ -30,7 +30,7 @@ class KeptRankings(_Kept):
         kept = image.kept
         assert kept is not None
         members, columns = encode_tickets(image.views, kept.rankings, self.identity.counts[-1])
-        return members, columns | {"mean_score": kept.mean_score, "entropy": kept.entropy}
+        return members, columns | {"mean_score": kept.mean_score, "entropy": kept.entropy, "spread": kept.spread}
 
 
 class KeptTokenLabels(_Kept):

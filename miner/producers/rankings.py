@@ -16,6 +16,7 @@ from miner.producers.producer import Image, Item, Normalize
 from miner.selectors import BLIND, Selector, create_selector, find_method, needs_model
 from miner.settings import DEFAULT_SELECTOR, Geometry, Machine, Selection
 from shards import format as fmt
+from shards import spread
 from shards.errors import TicketSetError
 from shards.sample import Encoded, encode_tickets
 from shards.schema import SelectorIdentity
@@ -23,9 +24,10 @@ from shards.views import view_seed
 
 
 class Answer(NamedTuple):
-    """Of one view: its ranking [N], and of view 0 the scores [N]."""
+    """Of one view: its ranking [N], how its scores are spread [7], and of view 0 the scores [N]."""
 
     ranking: np.ndarray
+    spread: np.ndarray
     scores: np.ndarray | None
 
 
@@ -74,17 +76,19 @@ class Rankings:
             )
         small = rankings.astype(fmt.ranking_dtype(n))
         return [
-            Answer(ranking, score.copy() if number == 0 else None)
-            for (_, number), ranking, score in zip(batch, small, scores, strict=True)
+            Answer(ranking, counts, score.copy() if number == 0 else None)
+            for (_, number), ranking, counts, score in zip(batch, small, spread.spread_of(scores), scores, strict=True)
         ]
 
     def encode(self, image: Image, answers: list[Answer]) -> Encoded:
-        """All views' rankings and boxes; view 0's ticket, and what its scores say, for the row."""
-        first, scores = answers[0]
+        """All views' rankings and boxes; for the row view 0's ticket, and what scores say."""
+        first, _, scores = answers[0]
         assert scores is not None
         rankings, k = image.rankings(), self._selector.k
         members, columns = encode_tickets(image.views, rankings, k)
-        return members, columns | {"mean_score": float(scores[first[:k]].mean()), "entropy": entropy_bits(scores)}
+        counts = spread.encode(np.stack([answer.spread for answer in answers]), rankings.shape[1])
+        said = {"mean_score": float(scores[first[:k]].mean()), "entropy": entropy_bits(scores), "spread": counts}
+        return members, columns | said
 
 
 def entropy_bits(scores: np.ndarray) -> float | None:

@@ -48,12 +48,13 @@ Read = Callable[[dict[str, Any]], tuple[bytes, np.ndarray | None]]
 
 
 class Kept(NamedTuple):
-    """What a ticket set has of one image: rankings [V, N], token labels, and what its row says of view 0's scores."""
+    """What a ticket set has of one image: rankings [V, N], token labels, and what its row says of scores."""
 
     rankings: np.ndarray
     token_labels: np.ndarray | None
     mean_score: float | None
     entropy: float | None
+    spread: bytes | None
 
 
 class Tickets(NamedTuple):

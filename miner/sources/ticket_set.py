@@ -96,7 +96,9 @@ def _rows_by_key(opened: TicketSet, name: str) -> dict[str, Row]:
     return {row.key: row for row in rows_of(opened.joined(name))}
 
 
-def _scores_by_key(opened: TicketSet, name: str) -> dict[str, tuple[float | None, float | None]]:
-    """Mean score and entropy of a shard's samples, as the index has them."""
-    columns = opened.shard_table(name).select(["key", "mean_score", "entropy"]).to_pydict()
-    return {key: (mean, entropy) for key, mean, entropy in zip(*columns.values(), strict=True)}
+def _scores_by_key(opened: TicketSet, name: str) -> dict[str, tuple[float | None, float | None, bytes | None]]:
+    """Mean score, entropy and spread of a shard's samples, as the index has them; one of before 1.3 has no spread."""
+    table = opened.shard_table(name)
+    columns = [table[column].to_pylist() for column in ("mean_score", "entropy")]
+    columns.append(table["spread"].to_pylist() if opened.says_spread else [None] * len(table))
+    return dict(zip(table["key"].to_pylist(), zip(*columns, strict=True), strict=True))

@@ -242,11 +242,15 @@ COLUMNS = {
 def test_the_index_has_these_columns(center_set: Path) -> None:
     for path in sorted((center_set / "index").iterdir()):
         schema = pq.read_schema(path)
-        assert {field.name: str(field.type) for field in schema} == COLUMNS
+        views = 3 if path.stem.startswith("train") else 1
+        spread = {"spread": f"fixed_size_binary[{7 * views}]"}  # 7 counts of each view
+        assert {field.name: str(field.type) for field in schema} == COLUMNS | spread
         stats = json.loads((center_set / f"{path.stem}.json").read_bytes())
         assert schema.metadata[b"datalth.shard"] == path.stem.encode()
         assert schema.metadata[b"datalth.plan_id"] == stats["plan_id"].encode()
     assert str(index_schema(196).field("ticket").type) == "fixed_size_binary[25]"
+    assert str(index_schema(196, 16).field("spread").type) == "fixed_size_binary[112]"
+    assert str(index_schema(324, 16).field("spread").type) == "fixed_size_binary[224]"  # of two bytes
 
 
 def test_the_index_tells_where_a_sample_is_and_what_its_ticket_is(center_set: Path) -> None:
@@ -276,7 +280,7 @@ def test_a_shard_s_json_has_these_fields(center_set: Path) -> None:
         "tar",
         "timing",
     ]
-    assert stats["format"] == [1, 0]
+    assert stats["format"] == [1, 3]
     assert (stats["split"], stats["shard"], stats["samples"], stats["failed"]) == ("train", 1, 10, 0)
     for name, path in (("tar", "train-000001.tar"), ("parquet", "index/train-000001.parquet")):
         data = (center_set / path).read_bytes()
@@ -285,7 +289,7 @@ def test_a_shard_s_json_has_these_fields(center_set: Path) -> None:
 
 def test_the_manifest_says_what_the_set_is(center_set: Path) -> None:
     manifest = json.loads((center_set / "manifest.json").read_bytes())
-    assert manifest["kind"] == "datalth-ticket-set" and manifest["format"] == [1, 0]
+    assert manifest["kind"] == "datalth-ticket-set" and manifest["format"] == [1, 3]
     assert manifest["classes"] == ["ant", "bee", "cat"]
     assert (manifest["grid"], manifest["k"], manifest["base"]) == ([4, 4], 13, None)
     assert manifest["members"]["ranking.npy"] == {"dtype": "uint8", "shape": ["views", 16]}
@@ -314,7 +318,7 @@ def later_minor_version(source: Path, out: Path) -> None:
     for name in opened.shard_names("train") + opened.shard_names("val"):
         rows = {row["key"]: row for row in opened.shard_table(name).to_pylist()}
         split, number = name.split("-")
-        with ShardWriter(open_store(out), split, int(number), 16, "plan") as writer:
+        with ShardWriter(open_store(out), split, int(number), 16, "plan", views=opened.manifest.splits[split].views) as writer:
             for sample in opened.stream_shard(name):
                 members = {
                     "png" if sample.image[:4] == b"\x89PNG" else "jpg": sample.image,
