@@ -161,7 +161,8 @@ def _fields(group: type[Settings]) -> list[tuple[Any, Any]]:
 
 def _bare(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = set(typing.get_args(hint)) - {type(None)}
+        kinds = set(typing.get_args(hint)) - {type(None)}
+        return kinds.pop() if len(kinds) == 1 else hint  # of several a field's own `parse` makes one
     return hint
 
 

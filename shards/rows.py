@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards import storage
+from shards import spread, storage
 from shards.copies import TarCopies, fetch_missing
 from shards.errors import TicketSetError
 from shards.reader import EXTENTS, SampleReader, TicketSet
@@ -45,6 +45,7 @@ class Rows:
         if token_labels is not None:
             check_token_labels(opened, token_labels)
         self._names = opened.shard_names(split)
+        self._set, self._views = opened, opened.manifest.splits[split].views
         self._in_parts = opened.manifest.ranked is not None and storage.is_remote(opened.url)
         keep = OPEN_COPIES if storage.is_remote(opened.url) else OPEN_TARS
         self._reader = SampleReader(opened, token_labels, keep, (copies or TarCopies()).open)
@@ -84,6 +85,16 @@ class Rows:
     def labels_of(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """int64 [n], -1 where there is none."""
         return self.labels[self._starts[shards] + rows].astype(np.int64)
+
+    def spread(self) -> np.ndarray:
+        """How the scores of each view are spread: [samples, V, 7], see `shards.spread`; 0 where the set does not say."""
+        views, n = self._views, self._set.num_patches
+        if not self._set.says_spread:
+            return spread.decode([None] * len(self), views, n)
+        tables = pa.concat_tables(self._set.shard_table(name).select(["key", "spread"]) for name in self._names)
+        self._set.check_unchanged()
+        found = tables["spread"].take(pc.index_in(self.keys, tables["key"]))
+        return spread.decode(found.to_pylist(), views, n)
 
     def read(self, shard: int, row: int, numbers: Sequence[int] | None = None) -> Sample:
         """One sample.

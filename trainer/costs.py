@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards.reader import TicketSet
-from trainer.data.dataset import TicketDataset, ticket_size
+from trainer.data.dataset import TicketDataset, ValidationDataset, ticket_size
 from trainer.families.base import TicketModel
 from trainer.families.dropping import keep_rate_at
 from trainer.families.zero import TicketZero
@@ -25,14 +25,19 @@ def gmacs(student: TicketModel, tokens: int) -> float:
     return _count(student, tokens)[0]
 
 
-def sparse_gmacs(student: TicketModel, tokens: int, kept: Mapping[str, np.ndarray]) -> float:
-    """GMACs of one image's forward on K patches with products of zeros left out: what no kernel here saves.
+def sparse_gmacs(student: TicketModel, shares: Mapping[int, float], kept: Mapping[str, np.ndarray]) -> float:
+    """GMACs of one image's forward with products of zeros left out: what no kernel here saves.
 
     Args:
+        shares: {K: the share of the images that have it}.
         kept: name of a weight of the timm model -> bool of its shape.
     """
-    dense, macs = _count(student, tokens)
-    return float(dense - sum(macs[name] * (1 - mask.mean()) for name, mask in kept.items() if name in macs) / 1e9)
+    total = 0.0
+    for tokens, share in shares.items():
+        dense, macs = _count(student, tokens)
+        saved = sum(macs[name] * (1 - mask.mean()) for name, mask in kept.items() if name in macs) / 1e9
+        total += share * float(dense - saved)
+    return total
 
 
 def _count(student: TicketModel, tokens: int) -> tuple[float, dict[str, int]]:
@@ -87,29 +92,41 @@ def dense_gmacs(settings: Model, opened: TicketSet, student: TicketModel) -> flo
     return gmacs(student, opened.num_patches)
 
 
-def training_gmacs(student: TicketModel, dropping: Dropping, epochs: int, tokens: int) -> float:
-    """GMACs of training on tickets of K patches; a keep rate that falls is looked at 16 times, and its mean taken."""
+def mean_gmacs(student: TicketModel, shares: Mapping[int, float]) -> float:
+    """GMACs of one image's forward where K varies, by {K: the share of the images that have it}."""
+    return sum(share * gmacs(student, tokens) for tokens, share in shares.items())
+
+
+def training_gmacs(student: TicketModel, dropping: Dropping, epochs: int, shares: Mapping[int, float]) -> float:
+    """GMACs of training on tickets; a keep rate that falls is looked at 16 times, and its mean taken."""
     if dropping.drop_blocks is None:
-        return gmacs(student, tokens)
+        return mean_gmacs(student, shares)
     first, last = dropping.shrink_start_epoch, dropping.shrink_start_epoch + dropping.shrink_epochs
     points, total = 16 if last else 1, 0.0
     shrinking: Any = copy.copy(student)
     for point in range(points):
         epoch = (point + 0.5) / points * epochs
         shrinking.set_rate(keep_rate_at(epoch, first, last, shrinking.keep_rate))
-        total += gmacs(shrinking, tokens)
+        total += mean_gmacs(shrinking, shares)
     return total / points
 
 
 def costs(
-    recipe: Recipe, opened: TicketSet, student: TicketModel, dataset: TicketDataset, protocols: Sequence[str]
+    recipe: Recipe,
+    opened: TicketSet,
+    student: TicketModel,
+    dataset: TicketDataset,
+    validation: ValidationDataset,
+    protocols: Sequence[str],
 ) -> dict[str, Any]:
-    """Tokens, and GMACs of a view's forward: in training as the mean over the epochs, and under each protocol."""
+    """Tokens, and GMACs of a view's forward: in training as the mean over the epochs, and under each protocol; where K
+    varies, as the mean over the views."""
     epochs, unmask_epochs = recipe.optimization.epochs, recipe.tickets.unmask_epochs
-    at_k = training_gmacs(student, recipe.dropping, epochs, dataset.tokens)
+    at_k = training_gmacs(student, recipe.dropping, epochs, dataset.token_shares)
     # What `full` too is tested on; a selector's tickets are its own.
     drops = recipe.dropping.drop_blocks is not None
-    at_test = gmacs(student.tested(), dataset.tokens if drops else ticket_size(opened, recipe.tickets))
+    tested = {dataset.tokens if drops else ticket_size(opened, recipe.tickets): 1.0}
+    at_test = mean_gmacs(student.tested(), validation.token_shares or tested)
     whole = gmacs(student.undropped(), (student.whole_side // student.patch_size) ** 2)
     unmasked = unmask_epochs / epochs
     return {

@@ -42,7 +42,7 @@ def evaluate(
     Args:
         models: by the prefix of their figures; not in DistributedDataParallel, since ranks may hold different numbers of batches.
         batches: of a ValidationDataset.
-        tokens: K.
+        tokens: K; a batch that holds `tokens` has the K of each image there.
         images: of the split, over all ranks.
     """
     names = [prefix + protocol for prefix in models for protocol in protocols]
@@ -54,19 +54,19 @@ def evaluate(
     for batch in batches:
         positions = batch["positions"].tolist()
         random = random_rankings(positions, batch["rankings"].shape[1], setup.machine.seed)
+        lengths = by_length(batch["tokens"]) if "tokens" in batch else [(tokens, None)]
         batch = {name: tensor.to(setup.device, non_blocking=True) for name, tensor in batch.items()}
         patches = setup.normalized(batch["patches"])
         # A student that packs its tickets into a smaller image sees whole views at that size.
         whole = setup.normalized(batch["whole"]) if "whole" in batch else patches
         for row, (model, protocol) in enumerate(itertools.product(models.values(), protocols)):
-            if protocol in ("all", "dropped"):
-                chosen, keep = whole, every(whole)
-            else:
-                keep = (random.to(setup.device) if protocol == "random" else batch["rankings"])[:, :tokens]
-                chosen = patches if model.wants_all else gather_patches(patches, keep)
             with setup.autocast():
-                # A selector in training is shown tickets without dropping from them again.
-                logits = (model if protocol == "dropped" else model.undropped())(chosen, keep).float()
+                if protocol in ("all", "dropped"):
+                    # A selector in training is shown tickets without dropping from them again.
+                    logits = (model if protocol == "dropped" else model.undropped())(whole, every(whole)).float()
+                else:
+                    rankings = random.to(setup.device) if protocol == "random" else batch["rankings"]
+                    logits = on_tickets(model.undropped(), patches, rankings, lengths)
             ranked = best_classes(logits)
             sums[row] += figures(logits, ranked, batch["labels"])
             answers[row, batch["positions"]] = ranked[:, 0].int()
@@ -78,6 +78,34 @@ def evaluate(
         for name, (a, b, c, n) in zip(names, sums.tolist(), strict=True)
     }
     return results, answers.cpu()
+
+
+def by_length(tokens: Tensor) -> list[tuple[int, Tensor | None]]:
+    """The rows of a batch by their K, int64 [B] on the host: nothing waits for a device."""
+    return [(int(k), (tokens == k).nonzero()[:, 0]) for k in tokens.unique()]
+
+
+def on_tickets(
+    model: TicketModel, patches: Tensor, rankings: Tensor, lengths: Sequence[tuple[int, Tensor | None]]
+) -> Tensor:
+    """Logits of views by their best patches: float32 [B, classes].
+
+    Args:
+        patches: [B, N, C*p*p], normalized, in raster order.
+        rankings: [B, N].
+        lengths: K and the rows that have it; None: all rows.
+    """
+    out: Tensor | None = None
+    for k, some in lengths:
+        rows = slice(None) if some is None else some.to(patches.device, non_blocking=True)
+        keep, given = rankings[rows, :k], patches[rows]
+        logits = model(given if model.wants_all else gather_patches(given, keep), keep).float()
+        if some is None:
+            return logits
+        out = logits.new_empty(len(patches), logits.shape[1]) if out is None else out
+        out[rows] = logits
+    assert out is not None
+    return out
 
 
 def best_classes(logits: Tensor, count: int = 5) -> Tensor:

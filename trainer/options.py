@@ -7,6 +7,7 @@ import ast
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -93,15 +94,58 @@ class Data(Settings):
     val_split: str = setting("val")
 
 
+def parse_tokens(value: Any) -> int | str | None:
+    """K, or auto:K: as many of each view as its scores ask for, K on average.
+
+    Args:
+        value: text, or a program's value.
+    Raises:
+        TicketSetError: neither.
+    """
+    if value is None or (type(value) is int and value > 0):
+        return value
+    found = re.fullmatch(r"(auto:)?([1-9][0-9]{0,8})", value) if isinstance(value, str) else None
+    if found is None:
+        raise TicketSetError(f"expected K or auto:K, K a whole number above 0, got {value!r:.80}")
+    return value if found[1] else int(value)
+
+
 @dataclass(frozen=True)
 class Tickets(Settings):
     """Which patches of which views are trained on."""
 
     tickets: Arm = setting("winning", help="Which patches to train on.")
-    tokens: int | None = setting(None, POSITIVE, "Another K of the same rankings.", metavar="K", shown="the set's")
+    tokens: int | str | None = setting(
+        None,
+        metavar="K|auto:K",
+        help="Another K of the same rankings. auto:K: of each view as many as its scores ask for, K on average.",
+        shown="the set's",
+        parse=parse_tokens,
+    )
     resize_to_tokens: bool = setting(False, help="The control of the same cost: the whole view at K coarser patches.")
     unmask_epochs: int = setting(0, COUNT, "Train the last E epochs on all patches.")
     repeats: int = setting(3, POSITIVE, "Views replayed per decode (repeated augmentation).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            # A program's "98" is no number, as in all other fields.
+            parse_tokens(self.tokens if not isinstance(self.tokens, str) or self.varying else object())
+        except TicketSetError as error:
+            raise TicketSetError(f"`tokens` {self.tokens!r}: {error}") from None
+        if self.varying and (self.tickets == "full" or self.resize_to_tokens):
+            what = "`resize_to_tokens`" if self.resize_to_tokens else "`tickets` full"
+            raise TicketSetError(f"`tokens` {self.tokens}: {what} has one number of patches for all views; give K")
+
+    @property
+    def varying(self) -> bool:
+        """Whether K differs from view to view."""
+        return isinstance(self.tokens, str) and self.tokens.startswith("auto:")
+
+    @property
+    def count(self) -> int | None:
+        """K, or its mean where it varies; None: the set's."""
+        return int(str(self.tokens).removeprefix("auto:")) if self.tokens is not None else None
 
 
 @dataclass(frozen=True)
@@ -362,5 +406,6 @@ FREE_TO_CHANGE = marked("free", *GROUPS) | {"world_size"}
 LATER = frozenset(["freeze", "head_lr"])
 # What args.yaml holds beside the settings.
 DERIVED = frozenset(
-    ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens"]
+    ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens",
+     "resolved_share"]
 ).union(WEIGHT_DERIVED)

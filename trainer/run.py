@@ -172,13 +172,15 @@ def test(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
     """
     if not (output.resume or recipe.model.initial_checkpoint or recipe.model.pretrained):
         raise TicketSetError("`eval`: nothing to evaluate; give `resume`, `initial_checkpoint` or `pretrained`")
-    newest, content = None, None
+    newest, content, share = None, None, None
     if output.resume:
         _, newest = find(output, "")
         if newest is None:
             raise TicketSetError(f"`resume` {output.resume}: no checkpoint to evaluate")
         content = checkpoint.read(newest)
-        recipe = as_trained(recipe, content["args"])
+        asked, then = recipe.tickets.tokens, content["args"]
+        share = then.get("resolved_share") if asked in (None, then["tokens"]) else None
+        recipe = as_trained(recipe, then)
         log.info(f"{newest}: {recipe.model.model}, trained on {recipe.tickets.tickets}")
     # Nothing is trained: what training alone would refuse is no matter, and an average has seen nothing.
     recipe = recipe.but(
@@ -192,7 +194,7 @@ def test(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
         model_ema=False,
         **asdict(Weights()),  # a checkpoint of a weight ticket has its zeros
     )
-    trainer = Trainer(opened, recipe, rank=rank, trained=True)
+    trainer = Trainer(opened, recipe, rank=rank, trained=True, share=share)
     if newest is not None and content is not None:
         checkpoint.restore_weights(newest, content, trainer)
     report(trainer.state, trainer.evaluate(trainer.protocols)[0])

@@ -11,6 +11,7 @@ from shards.errors import TicketSetError, first_line
 from shards.reader import TicketSet
 from shards.views import CROP_PCT
 from trainer.data.dataset import ticket_size
+from trainer.data.lengths import Lengths
 from trainer.families.base import TicketModel, square_side
 from trainer.families.dropping import DroppingViT
 from trainer.families.registry import feed_of
@@ -31,6 +32,10 @@ def build_student(
     """
     meta = meta_model(lambda: create_model(model, opened))
     feed, kind = feed_of(meta, model.feed)
+    if tickets.varying and kind.one_length:
+        raise TicketSetError(
+            f"`tokens` {tickets.tokens}: {model.model} with `feed` {feed} is built for tickets of one K, a square; give K"
+        )
     patch = kind.patch_of(meta, opened.manifest.patch_size)
     side = _side(opened, tickets, kind, patch)
     grid = (side // patch,) * 2 if tickets.resize_to_tokens else opened.grid
@@ -112,8 +117,12 @@ def _side(opened: TicketSet, tickets: Tickets, kind: type[TicketModel], patch: i
     return square_side(tokens, opened.num_patches, "`resize_to_tokens`") * patch
 
 
-def views_said(opened: TicketSet, tickets: Tickets, model: Model) -> dict[str, Any]:
-    """What config.json says beside timm's fields: how views were cut of photos, and tickets of views, see `trainer.predict`."""
+def views_said(opened: TicketSet, tickets: Tickets, model: Model, lengths: Lengths | None = None) -> dict[str, Any]:
+    """What config.json says beside timm's fields: how views were cut of photos, and tickets of views, see `trainer.predict`.
+
+    Args:
+        lengths: how K varies; None where it does not.
+    """
     return {
         "exif": opened.exif,
         "img_size": opened.manifest.img_size,
@@ -121,6 +130,7 @@ def views_said(opened: TicketSet, tickets: Tickets, model: Model) -> dict[str, A
         "tokens": ticket_size(opened, tickets),
         "feed": model.feed,
         "resized": tickets.resize_to_tokens,
+        **({"share": lengths.share, "sizes": list(lengths.sizes)} if lengths else {}),
     }
 
 

@@ -50,6 +50,7 @@ class Trainer:
         rank: this process among those of the run, `Rank.start()` under torchrun; None: it is alone.
         stop: gives a signal's number once this process is asked to stop, else 0.
         trained: it is only tested, so that the weights it starts from must be whole.
+        share: of views' scores, where K varies and the run that is tested found it; None: it is found.
         subnetwork: which weights are trained, and from what; None: as the recipe says, all of them where it names no ticket.
     Attributes:
         student: timm's model behind its stem.
@@ -70,6 +71,7 @@ class Trainer:
         stop: Callable[[], int] | None = None,
         trained: bool = False,
         subnetwork: Subnetwork | None = None,
+        share: float | None = None,
     ) -> None:
         self.opened, self.recipe, self._stop = opened, recipe, stop
         self.rank = rank or Rank(device=choose_device(recipe.machine.device, ("cuda", "cpu")))
@@ -96,6 +98,7 @@ class Trainer:
             unmask_from=optimization.epochs - tickets.unmask_epochs if tickets.unmask_epochs else None,
             token_labels=open_token_labels(recipe),
             copies=copies,
+            share=share,
         )
         self.validation = ValidationDataset(
             opened,
@@ -105,10 +108,11 @@ class Trainer:
             rank=self.rank.number,
             ranks=self.rank.size,
             copies=copies,
+            lengths=self.dataset.lengths,
         )
         self.steps = self.dataset.steps
         self.lr = learning_rate_of(optimization, self.dataset.global_batch)
-        self.state = build_state(self.student, optimization, machine, self.rank, self.lr, self.steps)
+        self.state = build_state(self.student, optimization, machine, self.rank, self.lr, self.steps, tickets.varying)
         self.setup = Setup.of(self.student, optimization, machine, self.rank)
         self._begin_at(self.subnetwork.first_epoch)
         self.hooks: list[Hook] = [*frozen, *hooks]
@@ -162,10 +166,10 @@ class Trainer:
     @cached_property
     def costs(self) -> dict[str, Any]:
         """See `trainer.costs`."""
-        found = costs(self.recipe, self.opened, self.student, self.dataset, self.protocols)
+        found = costs(self.recipe, self.opened, self.student, self.dataset, self.validation, self.protocols)
         found["updates"] = (self.recipe.optimization.epochs - self.subnetwork.first_epoch) * self.steps
         if self.subnetwork.said:
-            found["sparse_gmacs"] = sparse_gmacs(self.student, self.dataset.tokens, self.subnetwork.kept)
+            found["sparse_gmacs"] = sparse_gmacs(self.student, self.dataset.token_shares, self.subnetwork.kept)
             found["mining_updates"] = self.subnetwork.mining_updates
         return found
 
@@ -184,6 +188,7 @@ class Trainer:
             "world_size": self.rank.size,
             "global_batch": self.dataset.global_batch,
             "resolved_tokens": self.dataset.tokens,
+            **({"resolved_share": self.dataset.lengths.share} if self.dataset.lengths else {}),
             **dict.fromkeys(WEIGHT_DERIVED),
             **self.subnetwork.said,
         }
@@ -214,6 +219,8 @@ class Trainer:
             # process sums gradients in the order of one that was never stopped.
             for _ in range(2):
                 self._try_batch(self.dataset)
+        if self.dataset.lengths is not None:
+            self._try_batch(self.dataset.longest())  # as below
         unmask_from = self.dataset.unmask_from
         if unmask_from is not None and self.state.epoch < unmask_from:
             self._try_batch(self.dataset.unmasked())  # memory fails now or never
@@ -277,7 +284,7 @@ class Trainer:
     @property
     def test_tokens(self) -> int:
         """K of the ticket and random protocols; what `full` too is tested on."""
-        return self.recipe.tickets.tokens or self.opened.k
+        return self.recipe.tickets.count or self.opened.k
 
     def _batches(self, dataset: Any, places: Any) -> Any:
         return loader(dataset, places, self.recipe.machine.workers, self.rank.device)
@@ -359,10 +366,18 @@ def check_student(recipe: Recipe, student: TicketModel) -> None:
 
 
 def build_state(
-    student: TicketModel, optimization: Optimization, machine: Machine, rank: Rank, lr: float, steps: int
+    student: TicketModel,
+    optimization: Optimization,
+    machine: Machine,
+    rank: Rank,
+    lr: float,
+    steps: int,
+    varying: bool = False,
 ) -> State:
     """Model, optimizer and schedule before the first step, made by timm.
 
+    Args:
+        varying: K differs from step to step.
     Raises:
         TicketSetError: timm does not know the optimizer or the schedule.
     """
@@ -370,7 +385,8 @@ def build_state(
     scaler = torch.amp.GradScaler(rank.device.type, enabled=machine.amp and machine.amp_dtype == "float16")
     trained: Any = student
     if machine.torchcompile:
-        trained = torch.compile(trained)  # before DDP, as timm
+        # Before DDP, as timm. A graph for each K: one for all would be slower at each, and torch would make it at the second.
+        trained = torch.compile(trained, dynamic=False if varying else None)
     if rank.size > 1:
         # Prefix tokens' gradients are slices of the position table's: a few numbers, not worth two warnings a rank.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")

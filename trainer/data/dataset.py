@@ -28,9 +28,10 @@ from shards.sample import Sample
 from trainer.data.arms import arm_ranking
 from trainer.data.augment import ColorAugment, erasing_box, kept_generators, seed_generators, seeded
 from trainer.data.cutting import first_patches, gather
+from trainer.data.lengths import Lengths, batches_by_length, known, shares_of, sizes_of
 from trainer.data.loader import Batch, batches, pinned
 from trainer.data.mixing import PatchMixing, draw_box, mix_pixels, mixed_tickets
-from trainer.data.sampler import batch_positions, epoch_samples, view_of_visit
+from trainer.data.sampler import batch_positions, epoch_samples, view_of_visit, views_of
 from trainer.families.base import TicketModel
 from trainer.options import Augment, Tickets
 
@@ -107,15 +108,15 @@ def labeled_rows(
 
 
 def ticket_size(opened: TicketSet, tickets: Tickets) -> int:
-    """K: the one asked for, or the set's.
+    """K: the one asked for, or the set's; where it varies, its mean at most.
 
     Raises:
         TicketSetError: a view has not so many patches.
     """
-    tokens = tickets.tokens or opened.k
+    tokens = tickets.count or opened.k
     if tokens > opened.stored_tokens:
         raise TicketSetError(
-            f"`tokens` {tokens}: expected at most {opened.stored_tokens}, the patches of a view that are stored"
+            f"`tokens` {tickets.tokens or tokens}: expected at most {opened.stored_tokens}, the patches of a view that are stored"
         )
     return tokens
 
@@ -130,7 +131,8 @@ class TicketDataset(Dataset[Batch]):
 
     A batch holds patches uint8 [B, K, C*p*p] ([B, N, C*p*p] where the student wants all), keep_indices int64 [B, K],
     labels and partners int64 [B], lam float32 [B] (share of the own label), grid_width int64 [B], and with random erasing
-    erase int64 [B, 4]. A step is `micro_batches` of them: ranks times accumulation steps.
+    erase int64 [B, 4]. A step is `micro_batches` of them: ranks times accumulation steps. Where K varies from view to view, a
+    step has one K.
 
     Args:
         opened: the set.
@@ -144,9 +146,12 @@ class TicketDataset(Dataset[Batch]):
         unmask_from: the epoch from which on all patches are fed; None: never.
         token_labels: another set that holds them; False: none, though the set has some.
         copies: of remote tars; see `Rows`.
+        share: of views' scores, where K varies and a run before has found it; None: it is found here.
     Attributes:
         rows: the samples.
-        tokens: K.
+        tokens: K; where it varies, its mean at most.
+        lengths: how K varies; None where it does not.
+        token_shares: {K: the share of views that have it}; a batch of several K has the size nearest to their mean.
         steps: optimizer steps of an epoch, the same for all; a last batch begins the epoch anew where samples run out.
     Raises:
         TicketSetError: images without a label, too few images or views for `repeats`, a K above N, or mixing that does not
@@ -167,22 +172,38 @@ class TicketDataset(Dataset[Batch]):
         unmask_from: int | None = None,
         token_labels: TicketSet | bool | None = None,
         copies: TarCopies | None = None,
+        share: float | None = None,
     ) -> None:
         labels = token_labels if isinstance(token_labels, TicketSet) else None
         self.rows = labeled_rows(opened, split, labels, copies)
         self.tickets, self.augment, self.views = tickets, augment, views or Views.of(opened)
         self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
         self.unmask_from = unmask_from
+        self._count = opened.manifest.splits[split].views
         self._arm = "full" if tickets.resize_to_tokens else tickets.tickets
         self.tokens = math.prod(self.views.at(True)[1]) if self._arm == "full" else ticket_size(opened, tickets)
+        self.token_shares = {self.tokens: 1.0}
+        self.lengths = self._fit(opened, share) if tickets.varying else None
         self.labeled = self.views.token_labels and token_labels is not False and self.rows.has_token_labels
         self.color = ColorAugment(augment.aa, augment.color_jitter, self.views.mean)
-        self._count = opened.manifest.splits[split].views
         self._ranked = Mosaic.of(opened.manifest) if opened.manifest.ranked else None
         self._always_whole = self._what_needs_whole_views(opened)
         self._check(opened, split)
+        self._sorted: tuple[int, np.ndarray, np.ndarray] | None = None
         samples = -(-len(self.rows) // tickets.repeats) * tickets.repeats
         self.steps = -(-samples // self.global_batch)
+
+    def _fit(self, opened: TicketSet, share: float | None) -> Lengths:
+        """How K varies, and K of each view of each image."""
+        counts, sizes = known(self.rows.spread(), opened), sizes_of(opened)
+        trained = slice(1, None) if self._count > 1 else slice(0, 1)
+        if share is None:
+            lengths = Lengths.fit(counts[:, trained], self.tokens, sizes, opened.num_patches)
+        else:
+            lengths = Lengths(sizes, share, opened.num_patches)
+        self._view_tokens = lengths.of(counts).astype(np.uint16)
+        self.token_shares = shares_of(self._view_tokens[:, trained])
+        return lengths
 
     def _what_needs_whole_views(self, opened: TicketSet) -> str:
         """The setting for which the first patches of a ranking are not enough, in any epoch; empty where they are."""
@@ -239,6 +260,8 @@ class TicketDataset(Dataset[Batch]):
 
     def places(self, epoch: int, step: int = 0, rank: int = 0, ranks: int = 1) -> list[Place]:
         """What one rank reads of an epoch from a step on, in order: its micro-batches of every step."""
+        if self.lengths is not None and not self.is_whole(epoch):
+            self._by_length(epoch)  # before worker processes are forked, or each of them would sort the epoch
         return [
             (epoch, number, micro)
             for number in range(step, self.steps)
@@ -251,6 +274,12 @@ class TicketDataset(Dataset[Batch]):
         other.unmask_from = 0
         return other
 
+    def longest(self) -> "TicketDataset":
+        """The same with the greatest K that there is in every batch."""
+        other = copy.copy(self)
+        other.lengths, other.tokens = None, max(self.token_shares)
+        return other
+
     def is_whole(self, epoch: int) -> bool:
         """Whether an epoch feeds all patches."""
         return self._arm == "full" or (self.unmask_from is not None and epoch >= self.unmask_from)
@@ -258,6 +287,28 @@ class TicketDataset(Dataset[Batch]):
     def samples(self, epoch: int) -> np.ndarray:
         """int64 [samples, 3], (shard, row, visit): see trainer.data.sampler."""
         return epoch_samples(self.seed, epoch, self.rows.sizes, self.tickets.repeats)
+
+    def tokens_at(self, epoch: int, step: int) -> int:
+        """K of a step."""
+        if self.is_whole(epoch):
+            return math.prod(self.views.at(True)[1])
+        return self.tokens if self.lengths is None else int(self._by_length(epoch)[1][step])
+
+    def _positions(self, epoch: int, step: int, micro: int) -> np.ndarray:
+        """Of a micro-batch, in the epoch's order of samples."""
+        if self.lengths is None or self.is_whole(epoch):
+            return batch_positions(step, micro, self.batch_size, self.global_batch, len(self.samples(epoch)))
+        return self._by_length(epoch)[0][step, micro * self.batch_size : (micro + 1) * self.batch_size]
+
+    def _by_length(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch in batches of one K each; see `batches_by_length`. The last one that was asked for is kept."""
+        assert self.lengths is not None
+        if self._sorted is None or self._sorted[0] != epoch:
+            views, images = views_of(self.seed, self.samples(epoch), self.rows.sizes, self._count)
+            tokens, paired = self._view_tokens[images, views].astype(np.int64), self.augment.mixes or self.augment.mix_token
+            layout = self.steps, self.global_batch, paired
+            self._sorted = epoch, *batches_by_length(tokens, self.lengths.sizes, *layout, self.seed, epoch)
+        return self._sorted[1:]
 
     def reads_prefixes(self, epoch: int) -> bool:
         """Whether no more is read of a view in an epoch than the patches that are fed: ranked views allow it."""
@@ -268,9 +319,8 @@ class TicketDataset(Dataset[Batch]):
 
     def __getitem__(self, place: Place) -> Batch:
         epoch, step, micro = place
-        samples = self.samples(epoch)
-        positions = batch_positions(step, micro, self.batch_size, self.global_batch, len(samples))
-        chosen = samples[positions]
+        positions = self._positions(epoch, step, micro)
+        chosen = self.samples(epoch)[positions]
         side, grid = self.views.at(self.is_whole(epoch))
         by_patches = self.reads_prefixes(epoch) or self._mixes_patches(epoch)
         fed = (self._tickets if by_patches else self._mixed_views)(chosen, positions, epoch, step)
@@ -298,7 +348,8 @@ class TicketDataset(Dataset[Batch]):
             for slot, view, ranking in self._views(chosen, positions, epoch, maps):
                 pixels[slot], rankings[slot] = view, ranking
         everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
-        keep, mixed = everything if whole else rankings[:, : self.tokens], {}
+        tokens = self.tokens_at(epoch, step)
+        keep, mixed = everything if whole else rankings[:, :tokens], {}
         with self._mix_generator(epoch, step):
             if self.augment.mix_token:
                 cells = draw_box(grid)
@@ -306,16 +357,17 @@ class TicketDataset(Dataset[Batch]):
                 mixed = {"box": cells, "lam": lam}
             elif self.augment.mixes:
                 pixels, rankings, mixed = mix_pixels(self.augment, pixels, rankings, self.views.patch_size, whole)
-                keep = keep if whole else rankings[:, : self.tokens]
+                keep = keep if whole else rankings[:, :tokens]
         patches = gather(pixels, everything if self.views.wants_all else keep, self.views.patch_size)
         return {"patches": patches, "keep_indices": np.ascontiguousarray(keep, np.int64), **mixed, **stacked(maps)}
 
     def _tickets(self, chosen: np.ndarray, positions: np.ndarray, epoch: int, step: int) -> dict[str, np.ndarray]:
         """Patches and places out of the best patches of views alone; mixing is of patches."""
-        mixing, count = None, self.tokens
+        mixing = None
+        count = tokens = self.tokens_at(epoch, step)
         if self.augment.mixes:
             with self._mix_generator(epoch, step):
-                mixing = PatchMixing.draw(self.augment, self.views.side, self.views.patch_size, self.tokens)
+                mixing = PatchMixing.draw(self.augment, self.views.side, self.views.patch_size, tokens)
             count = mixing.needed
         p = self.views.patch_size
         patches = np.empty((len(chosen), count, 3 * p * p), np.uint8)
@@ -423,8 +475,10 @@ class ValidationDataset(Dataset[Batch]):
         rank: which one this is; it has every `ranks`-th image.
         ranks: how many there are.
         copies: of remote tars; see `Rows`.
+        lengths: how K varies; batches then hold `tokens` int64 [B], the K of each image.
     Attributes:
         rows: the samples.
+        token_shares: {K: the share of images that have it}, where K varies.
         turns: batches of the rank that has most.
     Raises:
         TicketSetError: no image, or images without a label.
@@ -440,9 +494,12 @@ class ValidationDataset(Dataset[Batch]):
         rank: int = 0,
         ranks: int = 1,
         copies: TarCopies | None = None,
+        lengths: Lengths | None = None,
     ) -> None:
         self.rows = labeled_rows(opened, split, copies=copies)
         self.views, self.batch_size = views or Views.of(opened), batch_size
+        self._tokens = None if lengths is None else lengths.of(known(self.rows.spread(), opened)[:, 0])
+        self.token_shares = {} if self._tokens is None else shares_of(self._tokens)
         self._positions = np.arange(rank, len(self.rows), ranks)
         self.turns = -(-len(self.rows) // (ranks * batch_size))
         if not opened.holds_whole_views:
@@ -471,6 +528,7 @@ class ValidationDataset(Dataset[Batch]):
             "rankings": torch.from_numpy(np.stack([s.rankings[0] for s in samples]).astype(np.int64)),
             "labels": torch.from_numpy(self.rows.labels[positions].astype(np.int64)),
             "positions": torch.from_numpy(positions),
+            **({} if self._tokens is None else {"tokens": torch.from_numpy(self._tokens[positions])}),
         }
 
     def _shown(self, sample: Sample, sides: list[int]) -> list[np.ndarray]:

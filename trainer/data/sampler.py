@@ -60,6 +60,28 @@ def batch_positions(step: int, micro: int, batch_size: int, global_batch: int, s
     return np.arange(start, start + batch_size) % samples
 
 
+@functools.lru_cache(maxsize=2)
+def views_of_turn(seed: int, turn: int, shard_sizes: tuple[int, ...], views: int) -> np.ndarray:
+    """The views that all images show in their `turn`-th V - 1 visits, as `view_of_visit` says: uint16 [images, V - 1]."""
+    places = [(shard, row) for shard, count in enumerate(shard_sizes) for row in range(count)]
+    orders = [permutation(views - 1, "views", seed, *place, turn) for place in places]
+    return 1 + np.array(orders, np.uint16)
+
+
+def views_of(seed: int, samples: np.ndarray, shard_sizes: tuple[int, ...], views: int) -> np.ndarray:
+    """Of all samples of an epoch the view, by `view_of_visit`, and the image in stored order: int64 [2, n]."""
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    images = starts[samples[:, 0]] + samples[:, 1]
+    if views == 1:
+        return np.stack([np.zeros_like(images), images])
+    turns, places = np.divmod(samples[:, 2], views - 1)
+    shown = np.empty_like(images)
+    for turn in np.unique(turns).tolist():
+        mine = turns == turn
+        shown[mine] = views_of_turn(seed, turn, shard_sizes, views)[images[mine], places[mine]]
+    return np.stack([shown, images])
+
+
 def view_of_visit(seed: int, shard: int, row: int, visit: int, views: int) -> int:
     """Which stored view an image shows at its visit: each of 1..V-1 once, in a new order, before any repeats.
 

@@ -21,6 +21,7 @@ class TicketModel(nn.Module, ABC):
             a model that packs its tickets into a smaller image.
         wants_all: whether forward is given all N patches of a view beside the places of the K kept ones.
         feed: what a ticket becomes for this model, in words.
+        one_length: it is built for tickets of one K.
         takes_places_twice: whether a ticket may hold two patches of one place, as of two views that are mixed by patches.
         wants_token_labels: whether `loss` has a use for mined token labels in the batch.
         extras: names of what forward takes of a batch beside patches and places, where the batch has it.
@@ -32,6 +33,7 @@ class TicketModel(nn.Module, ABC):
     patch_size: int
     whole_side: int
     wants_all = False
+    one_length = False
     takes_places_twice = False
     wants_token_labels = False
     feed = ""

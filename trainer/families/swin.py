@@ -20,6 +20,8 @@ class TicketSwin(TicketModel):
         TicketSetError: a model of images of another size.
     """
 
+    one_length = True
+
     def __init__(self, model: Any, grid: tuple[int, int], patch_size: int, whole_side: int) -> None:
         super().__init__()
         check_input(model, whole_side)

@@ -94,7 +94,7 @@ class RunFolder(Hook):
             # After the weights: where they are missing, timm would take another checkpoint of the folder.
             opened, recipe = trainer.opened, trainer.recipe
             config = timm_config(recipe.model, opened.classes, trainer.student)
-            config["views"] = views_said(opened, recipe.tickets, recipe.model)
+            config["views"] = views_said(opened, recipe.tickets, recipe.model, trainer.dataset.lengths)
             write_atomic(self.path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
         self._summary.add(_row(trainer, epoch))
         checkpoint.save(self.path / checkpoint.LAST, trainer, self._arguments, epoch.metric)

@@ -1,7 +1,6 @@
 """What a person sees of a run: what is about to happen, a line now and then, the figures at the end."""
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -117,6 +116,13 @@ def show(trainer: "Trainer") -> None:
         f"{arm}: {costs['tokens']} of {costs['patches']} tokens{unmasked};"
         f" {own:.3g} GMACs an image (dense {dense:.3g}, {own / dense:.0%})"
     )
+    if lengths := trainer.dataset.lengths:
+        shares = trainer.dataset.token_shares
+        mean = sum(size * share for size, share in shares.items())
+        log.info(
+            f"K from {min(shares)} to {max(shares)}, mean {mean:.1f} of {costs['patches']}: {lengths.share:.0%} of a view's"
+            f" score"
+        )
     log.info(
         f"global batch {trainer.dataset.global_batch} = {optimization.batch_size} x {trainer.rank.size} ranks x"
         f" {optimization.grad_accum_steps}, lr {Rates.of(trainer.state.optimizer, trainer.lr)}, {optimization.epochs} epochs of {trainer.steps} steps"
@@ -135,8 +141,7 @@ def show(trainer: "Trainer") -> None:
 def progress(trainer: "Trainer", figures: Mapping[str, float], left: str) -> None:
     """Within an epoch, as timm's."""
     state, steps, dataset = trainer.state, trainer.steps, trainer.dataset
-    whole = dataset.is_whole(state.epoch)
-    tokens = math.prod(dataset.views.at(True)[1]) if whole else dataset.tokens
+    tokens = dataset.tokens_at(state.epoch, state.step - 1)
     images, seconds = figures["images"] * trainer.rank.size, figures["seconds"]
     mean = state.loss_sum / state.loss_count
     log.info(

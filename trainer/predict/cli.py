@@ -101,9 +101,10 @@ def main(
     student = open_student(run)
     ways: list[Way] = [Whole(student, place)]
     if any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in values):
-        if student.views and not picking.tokens and picking.keep_rate is None:
+        own = student.views is not None and not picking.tokens and picking.keep_rate is None
+        if own and student.views:
             picking = replace(picking, tokens=student.views.tokens)
-        ways.append(Ticket(student, picking, place, batch_size))
+        ways.append(Ticket(student, picking, place, batch_size, varying=own))
     for note in notes:
         click.echo(printable(f"note: {note}"), err=True)
     threads = workers or min(os.cpu_count() or 1, 16)

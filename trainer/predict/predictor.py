@@ -18,6 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from miner.producers.producer import Image as Item
+from miner.producers.rankings import Answer as Ranked
 from miner.producers.rankings import build_rankings
 from miner.settings import Geometry, Machine, Selection
 from shards.errors import ImageError, TicketSetError, is_machine_error
@@ -25,7 +26,8 @@ from shards.images import decode, render_pixels
 from shards.keys import key_of
 from shards.views import canonical_view
 from trainer.data.cutting import gather
-from trainer.evaluate import best_classes
+from trainer.data.lengths import Lengths
+from trainer.evaluate import best_classes, by_length, on_tickets
 from trainer.families.patches import normalize
 from trainer.families.registry import feed_of
 from trainer.predict.photos import read_photo
@@ -86,13 +88,18 @@ class Whole:
 class Ticket:
     """The patches that a selector picks of view 0, as in the run's validation on tickets.
 
+    Where K varied in the run it does so here, by the scores of this selector, unless one is asked for.
+
     Args:
         selection: the selector; without a number of patches the run's own.
+        varying: as many patches of each photo as its scores ask for, as in the run.
     Raises:
         TicketSetError: no such selector, or tickets that the student cannot take.
     """
 
-    def __init__(self, student: Student, selection: Selection, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self, student: Student, selection: Selection, device: torch.device, batch_size: int, varying: bool = False
+    ) -> None:
         views, model = student.views, student.model
         if views is None:
             raise TicketSetError("`selector`: this run does not say what its patches are; a newer datalth-train does")
@@ -115,7 +122,10 @@ class Ticket:
         if self._fed.grid != geometry.grid or self._fed.patch_size != self._patch:
             raise TicketSetError("`selector`: config.json has other patches than the model beside it")
         self._mean, self._std, self._device = tuple(config["mean"]), tuple(config["std"]), device
-        self.name = f"{self._tokens}"
+        self._lengths = None
+        if varying and views.share is not None and views.sizes is not None:
+            self._lengths = Lengths(views.sizes, views.share, geometry.grid[0] * geometry.grid[1])
+        self.name = f"auto:{self._tokens}" if self._lengths else f"{self._tokens}"
 
     def prepare(self, path: str, pixels: np.ndarray) -> tuple[np.ndarray, Item]:
         """View 0 as the student sees it, uint8 [S, S, 3], and as the selector does."""
@@ -131,11 +141,26 @@ class Ticket:
         batch = [(item, 0) for _, item in prepared]
         found = self._rankings.collect(batch, [each.cpu().numpy() for each in self._rankings.submit(batch)])
         rankings = np.stack([answer.ranking for answer in found]).astype(np.int64)
-        keep = rankings[:, : self._tokens]
-        shown = np.sort(rankings, axis=1) if self._fed.wants_all else keep
-        patches = torch.from_numpy(gather(np.stack([view for view, _ in prepared]), shown, self._patch))
+        everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
+        patches = torch.from_numpy(gather(np.stack([view for view, _ in prepared]), everything, self._patch))
         patches = normalize(patches.to(self._device), self._mean, self._std)
-        return self._fed(patches, torch.from_numpy(keep).to(self._device)).float()
+        return on_tickets(self._fed, patches, torch.from_numpy(rankings).to(self._device), self._by_length(found))
+
+    def _by_length(self, found: Sequence[Ranked]) -> list[tuple[int, Tensor | None]]:
+        """K and the photos that have it.
+
+        Raises:
+            TicketSetError: scores that are no shares of a whole say nothing of K.
+        """
+        if self._lengths is None:
+            return [(self._tokens, None)]
+        counts = np.stack([answer.spread for answer in found])
+        if not counts.any(1).all():
+            raise TicketSetError(
+                f"`method` {self._rankings.identity.method}: its scores do not say how many patches a photo needs, which this"
+                f" run's tickets go by; `tokens` {self._tokens} takes as many of each"
+            )
+        return by_length(torch.from_numpy(self._lengths.of(counts)))
 
 
 def answers(

@@ -24,9 +24,10 @@ class Views:
         exif: whether photos are turned as their EXIF orientation says: "ignore" or "apply".
         img_size: of the views, pixels.
         patch_size: of their patches, pixels.
-        tokens: K, of the ticket that it was tested on.
+        tokens: K, of the ticket that it was tested on; where it varies, its mean at most.
         feed: what a ticket becomes; None: the first of the model's family.
         resized: its tickets were whole views at K coarser patches.
+        share, sizes: how K varies, see `trainer.data.lengths`; None where it does not.
     """
 
     exif: str
@@ -35,6 +36,8 @@ class Views:
     tokens: int
     feed: str | None
     resized: bool
+    share: float | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 VIEWS: Check = fields(
@@ -45,7 +48,8 @@ VIEWS: Check = fields(
         "tokens": integer(1, 1 << 30),
         "feed": or_null(text(100)),
         "resized": one_of(True, False),
-    }
+    },
+    {"share": number(0, 1), "sizes": list_of(integer(1, 65536), 1, 100)},
 )
 # What is read of config.json here; the rest is timm's.
 SAID: Check = fields(
@@ -115,7 +119,7 @@ def open_student(folder: str) -> Student:
         expected = f"a classifier of the {len(config['label_names'])} classes of {CONFIG}"
         raise TicketSetError(f"`run` {weights}: expected {expected}, got {missing or model.num_classes}")
     views = config.get("views")
-    known = Views(**{name: views[name] for name in Views.__dataclass_fields__}) if views else None
+    known = Views(**{name: views[name] for name in Views.__dataclass_fields__ if name in views}) if views else None
     return Student(model.eval().requires_grad_(False), list(config["label_names"]), known)
 
 

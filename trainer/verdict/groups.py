@@ -17,7 +17,7 @@ ORDER = (*(arm for arm in ARMS if arm != "full"), "resized")  # of a table, belo
 # What tells arms apart, or names the set; base_set_id is compared on its own.
 ARM_FIELDS = frozenset(
     ["tickets", "tokens", "resize_to_tokens", "unmask_epochs", "seed", "model"]
-    + ["set_id", "set_method", "base_set_id", "resolved_tokens"]
+    + ["set_id", "set_method", "base_set_id", "resolved_tokens", "resolved_share"]
     + ["weight_ticket", "weight_level", "weight_arm", "weight_start", *WEIGHT_DERIVED]
 )
 PLAN = "weight_group_id"  # what `allow_diff` may name of these: tickets of several plans
@@ -31,8 +31,8 @@ class Group:
     """Runs that differ in nothing but the seed.
 
     Attributes:
-        arm: "winning", "random +5 unmasked", ...
-        tokens: K, trained on and tested on; N for full.
+        arm: "winning", "random +5 unmasked", "winning auto" (K varies), ...
+        tokens: K, trained on and tested on; its mean at most where it varies; N for full.
         patches: N, of the un-resized view.
         set_id: None for full and resized.
         weights: what a weight ticket makes of it; None without one.
@@ -53,6 +53,11 @@ class Group:
     def own(self) -> str:
         """The protocol that the arm is trained for."""
         return "all" if self.arm in ("full", "resized") or self.arm.endswith(" unmasked") else "tickets"
+
+    @property
+    def data_arm(self) -> str:
+        """Of `trainer.options.ARMS`, or resized: the arm but for how many patches it is fed when."""
+        return self.arm.split(" ")[0]
 
     @property
     def name(self) -> str:
@@ -208,8 +213,7 @@ def _differing(run: Run, runs: Sequence[Run], allowed: Sequence[str]) -> tuple[t
 
 def place(group: Group) -> tuple[Any, ...]:
     """In a table's order."""
-    arm = group.arm.split(" +")[0]
-    below = -1 if arm == "full" else ORDER.index(arm)
+    below = -1 if group.arm == "full" else ORDER.index(group.data_arm)
     weights = group.weights.place if group.weights else ()
     return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, weights, group.name
 

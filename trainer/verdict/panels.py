@@ -126,7 +126,7 @@ def _cost_lines(report: Report, judge: Judge, model: int, protocol: str) -> Iter
     (unit, factor), named = report.unit(), protocol == OWN and len(report.set_names) == len(report.judges) == 1
     widest = factor * max((group.cost("dense_gmacs") for group in judge.groups), default=0)
     for index, (label, groups) in enumerate(lines.items()):
-        arm, _, tuned = groups[0].arm.partition(" +")
+        arm, _, tuned = groups[0].arm.partition(" ")
         beside = 0 if arm == "full" else widest * DODGE * (index - (len(lines) - 2) / 2)
         points = []
         for group in groups:

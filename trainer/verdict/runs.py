@@ -1,6 +1,7 @@
 """A finished run as its folder says it."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.checks import Check, fields, integer, number, one_of, or_null, parse_json, text
+from shards.checks import Check, fields, integer, number, one_of, or_null, parse_json, rule, text
 from shards.errors import TicketSetError, first_line
 from shards.index import read_parquet
 from trainer.config import read_yaml
@@ -20,11 +21,12 @@ MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
 MAX_IMAGES = 1 << 22  # rows
 
 COUNT, POSITIVE, AMOUNT, NAME = integer(0, 2**63), integer(1, 2**31), number(0, 1e15), text(200)
+TOKENS = rule(lambda v: bool(re.fullmatch(r"(auto:)?[1-9][0-9]{0,9}", str(v))), "K or auto:K")
 # Of args.yaml and of final.json, what the verdict reads.
 ARGUMENTS = fields(
     {
         "tickets": one_of(*ARMS),
-        "tokens": or_null(POSITIVE),
+        "tokens": or_null(TOKENS),
         "resize_to_tokens": one_of(True, False),
         "unmask_epochs": COUNT,
         "seed": COUNT,
@@ -132,7 +134,8 @@ class Run:
         if self.args["resize_to_tokens"]:
             return "resized"
         unmasked = self.args["unmask_epochs"] if self.args["tickets"] != "full" else 0
-        return self.args["tickets"] + (f" +{unmasked} unmasked" if unmasked else "")
+        varying = " auto" if isinstance(self.args["tokens"], str) and self.args["tickets"] != "full" else ""
+        return self.args["tickets"] + varying + (f" +{unmasked} unmasked" if unmasked else "")
 
     @property
     def set_id(self) -> str | None:

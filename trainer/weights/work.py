@@ -79,7 +79,7 @@ class Work:
         self.plan = plan_of(mining, trainer)
         self.first: State = {name: tensor.cpu() for name, tensor in trainer.student.model.state_dict().items()}
         self.steps, self._lr, self._gmacs = trainer.steps, trainer.lr, trainer.costs["train_gmacs"]
-        self._student, self._tokens = trainer.student, trainer.dataset.tokens
+        self._student, self._shares = trainer.student, trainer.dataset.token_shares
 
     def begin(self, claim: Claim) -> bool:
         """Take the folder; False where the ticket is complete.
@@ -272,6 +272,6 @@ class Work:
             ticket_id=ticket_identity(masks, file_record(self.path / START)) if masks else None,
             results=results,
             updates=updates,
-            gmacs=sparse_gmacs(self._student, self._tokens, kept),
+            gmacs=sparse_gmacs(self._student, self._shares, kept),
             dense_gmacs=self._gmacs,
         )
