@@ -53,9 +53,7 @@ def index_schema(num_patches: int, views: int | None = None) -> pa.Schema:
     )
 
 
-def read_index(
-    data: bytes, where: str, num_patches: int, num_classes: int, views: int | None = None
-) -> pa.Table:
+def read_index(data: bytes, where: str, num_patches: int, num_classes: int, views: int | None = None) -> pa.Table:
     """The index of one shard, checked: what it says can be used as a key, a label, a place in the tar, a frame.
 
     Args:

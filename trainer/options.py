@@ -406,6 +406,14 @@ FREE_TO_CHANGE = marked("free", *GROUPS) | {"world_size"}
 LATER = frozenset(["freeze", "head_lr"])
 # What args.yaml holds beside the settings.
 DERIVED = frozenset(
-    ["set_id", "base_set_id", "labels_set_id", "set_method", "world_size", "global_batch", "resolved_tokens",
-     "resolved_share"]
+    [
+        "set_id",
+        "base_set_id",
+        "labels_set_id",
+        "set_method",
+        "world_size",
+        "global_batch",
+        "resolved_tokens",
+        "resolved_share",
+    ]
 ).union(WEIGHT_DERIVED)

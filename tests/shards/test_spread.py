@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import inspect, mine
 from PIL import Image
 
+from conftest import inspect, mine
 from shards import spread
 from shards.errors import TicketSetError
 from shards.index import index_schema, read_index
@@ -75,7 +75,9 @@ def test_a_set_says_it_of_every_view(tickets: Path, weights: Path) -> None:
     made = build_rankings(selection, Geometry(img_size=64), Machine(), torch.device("cpu"), 4)
     for sample in list(opened.stream("train"))[:3]:
         views = sample.render(range(4), made.size)
-        pixels = (torch.from_numpy(views).float() / 255 - torch.tensor(made.identity.mean)) / torch.tensor(made.identity.std)
+        pixels = (torch.from_numpy(views).float() / 255 - torch.tensor(made.identity.mean)) / torch.tensor(
+            made.identity.std
+        )
         _, scores = made._selector.rank_and_score(pixels.permute(0, 3, 1, 2), None)
         expected = np.array([naive(row) for row in scores.double().numpy()])
         found = np.frombuffer(rows[sample.key], np.uint8).reshape(4, 7)

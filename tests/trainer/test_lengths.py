@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import mine
-from training import predict, same, stopped_at, train, two_ranks, weights_of
-from training import arguments as typed
+from torch import nn
 
+from conftest import mine
+from miner.selectors import register_method
 from shards import spread
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -19,6 +19,8 @@ from trainer.data.dataset import TicketDataset, ValidationDataset
 from trainer.data.lengths import WINDOW, Lengths, batches_by_length, known, sizes_of
 from trainer.data.sampler import epoch_samples, view_of_visit, views_of
 from trainer.options import Augment, Recipe, Tickets
+from training import arguments as typed
+from training import predict, same, stopped_at, train, two_ranks, weights_of
 
 N = 64
 SIZES = tuple(range(8, 72, 8))
@@ -72,11 +74,11 @@ def test_the_share_is_the_greatest_within_the_budget() -> None:
 
 
 def test_the_mean_comes_near_a_budget_and_not_above() -> None:
-    scores = np.random.default_rng(0).gamma(0.2, size=(2000, N))
-    counts = spread.spread_of(scores)
+    rng = np.random.default_rng(0)
+    counts = spread.spread_of(rng.gamma(rng.uniform(0.02, 2, (2000, 1)), size=(2000, N)))
     for budget in (12, 20, 32, 50):
         mean = Lengths.fit(counts, budget, SIZES, N).of(counts).mean()
-        assert budget - 0.2 < mean <= budget
+        assert budget - 0.6 < mean <= budget
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,9 @@ def test_the_mean_comes_near_a_budget_and_not_above() -> None:
         (1, 1, (1,)),
     ],
 )
-def test_sizes_are_whole_rows_and_no_more_than_a_compiler_has_graphs(grid: int, stored: int, sizes: tuple[int, ...]) -> None:
+def test_sizes_are_whole_rows_and_no_more_than_a_compiler_has_graphs(
+    grid: int, stored: int, sizes: tuple[int, ...]
+) -> None:
     class Opened:
         pass
 
@@ -147,6 +151,22 @@ def feed(opened: TicketSet, **given: object) -> TicketDataset:
     return TicketDataset(opened, tickets=tickets, **{"augment": PLAIN, "batch_size": 4, "seed": 3, **given})
 
 
+@register_method("peaked")
+def peaked(selector, images, seeds):
+    """More peaked scores for some images than for others, as those of objects of several sizes are."""
+    brightness = nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), selector.grid).flatten(1)
+    scores = (brightness * (5 + 400 * (brightness.mean(1, keepdim=True) - 0.5).abs())).softmax(1)
+    return scores.argsort(dim=1, descending=True, stable=True), scores
+
+
+@pytest.fixture(scope="module")
+def tickets(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As conftest's, by `peaked`."""
+    out = tmp_path_factory.mktemp("peaked") / "set"
+    mine("--data", photos, "--out", out, "--method", "peaked", "--tokens", 8, "--views", 4, "--shard-size", 10)
+    return out
+
+
 @pytest.fixture(scope="module")
 def varied(tickets: Path) -> TicketSet:
     return TicketSet.open(str(tickets))
@@ -195,12 +215,18 @@ def test_ranks_and_micro_batches_are_parts_of_one_batch(varied: TicketSet, mixin
             assert torch.equal(tensor, torch.cat([half[name] for half in halves])), name
 
 
-def test_ranked_views_are_read_as_far_as_the_batch_needs(tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranked_views_are_read_as_far_as_the_batch_needs(
+    tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine("--data", tickets, "--out", tmp_path / "ranked", "--images", "ranked")
     dataset = feed(TicketSet.open(str(tmp_path / "ranked")), augment=Augment(mixup=0, cutmix=0))
     asked = []
     read_all = dataset.rows.read_all
-    monkeypatch.setattr(dataset.rows, "read_all", lambda places, numbers, tokens: asked.append(tokens) or read_all(places, numbers, tokens))
+    monkeypatch.setattr(
+        dataset.rows,
+        "read_all",
+        lambda places, numbers, tokens: asked.append(tokens) or read_all(places, numbers, tokens),
+    )
     shown = [dataset[0, step, 0]["patches"].shape[1] for step in range(dataset.steps)]
     assert asked == shown and len(set(shown)) > 1
 
@@ -232,24 +258,25 @@ def test_a_set_that_does_not_say_is_refused_in_words(center_set: Path, tickets: 
 
 
 @pytest.mark.parametrize(
-    ("says", "flags"),
+    ("says", "flags", "code"),
     [
-        ("--tickets full has one number of patches", ["--tickets", "full", "--tokens", "auto:8"]),
-        ("--resize-to-tokens has one number of patches", ["--resize-to-tokens", "--tokens", "auto:9"]),
-        ("expected K or auto:K, K a whole number above 0, got 'auto:0'", ["--tokens", "auto:0"]),
-        ("expected K or auto:K, K a whole number above 0, got 'auto'", ["--tokens", "auto"]),
-        ("expected K or auto:K, K a whole number above 0, got '0'", ["--tokens", "0"]),
-        ("--drop-blocks", ["--tokens", "auto:8", "--tickets", "full", "--drop-blocks", "1"]),
+        ("--tickets full has one number of patches", ["--tickets", "full", "--tokens", "auto:8"], 1),
+        ("--resize-to-tokens has one number of patches", ["--resize-to-tokens", "--tokens", "auto:9"], 1),
+        ("--tokens auto:17: expected at most 16", ["--tokens", "auto:17"], 1),
+        ("--tokens auto:3: expected at least 4", ["--tokens", "auto:3"], 1),
+        ("expected K or auto:K, K a whole number above 0, got 'auto:0'", ["--tokens", "auto:0"], 2),
+        ("expected K or auto:K, K a whole number above 0, got 'auto'", ["--tokens", "auto"], 2),
+        ("expected K or auto:K, K a whole number above 0, got '0'", ["--tokens", "0"], 2),
     ],
 )
-def test_what_does_not_go_with_it(tickets: Path, tmp_path: Path, says: str, flags: list[str]) -> None:
-    if "--drop-blocks" in flags:
-        says = "--tickets full has one number"
-    assert says in train(tickets, tmp_path, "run", *flags, code=2).output
+def test_what_does_not_go_with_it(tickets: Path, tmp_path: Path, says: str, flags: list[str], code: int) -> None:
+    assert says in train(tickets, tmp_path, "run", *flags, code=code).output
 
 
 def test_a_model_of_one_k_is_refused(tickets: Path, tmp_path: Path) -> None:
-    said = train(tickets, tmp_path, "run", "--model", "swin_tiny_patch4_window7_224", "--tokens", "auto:8", code=1, plain=True)
+    said = train(
+        tickets, tmp_path, "run", "--model", "swin_tiny_patch4_window7_224", "--tokens", "auto:8", code=1, plain=True
+    )
     assert "small-dense is built for tickets of one K" in said.output
     with pytest.raises(TicketSetError, match="tokens"):
         Tickets(tokens="98")  # a program's text is no number
@@ -318,13 +345,17 @@ def test_stopped_and_resumed_gives_the_same_weights(
 
 def test_testing_a_run_again_goes_by_its_own_share(varying: Path, tickets: Path) -> None:
     said = train(tickets, varying.parent, "run", "--eval", "--resume", varying).output
-    last = [line for line in (varying.parent / "said").read_text().splitlines() if line.startswith(("tickets ", "random "))]
+    last = [
+        line for line in (varying.parent / "said").read_text().splitlines() if line.startswith(("tickets ", "random "))
+    ]
     assert last and all(line in said for line in last)
 
 
 def test_two_ranks_are_one_process_of_twice_the_batch(tickets: Path, tmp_path: Path) -> None:
-    train(tickets, tmp_path, "one", *FLAGS)
-    ranks = two_ranks(*typed(tickets, tmp_path, "two", *FLAGS, "-b", "2"))
+    # Stochastic depth and noise are drawn a micro-batch; Adam makes much of a gradient's last bits.
+    flags = [*FLAGS, "--drop-path", 0, "--reprob", 0, "--opt", "sgd", "--lr", 0.05]
+    train(tickets, tmp_path, "one", *flags)
+    ranks = two_ranks(*typed(tickets, tmp_path, "two", *flags, "-b", "2"))
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stdout.read()
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
@@ -334,7 +365,20 @@ def test_two_ranks_are_one_process_of_twice_the_batch(tickets: Path, tmp_path: P
 
 @pytest.mark.parametrize("more", [["--feed", "zero", "--model", "test_resnet"], ["--model", "lvvit_t"]])
 def test_other_families_take_them_too(tickets: Path, tmp_path: Path, more: list[str]) -> None:
-    train(tickets, tmp_path, "run", *FLAGS, *more, "--epochs", 1, "--warmup-epochs", 0, "--token-labels", "none", plain=True)
+    train(
+        tickets,
+        tmp_path,
+        "run",
+        *FLAGS,
+        *more,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--token-labels",
+        "none",
+        plain=True,
+    )
 
 
 def test_each_k_is_compiled_once(tickets: Path) -> None:
@@ -347,7 +391,9 @@ def test_each_k_is_compiled_once(tickets: Path) -> None:
     lengths = []
 
     def counting(graph, inputs):
-        lengths.append(next(i.shape[1] for i in inputs if isinstance(i, torch.Tensor) and i.ndim == 3 and i.shape[0] == 2))
+        lengths.append(
+            next(i.shape[1] for i in inputs if isinstance(i, torch.Tensor) and i.ndim == 3 and i.shape[0] == 2)
+        )
         return graph.forward
 
     torch._dynamo.reset()
@@ -381,22 +427,15 @@ def test_each_image_is_tested_on_its_own_k(varied: TicketSet) -> None:
     assert (fixed[0] - found[0]).abs().max() > 1e-4 and torch.allclose(fixed[3], found[3], atol=1e-5)
 
 
-def test_photos_are_shown_on_as_many_patches_as_they_ask_for(varying: Path, photos: Path, weights: Path, tickets: Path) -> None:
+def test_photos_are_shown_on_as_many_patches_as_they_ask_for(varying: Path, photos: Path, tickets: Path) -> None:
     """The answers of the run's own validation on tickets, whose scores are in the set."""
     import pyarrow.parquet as pq
 
-    selector = ["--tickets", "test_vit", "--method", "evit"]
     output = varying.parent / "answers.csv"
-    import miner.models
-
-    original = miner.models.build_vit
-    try:
-        miner.models.build_vit = lambda name, grid, given: original(name, grid, str(weights))
-        said = predict(varying, photos / "val", *selector, "-o", output).output
-        predict(varying, photos / "val", *selector, "--tokens", 8)
-    finally:
-        miner.models.build_vit = original
-    assert "auto:8" in said
+    assert "auto:8" in predict(varying, photos / "val", "--method", "peaked", "-o", output).output
+    assert "auto:8" not in predict(varying, photos / "val", "--method", "peaked", "--tokens", 8).output
+    said = predict(varying, photos / "val", "--method", "center", code=1).output
+    assert "do not say how many patches a photo needs" in said and "--tokens 8 takes as many of each" in said
     rows = [line.split(",") for line in output.read_text().splitlines()[1:]]
     answers = {row[0].rsplit("/", 1)[1].split(".")[0]: row[3] for row in rows if row[1] == "auto:8"}
     found = pq.read_table(varying / "predictions.parquet").to_pylist()
@@ -415,6 +454,10 @@ def test_the_verdict_shows_it_beside_a_fixed_k(varying: Path, tickets: Path, tmp
     train(tickets, tmp_path, "random", *FLAGS, "--tickets", "random")
     report = verdict([tmp_path / name for name in ("auto", "fixed", "random")])
     (judge,) = report.judges
-    assert [(group.arm, group.tokens) for group in judge.groups] == [("winning", 8), ("winning auto", 8), ("random auto", 8)]
+    assert [(group.arm, group.tokens) for group in judge.groups] == [
+        ("winning", 8),
+        ("winning auto", 8),
+        ("random auto", 8),
+    ]
     text = report.tables(judge)[0].plain()
     assert "winning auto" in text and "random auto" in text

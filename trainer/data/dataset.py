@@ -305,7 +305,10 @@ class TicketDataset(Dataset[Batch]):
         assert self.lengths is not None
         if self._sorted is None or self._sorted[0] != epoch:
             views, images = views_of(self.seed, self.samples(epoch), self.rows.sizes, self._count)
-            tokens, paired = self._view_tokens[images, views].astype(np.int64), self.augment.mixes or self.augment.mix_token
+            tokens, paired = (
+                self._view_tokens[images, views].astype(np.int64),
+                self.augment.mixes or self.augment.mix_token,
+            )
             layout = self.steps, self.global_batch, paired
             self._sorted = epoch, *batches_by_length(tokens, self.lengths.sizes, *layout, self.seed, epoch)
         return self._sorted[1:]

@@ -67,7 +67,7 @@ class Lengths:
         part = (self.share - shares[after - 1]) / (shares[after] - shares[after - 1])
         low, high = (self._held(counts, place) for place in (after - 1, after))
         needed = low + part * (high - low)
-        places = np.searchsorted(self.sizes, needed)
+        places = np.searchsorted(self.sizes, needed - 1e-6)  # 24 patches are 24, however 20 + 0.5 * 8 was rounded
         return np.asarray(self.sizes, np.int64)[np.minimum(places, len(self.sizes) - 1)]
 
     def _held(self, counts: np.ndarray, place: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def known(counts: np.ndarray, opened: TicketSet) -> np.ndarray:
     Raises:
         TicketSetError: no image has any.
     """
-    none = ~counts.any((1, 2))
+    none = np.asarray(~counts.any((1, 2)))
     if none.all():
         raise TicketSetError(
             f"{opened.url}: does not say how its views' scores are spread, which tickets of varying length go by"
@@ -103,7 +103,9 @@ def known(counts: np.ndarray, opened: TicketSet) -> np.ndarray:
             )
         )
     if none.any():
-        log.info(f"{none.sum()} of {len(none)} images do not say how their scores are spread: taken as alike everywhere")
+        log.info(
+            f"{none.sum()} of {len(none)} images do not say how their scores are spread: taken as alike everywhere"
+        )
         counts = counts.copy()
         counts[none] = np.ceil(np.array(spread.SHARES) * opened.num_patches)
     return counts

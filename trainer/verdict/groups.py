@@ -215,7 +215,16 @@ def place(group: Group) -> tuple[Any, ...]:
     """In a table's order."""
     below = -1 if group.arm == "full" else ORDER.index(group.data_arm)
     weights = group.weights.place if group.weights else ()
-    return group.model, group.patches, arm != "full", -group.tokens, group.set_id or "~", below, weights, group.name
+    return (
+        group.model,
+        group.patches,
+        group.arm != "full",
+        -group.tokens,
+        group.set_id or "~",
+        below,
+        weights,
+        group.name,
+    )
 
 
 def differing(differs: Iterable[tuple[str, Any]]) -> str:

@@ -200,7 +200,9 @@ class Report:
         if any(run.arm == "resized" for run in self.runs):
             notes.append("resized: the whole image at K coarser patches, in training and in testing")
         if any(" auto" in run.arm for run in self.runs):
-            notes.append("auto: of each view as many patches as its scores ask for, in training and on tickets; K is their mean")
+            notes.append(
+                "auto: of each view as many patches as its scores ask for, in training and on tickets; K is their mean"
+            )
         return [*notes, *key_notes(self.runs), *(f"left out: {why}" for why in self.left_out)]
 
     def set_name(self, set_id: str | None) -> str:
