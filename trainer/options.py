@@ -18,7 +18,7 @@ from shards.console import Finite
 from shards.errors import TicketSetError
 from shards.flags import Settings, marked, setting
 
-Arm = Literal["winning", "random", "random-fixed", "center", "inverse", "full"]
+Arm = Literal["winning", "random", "random-fixed", "gaussian", "center", "inverse", "full"]
 ARMS: tuple[str, ...] = get_args(Arm)
 PROTOCOLS = ("tickets", "all", "random")  # how a student is tested
 WeightArm = Literal["winning", "reinit", "shuffled", "random", "dense"]

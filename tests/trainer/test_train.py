@@ -109,7 +109,7 @@ def test_timm_loads_the_checkpoints_and_gives_the_same_logits(tickets, whole):
     assert (whole / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 
-@pytest.mark.parametrize("arm", ["random", "random-fixed", "center", "inverse", "full"])
+@pytest.mark.parametrize("arm", ["random", "random-fixed", "gaussian", "center", "inverse", "full"])
 def test_every_arm_trains(tickets, tmp_path, arm):
     output = train(tickets, tmp_path, arm, "--tickets", arm, "--epochs", 1).output
     tokens = 16 if arm == "full" else 8

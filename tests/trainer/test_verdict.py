@@ -18,7 +18,10 @@ from PIL import Image
 
 from browser import Browser, needs_chromium
 from pages import Page, check_self_contained
+from trainer.options import ARMS
+from trainer.verdict import panels
 from trainer.verdict.cli import main
+from trainer.verdict.page import SHAPES
 from trainer.verdict.statistics import Estimate, Spread, bootstrap, decide, difference, mean, pooled, t_quantile
 
 K, N, IMAGES = 20, 36, 200
@@ -554,6 +557,12 @@ def test_full_runs_of_packed_tickets_are_held_against_tickets_of_their_own_k(tmp
     verdict(*runs, "-o", tmp_path / "out")
     verdicts = json.loads((tmp_path / "out/verdict.json").read_text())["models"][0]["verdicts"]
     assert {v["tokens"]: round(v["a_minus_c"]["value"], 6) for v in verdicts} == {16: 23, 25: -7}
+
+
+def test_every_arm_has_a_look_and_its_shape_is_drawn_on_the_page() -> None:
+    looks = panels.LOOKS
+    assert set(looks) == {*ARMS, "resized"} and len(set(looks.values())) == len(looks)
+    assert {marker for _, marker in looks.values()} <= set(SHAPES)
 
 
 def test_an_arm_has_its_own_color_and_shape_in_every_picture(tmp_path: Path, monkeypatch) -> None:
