@@ -4,7 +4,8 @@ A method is one function `(selector, images, seeds) -> (ranking [B, N], scores [
 `register_method` adds one, and `--method module:function` takes it from any importable module.
 
 Sources: evit: EViT (ICLR 2022) section 3.1 as Data-LTH's public code uses it (no fused token);
-cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020); pool-attention: SigLIP's pooling head (ICCV 2023).
+cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020); pool-attention: SigLIP's pooling head (ICCV 2023);
+entropy: APT's score of a patch (Choudhury et al., Accelerating Vision Transformers with Adaptive Patch Sizes, ICLR 2026).
 
 Shapes: B images, N patches, P prefix tokens, T = P + N tokens at most, D width, h heads.
 """
@@ -37,6 +38,7 @@ Model = Any  # a timm VisionTransformer or Eva; torch would type each of its att
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
 BLIND = {"random", "center"}  # look at no pixels, let alone a model's
+MODEL_FREE = BLIND | {"entropy"}  # and these at pixels alone
 READS = {"evit": "cls_token", "cls-attention": "cls_token", "rollout": "cls_token", "pool-attention": "attn_pool"}
 
 
@@ -147,7 +149,8 @@ def create_selector(
     """A selector whose arguments fit each other.
 
     Args:
-        method: evit, cls-attention, rollout, pool-attention, random, center, a registered name, or module:function.
+        method: evit, cls-attention, rollout, pool-attention, entropy, random, center, a registered name, or
+            module:function.
         model: timm VisionTransformer or Eva of this grid; None where the method needs none.
         grid: (gh, gw) of the tickets.
         counts: `miner.drop.keep_counts` of N; for evit one a block.
@@ -280,6 +283,27 @@ def pool_attention(selector: Selector, images: Tensor, seeds: list[int] | None) 
     x, rope = embed(model, images)
     scores = latent_attention(model, run_blocks(model, x, rope, 0, len(model.blocks)))
     return descending(scores), scores
+
+
+@register_method("entropy")
+def entropy(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Bits of a patch's gray levels, as APT's public code counts them (rccchoudhury/apt, `entropy_utils.py`).
+
+    Gray is .2989 R + .5870 G + .1140 B, in 512 bins from 0 to 255. It is all in whole numbers, as is what is compared, so
+    that neither a batch nor a device changes a ranking.
+    """
+    b, (rows, columns) = len(images), selector.grid
+    weights = torch.tensor([2989, 5870, 1140], device=images.device)
+    gray = ((images * 255).round().long() * weights[:, None, None]).sum(1)  # [B, S, S], in 1 / 10000 of a level
+    cells = gray.view(b, rows, gray.shape[1] // rows, columns, -1).transpose(2, 3).flatten(3).flatten(0, 2)
+    size = cells.shape[1]  # pixels of a patch
+    counts = torch.zeros(len(cells), 512, dtype=torch.int64, device=images.device)  # [B * N, 512]
+    counts.scatter_add_(1, cells * 512 // (255 * 10_000), torch.ones_like(cells))
+    # With c pixels in a bin, bits = log2(size) - sum of c log2(c) / size; in 2^-32 of a pixel's bit.
+    some = np.arange(1, size + 1)
+    terms = torch.from_numpy(np.rint([0, *some * np.log2(some) * 2.0**32]).astype(np.int64)).to(images.device)
+    found = (terms[-1] - terms[counts].sum(1)).view(b, -1)
+    return descending(found), found.float() / (size * 2.0**32)
 
 
 @register_method("random")

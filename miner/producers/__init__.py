@@ -11,7 +11,7 @@ from miner.producers.producer import Producer
 from miner.producers.ranked import ranked_pixels
 from miner.producers.rankings import build_rankings, uses_model
 from miner.producers.token_labels import TokenLabels
-from miner.selectors import BLIND
+from miner.selectors import BLIND, MODEL_FREE
 from miner.settings import Geometry, Labeling, Machine, Output, Selection
 from miner.sources import Source
 from miner.token_labels import build_labeler
@@ -100,7 +100,7 @@ def check_settings(selection: Selection | None, labeling: Labeling, output: Outp
         "selector": asked.selector, "weights": asked.weights, "drop_blocks": asked.drop_blocks,
         "torchcompile": machine.torchcompile,
     }  # fmt: skip
-    if is_blind(selection, labeling):
+    if labeling.token_labels is None and (selection is None or method in MODEL_FREE):
         unused["amp"] = machine.amp
     why = f"`method` {method} uses no model" if selection else "the rankings of `data` are kept, without a model"
     for name, value in unused.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from miner import models
 from miner.drop import DEFAULT_KEEP_RATE, PAPER_STAGES, default_blocks, keep_counts, keep_counts_for
 from miner.producers.producer import Image, Item, Normalize
-from miner.selectors import BLIND, Selector, create_selector, find_method, needs_model
+from miner.selectors import BLIND, MODEL_FREE, Selector, create_selector, find_method, needs_model
 from miner.settings import DEFAULT_SELECTOR, Geometry, Machine, Selection
 from shards import format as fmt
 from shards.errors import TicketSetError
@@ -132,7 +132,7 @@ def describe(
         (mean, std), size = models.mean_and_std(model), geometry.grid[0] * models.square_patch(model)
     elif blind:
         mean, std, size = (), (), None
-    else:  # a user's method without a model sees the view as the student does, in [0, 1]
+    else:  # entropy, and a user's method without a model, see the view as the student does, in [0, 1]
         mean, std, size = (0.0,) * 3, (1.0,) * 3, geometry.img_size
     return SelectorIdentity(
         method=method,
@@ -144,7 +144,7 @@ def describe(
         input_size=size,
         mean=mean,
         std=std,
-        dtype="bfloat16" if machine.amp and not blind else "float32",
+        dtype="bfloat16" if machine.amp and method not in MODEL_FREE else "float32",
         compiled=machine.torchcompile,
         # Another version of a user's own method is another plan.
         code=source_hash(find_method(method)) if ":" in method else None,
@@ -157,7 +157,7 @@ def uses_model(selection: Selection) -> bool:
     Raises:
         TicketSetError: there is no such method.
     """
-    asked = (selection.selector or selection.weights) and selection.method not in BLIND
+    asked = (selection.selector or selection.weights) and selection.method not in MODEL_FREE
     return needs_model(selection.method) or bool(asked)
 
 
