@@ -37,7 +37,7 @@ from shards.views import center_distance
 Model = Any  # a timm VisionTransformer or Eva; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
-BLIND = {"random", "center"}  # look at no pixels, let alone a model's
+BLIND = {"random", "center", "masks"}  # look at no pixels of the image, let alone a model's
 MODEL_FREE = BLIND | {"entropy"}  # and these at pixels alone
 READS = {"evit": "cls_token", "cls-attention": "cls_token", "rollout": "cls_token", "pool-attention": "attn_pool"}
 
@@ -119,8 +119,8 @@ class Selector:
 
         Args:
             images: [B, 3, S, S], normalized with the model's mean and std, S = grid * the model's patch size; without
-                a model in [0, 1], at the set's `img_size`.
-            seeds: one a row, for `random`.
+                a model in [0, 1], at the set's `img_size`; for `masks` the object's share of each patch, [B, N].
+            seeds: one a row, for `random` and `masks`.
         Returns:
             int64 [B, N] patch indices, row-major, most informative first; a permutation in each row.
         """
@@ -149,7 +149,7 @@ def create_selector(
     """A selector whose arguments fit each other.
 
     Args:
-        method: evit, cls-attention, rollout, pool-attention, entropy, random, center, a registered name, or
+        method: evit, cls-attention, rollout, pool-attention, entropy, masks, random, center, a registered name, or
             module:function.
         model: timm VisionTransformer or Eva of this grid; None where the method needs none.
         grid: (gh, gw) of the tickets.
@@ -314,6 +314,13 @@ def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -
     bits = [np.random.Philox(key=seed).random_raw(selector.num_patches) >> 11 for seed in seeds]
     scores = torch.from_numpy(np.stack(bits).astype(np.float64) * 2.0**-53)
     return descending(scores), scores
+
+
+@register_method("masks")
+def masks(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """By how much of a patch lies on the object; equal patches, the background's, as `random` has them: by no place."""
+    order, _ = random(selector, None, seeds)
+    return order.gather(1, descending(images.gather(1, order))), images
 
 
 @register_method("center")

@@ -7,6 +7,7 @@ import torch
 
 from miner.models import choose_device
 from miner.producers.kept import KeptRankings, KeptTokenLabels
+from miner.producers.masks import build_mask_rankings
 from miner.producers.producer import Producer
 from miner.producers.ranked import ranked_pixels
 from miner.producers.rankings import build_rankings, uses_model
@@ -64,7 +65,8 @@ def build_models(
     device = device_of(selection, labeling, machine)
     producers: list[Producer] = []
     if selection is not None and selection.ranks:
-        producers.append(build_rankings(selection, geometry, machine, device, machine.batch_size))
+        build = build_mask_rankings if selection.masks else build_rankings
+        producers.append(build(selection, geometry, machine, device, machine.batch_size))
     if labeling.token_labels is not None:
         name, weights, size = labeling.token_labels, labeling.token_label_weights, labeling.token_label_size
         labeler = build_labeler(name, weights, classes, device, machine.amp, size)

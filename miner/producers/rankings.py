@@ -49,9 +49,12 @@ class Rankings:
     def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
         """Rankings int32 [B, N] and scores float32 [B, N]."""
         seeds = [view_seed(self._seed, image.row["key"], number) for image, number in batch]
-        pixels = None if self.size is None else self._normalize(self.name, batch)
-        rankings, scores = self._selector.rank_and_score(pixels, seeds)
+        rankings, scores = self._selector.rank_and_score(self._shown(batch), seeds)
         return rankings.to(torch.int32), scores.float()
+
+    def _shown(self, batch: list[Item]) -> Tensor | None:
+        """What the method looks at."""
+        return None if self.size is None else self._normalize(self.name, batch)
 
     def collect(self, batch: list[Item], results: list[np.ndarray]) -> list[Answer]:
         """An `Answer` of every view.
@@ -111,7 +114,7 @@ def build_rankings(
     if method == "evit" and model and blocks is None:
         blocks = default_blocks(len(model.blocks))
     stages = len(blocks) if method == "evit" and blocks else PAPER_STAGES
-    counts = _counts(selection, grid[0] * grid[1], stages)
+    counts = counts_of(selection, grid, stages)
     selector = create_selector(method, model, grid, counts, blocks, device, machine.amp, machine.torchcompile)
     identity = describe(selector, selection, geometry, machine, state)
     return Rankings(selector, identity, batch_size, geometry.seed)
@@ -123,7 +126,7 @@ def describe(
     """What the plan says of a selector and of what it looks at.
 
     Args:
-        state: hash of its model's weights.
+        state: hash of its model's weights, or of what else it reads.
     """
     model, method, blind = selector.model, selector.method, selector.method in BLIND
     mean: tuple[float, ...]
@@ -177,8 +180,13 @@ def _keep_rate(selection: Selection) -> float:
     return DEFAULT_KEEP_RATE if selection.keep_rate is None else selection.keep_rate
 
 
-def _counts(selection: Selection, num_patches: int, stages: int) -> tuple[int, ...]:
-    """Patches left after each stage; the last is K."""
+def counts_of(selection: Selection, grid: tuple[int, int], stages: int = PAPER_STAGES) -> tuple[int, ...]:
+    """Patches left after each stage; the last is K.
+
+    Raises:
+        TicketSetError: no such number of patches, or no keep rate.
+    """
+    num_patches = grid[0] * grid[1]
     try:
         if selection.tokens:
             return keep_counts_for(num_patches, selection.tokens, stages)
