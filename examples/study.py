@@ -24,6 +24,7 @@ import numpy as np
 
 from commands import HERE, figures, mine, mining, plus_minus, run_all, say, show, training, write_table
 from trainer.verdict.statistics import difference, mean, pooled
+from rivals import rivals
 from weights import SELECTOR, weights
 
 AT_ONCE = 2  # trainings
@@ -58,6 +59,7 @@ def main() -> None:
 
 
 main.add_command(weights)
+main.add_command(rivals)
 
 
 @main.command()
