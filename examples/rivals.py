@@ -1,16 +1,11 @@
 """The study on photos: winning tickets of five selectors against every rival that costs nothing to choose by."""
 
-import csv
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 
-from commands import HERE, Command, figures, mine, mining, plus_minus, run_all, show, training, write_table
-from trainer.verdict.statistics import difference, mean, pooled
+from commands import HERE, Command, mining, run_all, show, training
 
 RECIPE, SIDE = HERE / "photos.yaml", 128
 N, EPOCHS = 64, 6  # patches of a view; of every run that is not longer for a reason

@@ -21,10 +21,10 @@ from typing import Any
 
 import click
 import numpy as np
+from rivals import rivals
 
 from commands import HERE, figures, mine, mining, plus_minus, run_all, say, show, training, write_table
 from trainer.verdict.statistics import difference, mean, pooled
-from rivals import rivals
 from weights import SELECTOR, weights
 
 AT_ONCE = 2  # trainings
