@@ -99,9 +99,17 @@ class Tickets(Settings):
 
     tickets: Arm = setting("winning", help="Which patches to train on.")
     tokens: int | None = setting(None, POSITIVE, "Another K of the same rankings.", metavar="K", shown="the set's")
-    resize_to_tokens: bool = setting(False, help="The control of the same cost: the whole view at K coarser patches.")
+    resize_to_tokens: bool = setting(
+        False,
+        help="The control of the same cost: the whole view at K coarser patches; with --unmask-epochs until these begin.",
+    )
     unmask_epochs: int = setting(0, COUNT, "Train the last E epochs on all patches.")
     repeats: int = setting(3, POSITIVE, "Views replayed per decode (repeated augmentation).")
+
+    @property
+    def coarse_first(self) -> bool:
+        """Whether whole views are shown in coarser patches until the last epochs show all."""
+        return self.resize_to_tokens and self.unmask_epochs > 0
 
 
 @dataclass(frozen=True)

@@ -210,8 +210,12 @@ def test_rows(tmp_path: Path) -> None:
     runs += [run for run in write_arms(tmp_path / "k12", shift={"winning": -10}, tokens=12) if "full" not in run.name]
     runs.append(write_run(tmp_path / "tuned", (55, 56, 44), unmask_epochs=5))
     runs.append(write_run(tmp_path / "resized", (0, 50, 0), resize_to_tokens=True, tokens=25))
+    sizes = {"resize_to_tokens": True, "tokens": 25, "unmask_epochs": 5}
+    runs.append(write_run(tmp_path / "curriculum", (0, 54, 0), set_id="d" * 64, **sizes))
     output = verdict(*runs)
     lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert any(line.startswith("resized +5 unmasked 25 1 n/a 54.00 ") for line in lines)
+    assert "resized, unmasked: at K coarser patches first" in output
     assert any(line.startswith("winning +5 unmasked 20 1 55.00 ") for line in lines)
     (resized,) = (line for line in lines if line.startswith("resized 25 1 "))
     assert resized.startswith("resized 25 1 n/a 50.00 ") and resized.endswith("n/a, 0.250")

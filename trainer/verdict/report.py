@@ -200,6 +200,8 @@ class Report:
         arms = {run.arm.split(" +")[0] for run in self.runs}
         if "resized" in arms:
             notes.append("resized: the whole image at K coarser patches, in training and in testing")
+        if any(run.arm.startswith("resized +") for run in self.runs):
+            notes.append("resized, unmasked: at K coarser patches first, at all in the last epochs and in testing")
         if "gaussian" in arms:
             notes.append("gaussian: random patches, denser at the center (GLIP), tested on the tickets of the set")
         return [*notes, *key_notes(self.runs), *(f"left out: {why}" for why in self.left_out)]
