@@ -107,7 +107,7 @@ def halves(names: list[str], seed: str) -> dict[str, list[str]]:
 
 def backgrounds(cache: Path) -> dict[str, Image.Image]:
     """Photos without an object of these classes, some 1300 pixels wide."""
-    found = {}
+    found: dict[str, Image.Image] = {}
     for name, starts in SCENES.items():
         for start in starts:
             paths = [
@@ -115,9 +115,9 @@ def backgrounds(cache: Path) -> dict[str, Image.Image]:
                 for p in package(cache, name).glob("usr/share/**/*")
                 if p.suffix in (".jpg", ".png") and start in str(p)
             ]
-            image = Image.open(max(paths, key=lambda path: path.stat().st_size))
-            image.draft("RGB", (1300, 1300))
-            image = image.convert("RGB")
+            photo = Image.open(max(paths, key=lambda path: path.stat().st_size))
+            photo.draft("RGB", (1300, 1300))
+            image = photo.convert("RGB")
             image.thumbnail((1300, 1300))
             found[f"{name}:{start}"] = image
     return found

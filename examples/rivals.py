@@ -1,11 +1,17 @@
 """The study on photos: winning tickets of five selectors against every rival that costs nothing to choose by."""
 
-from collections.abc import Iterator
+import itertools
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 
-from commands import HERE, Command, mining, run_all, show, training
+from commands import HERE, Command, figures, mining, plus_minus, run_all, show, training, write_table
+from shards.inspect.score import recall
+from shards.reader import TicketSet
+from trainer.verdict.statistics import difference, mean, pooled
 
 RECIPE, SIDE = HERE / "photos.yaml", 128
 N, EPOCHS = 64, 6  # patches of a view; of every run that is not longer for a reason
@@ -89,6 +95,7 @@ class Rivals:
             for arm in ARMS[:3]:
                 yield self.run(f"{arm}-longest", seed, "--tickets", arm, *longest)
             yield self.run("resized-longest", seed, "--resize-to-tokens", *longest, on="base")
+            yield self.run("full-long", seed, "--tickets", "full", *twice, on="base")
 
     def of_varying_length(self, seeds: range) -> Iterator[Command]:
         """As many patches on average, shared out by how a view's scores are spread."""
@@ -125,7 +132,75 @@ def rivals(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
             study.base, "--data", study.photos, "--method", "center", "--tokens", HALF, "--views", 1, side=SIDE
         ).words
     )
-    commands = [study.mined(name) for name in SETS]
-    for part in (study.of_equal_epochs, study.of_varying_length, study.of_equal_cost):
-        commands += part(range(seeds))
-    run_all(commands, 2)
+    parts = [[*part(range(seeds))] for part in (study.of_equal_epochs, study.of_varying_length, study.of_equal_cost)]
+    run_all([*map(study.mined, SETS), *itertools.chain(*parts)], 2)
+    show("datalth-verdict", *(command.done.parent for command in parts[0]), "-o", out / "verdict")
+    accuracies(out / "rivals.md", list(itertools.chain(*parts)))
+    recalls(study, range(seeds))
+
+
+def accuracies(path: Path, commands: Sequence[Command]) -> None:
+    """A row for runs that differ in the seed alone: accuracy under each protocol, and minus c's on all patches."""
+    runs: dict[str, list[Path]] = {}
+    for command in commands:
+        if command.done.exists():
+            runs.setdefault(command.name.rsplit("-", 1)[0], []).append(command.done.parent)
+    tested = {name: [figures(run) for run in folders] for name, folders in runs.items()}
+    costs = {
+        name: json.loads((folders[0] / "final.json").read_text(encoding="utf-8"))["cost"]
+        for name, folders in runs.items()
+    }
+    samples = {
+        protocol: {
+            name: np.array([one[protocol] for one in found]) for name, found in tested.items() if protocol in found[0]
+        }
+        for protocol in ("tickets", "all", "random")
+    }
+    spreads = {protocol: pooled([*groups.values()]) for protocol, groups in samples.items()}
+    dense = samples["all"]["full"]
+    lines = ["| trained on | K | epochs | seeds | cost of c | tickets | all | random | tickets - c | all - c |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name, cost in costs.items():
+        share = cost["train_gmacs"] * cost["updates"] / (costs["full"]["train_gmacs"] * costs["full"]["updates"])
+        cells = [
+            name,
+            cost["tokens"],
+            round(EPOCHS * cost["updates"] / costs["full"]["updates"]),
+            len(runs[name]),
+            f"{share:.0%}",
+        ]
+        for protocol, groups in samples.items():
+            cells.append(plus_minus(mean(groups[name], spreads[protocol])) if name in groups else "")
+        for protocol in ("tickets", "all"):
+            found = samples[protocol].get(name)
+            cells.append("" if found is None else plus_minus(difference(found, dense, spreads["all"]), "+"))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    write_table(path, lines)
+
+
+def recalls(study: Rivals, seeds: range) -> None:
+    """Does a set that holds more of the objects make a better student? A table and a picture, over the ways to choose."""
+    from matplotlib.figure import Figure
+
+    sets = {name: TicketSet.open(str(study.out / name)) for name in SETS}
+    found = {
+        name: recall(one, "val", str(study.photos / "masks"), [QUARTER, HALF])["rows"] for name, one in sets.items()
+    }
+    lines = ["| chosen by | K | object patches held | top-1 on tickets |", "|---|---:|---:|---:|"]
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for at, (tokens, marker) in enumerate(((QUARTER, "o"), (HALF, "s"))):
+        points = {name: (rows[at]["ticket"], "winning" if name == "dinov2" else name) for name, rows in found.items()}
+        points |= {name: (found["dinov2"][at][name], name) for name in ("center", "random")}
+        for name, (share, arm) in sorted(points.items(), key=lambda item: -item[1][0]):
+            accuracy = np.mean([figures(study.runs / f"{arm}-{tokens}-{seed}")["tickets"] for seed in seeds])
+            lines.append(f"| {name} | {tokens} | {share:.2f} | {accuracy:.1f} |")
+            axis.plot(share, accuracy, marker, color=f"C{at}")
+            axis.annotate(name, (share, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axis.plot([], [], marker, color=f"C{at}", label=f"K = {tokens} of {N}")
+    dense = float(np.mean([figures(study.runs / f"full-{seed}")["all"] for seed in seeds]))
+    axis.axhline(dense, color="gray", linestyle="--", linewidth=1, label="all patches (c)")
+    axis.set(xlabel="object patches that a ticket holds", ylabel="top-1 on tickets, %")
+    axis.legend(frameon=False, loc="upper left")
+    figure.savefig(study.out / "recall.png", metadata={"Software": None})
+    write_table(study.out / "recall.md", lines)
