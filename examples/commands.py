@@ -100,14 +100,16 @@ class Command:
         return self.done.parent.with_name(f"{self.name}.log")
 
 
-def mining(out: Path, *flags: object, needs: Sequence[Path] = ()) -> Command:
-    """A ticket set in the folder out."""
-    return Command(["datalth-mine", "--img-size", 96, "--out", out, *flags], out / "manifest.json", needs)
+def mining(out: Path, *flags: object, needs: Sequence[Path] = (), side: int = 96) -> Command:
+    """A ticket set in the folder out, of views of side x side pixels."""
+    return Command(["datalth-mine", "--img-size", side, "--out", out, *flags], out / "manifest.json", needs)
 
 
-def training(output: Path, name: str, tickets: Path, *flags: object, needs: Sequence[Path] = ()) -> Command:
+def training(
+    output: Path, name: str, tickets: Path, *flags: object, needs: Sequence[Path] = (), recipe: Path = RECIPE
+) -> Command:
     """A run on a ticket set in the folder output/name; an interrupted one goes on."""
-    words = ["datalth-train", "--shards", tickets, "-c", RECIPE, *flags, "--output", output, "--experiment", name]
+    words = ["datalth-train", "--shards", tickets, "-c", recipe, *flags, "--output", output, "--experiment", name]
     return Command([*words, "--resume", "latest"], output / name / "final.json", needs)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+from rivals import rivals
 
 from commands import HERE, figures, mine, mining, plus_minus, run_all, say, show, training, write_table
 from trainer.verdict.statistics import difference, mean, pooled
@@ -58,6 +59,7 @@ def main() -> None:
 
 
 main.add_command(weights)
+main.add_command(rivals)
 
 
 @main.command()

@@ -49,7 +49,9 @@ def main(context: click.Context, **values: Any) -> None:
       cls-attention   the class token's attention at one block, all patches present
       rollout         attention rolled out from the first block
       pool-attention  the attention of a pooling head, as SigLIP's
-      center, random  controls that use no model
+      entropy         bits of a patch's gray levels, without a model: APT's score
+      masks           how much of each patch lies in the true mask, of --masks: the oracle
+      center, random  controls that look at nothing
       none            no tickets: a linked set of token labels alone
       module:function your own; docs/ARCHITECTURE.md shows one
     """

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from miner.plan import shard_rows
+from miner.producers.masks import MaskRankings
 from miner.producers.producer import Image, Producer, answering
 from miner.sources import Source
 from shards.errors import ImageError, is_machine_error
@@ -78,6 +79,8 @@ def read_image(plan: Plan, source: Source, producers: Sequence[Producer], split:
             image.rendered = render_pixels(pixels, views, common.img_size)
         everything = np.array([[0, 0, height, width, 0]])
         for producer in answering(producers):
+            if isinstance(producer, MaskRankings):
+                image.inputs[producer.name] = producer.look(image)
             if producer.size is None:
                 continue
             if producer.whole:

@@ -4,7 +4,8 @@ A method is one function `(selector, images, seeds) -> (ranking [B, N], scores [
 `register_method` adds one, and `--method module:function` takes it from any importable module.
 
 Sources: evit: EViT (ICLR 2022) section 3.1 as Data-LTH's public code uses it (no fused token);
-cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020); pool-attention: SigLIP's pooling head (ICCV 2023).
+cls-attention: DINO (ICCV 2021); rollout: Abnar and Zuidema (ACL 2020); pool-attention: SigLIP's pooling head (ICCV 2023);
+entropy: APT's score of a patch (Choudhury et al., Accelerating Vision Transformers with Adaptive Patch Sizes, ICLR 2026).
 
 Shapes: B images, N patches, P prefix tokens, T = P + N tokens at most, D width, h heads.
 """
@@ -36,7 +37,8 @@ from shards.views import center_distance
 Model = Any  # a timm VisionTransformer or Eva; torch would type each of its attributes Tensor | Module
 Method = Callable[["Selector", Any, list[int] | None], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {}
-BLIND = {"random", "center"}  # look at no pixels, let alone a model's
+BLIND = {"random", "center", "masks"}  # look at no pixels of the image, let alone a model's
+MODEL_FREE = BLIND | {"entropy"}  # and these at pixels alone
 READS = {"evit": "cls_token", "cls-attention": "cls_token", "rollout": "cls_token", "pool-attention": "attn_pool"}
 
 
@@ -117,8 +119,8 @@ class Selector:
 
         Args:
             images: [B, 3, S, S], normalized with the model's mean and std, S = grid * the model's patch size; without
-                a model in [0, 1], at the set's `img_size`.
-            seeds: one a row, for `random`.
+                a model in [0, 1], at the set's `img_size`; for `masks` the object's share of each patch, [B, N].
+            seeds: one a row, for `random` and `masks`.
         Returns:
             int64 [B, N] patch indices, row-major, most informative first; a permutation in each row.
         """
@@ -147,7 +149,8 @@ def create_selector(
     """A selector whose arguments fit each other.
 
     Args:
-        method: evit, cls-attention, rollout, pool-attention, random, center, a registered name, or module:function.
+        method: evit, cls-attention, rollout, pool-attention, entropy, masks, random, center, a registered name, or
+            module:function.
         model: timm VisionTransformer or Eva of this grid; None where the method needs none.
         grid: (gh, gw) of the tickets.
         counts: `miner.drop.keep_counts` of N; for evit one a block.
@@ -282,6 +285,27 @@ def pool_attention(selector: Selector, images: Tensor, seeds: list[int] | None) 
     return descending(scores), scores
 
 
+@register_method("entropy")
+def entropy(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Bits of a patch's gray levels, as APT's public code counts them (rccchoudhury/apt, `entropy_utils.py`).
+
+    Gray is .2989 R + .5870 G + .1140 B, in 512 bins from 0 to 255. It is all in whole numbers, as is what is compared, so
+    that neither a batch nor a device changes a ranking.
+    """
+    b, (rows, columns) = len(images), selector.grid
+    weights = torch.tensor([2989, 5870, 1140], device=images.device)
+    gray = ((images * 255).round().long() * weights[:, None, None]).sum(1)  # [B, S, S], in 1 / 10000 of a level
+    cells = gray.view(b, rows, gray.shape[1] // rows, columns, -1).transpose(2, 3).flatten(3).flatten(0, 2)
+    size = cells.shape[1]  # pixels of a patch
+    counts = torch.zeros(len(cells), 512, dtype=torch.int64, device=images.device)  # [B * N, 512]
+    counts.scatter_add_(1, cells * 512 // (255 * 10_000), torch.ones_like(cells))
+    # With c pixels in a bin, bits = log2(size) - sum of c log2(c) / size; in 2^-32 of a pixel's bit.
+    some = np.arange(1, size + 1)
+    terms = torch.from_numpy(np.rint([0, *some * np.log2(some) * 2.0**32]).astype(np.int64)).to(images.device)
+    found = (terms[-1] - terms[counts].sum(1)).view(b, -1)
+    return descending(found), found.float() / (size * 2.0**32)
+
+
 @register_method("random")
 def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """A uniform ranking a row, a pure function of its seed."""
@@ -290,6 +314,13 @@ def random(selector: Selector, images: Tensor | None, seeds: list[int] | None) -
     bits = [np.random.Philox(key=seed).random_raw(selector.num_patches) >> 11 for seed in seeds]
     scores = torch.from_numpy(np.stack(bits).astype(np.float64) * 2.0**-53)
     return descending(scores), scores
+
+
+@register_method("masks")
+def masks(selector: Selector, images: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """By how much of a patch lies on the object; equal patches, the background's, as `random` has them: by no place."""
+    order, _ = random(selector, None, seeds)
+    return order.gather(1, descending(images.gather(1, order))), images
 
 
 @register_method("center")

@@ -19,6 +19,7 @@ DEFAULT_SELECTOR, DEFAULT_METHOD = "deit_small", "evit"
 METHOD_OF = {"dinov2": "cls-attention"}  # it was never trained to drop patches; docs/SELECTORS.md has figures
 DEFAULT_QUALITY = 90  # of ranked views
 NO_RANKINGS = "none"  # as a method: the set has token labels alone
+MASKS = "masks"  # the method that needs a folder of them
 # A ticket set that is mined from decides these; of the second, giving the same again is no mistake.
 INHERITED, SIZES = frozenset(["inherited"]), frozenset(["size"])
 
@@ -117,6 +118,11 @@ class Selection(Settings):
     tokens: int | None = setting(
         None, click.IntRange(min=1), "Patches in a ticket, instead of --keep-rate.", metavar="K"
     )
+    masks: str | None = setting(
+        None,
+        metavar="DIR",
+        help="For --method masks: PNGs, white on the object, DIR/train/bird/x.png for train/bird/x.jpg.",
+    )
     drop_blocks: tuple[int, ...] | None = setting(
         None,
         metavar="I,J,K",
@@ -130,6 +136,10 @@ class Selection(Settings):
             raise TicketSetError("`tokens` and `keep_rate` both say how many patches a ticket has; give one of them")
         if not self.method:
             object.__setattr__(self, "method", METHOD_OF.get(self.selector or "", DEFAULT_METHOD))
+        if (self.method == MASKS) != bool(self.masks):
+            raise TicketSetError(
+                f"`method` {self.method}: expected `masks` DIR beside method {MASKS}, and beside no other"
+            )
 
     @property
     def ranks(self) -> bool:

@@ -17,10 +17,16 @@ _own = _Own()
 
 
 def permutation(count: int, *name: object) -> np.ndarray:
-    """int64 [count], a permutation of 0 .. count - 1.
+    """int64 [count], a permutation of 0 .. count - 1: a stable sort leaves nothing to chance where two words are equal.
 
-    Raw Philox words are numpy's fixed stream, so that no version of numpy can change it; a stable sort leaves nothing to
-    chance where two words are equal.
+    Args:
+        name: the parts of its name, joined by slashes.
+    """
+    return random_words(count, *name).argsort(kind="stable")
+
+
+def random_words(count: int, *name: object) -> np.ndarray:
+    """uint64 [count]: raw Philox words are numpy's fixed stream, so that no version of numpy can change it.
 
     Args:
         name: the parts of its name, joined by slashes.
@@ -36,4 +42,4 @@ def permutation(count: int, *name: object) -> np.ndarray:
         "uinteger": 0,
     }
     words: np.ndarray = _own.philox.random_raw(count)
-    return words.argsort(kind="stable")
+    return words

@@ -55,7 +55,7 @@ class SelectorIdentity(Record):
     Attributes:
         method: by which patches are ranked; with MODULE:FUNCTION one of a user's own.
         model: timm's name; None where the method uses none.
-        state: sha256 of its weights.
+        state: sha256 of its weights; of method masks, of their names and sizes.
         keep_rate: share of the patches that each stage keeps; None where K was given.
         counts: patches left after each stage.
         blocks: after which a stage ends.

@@ -232,8 +232,9 @@ def test_odd_images_are_mined_and_kept(tmp_path, weights):
         (
             ("--method", "centre"),
             1,
-            "--method centre: expected one of evit, cls-attention, rollout, pool-attention, random, center",
+            "--method centre: expected one of evit, cls-attention, rollout, pool-attention, entropy, random, masks, center",
         ),
+        (("--method", "entropy"), 1, "--selector: --method entropy uses no model; leave it out"),
         (("--method", "center", "--weights", "w.pth"), 1, "--weights: --method center uses no model; leave it out"),
         (("--method", ":f"), 1, "--method :f: "),
         (("--method", "math:sqrt"), 1, "--method: expected a function in a Python file"),

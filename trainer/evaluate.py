@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.arms import arm_ranking
-from trainer.data.loader import Batch
+from trainer.data.loader import Batch, pinned
 from trainer.engine import Setup
 from trainer.families.base import TicketModel
 from trainer.families.patches import gather_patches
@@ -52,8 +52,10 @@ def evaluate(
     # On the device and in double: no batch waits for the host, and a sum does not depend on how ranks share the images.
     sums = torch.zeros(len(names), 4, dtype=torch.float64, device=setup.device)  # top1, top5, loss, images
     for batch in batches:
-        positions = batch["positions"].tolist()
-        random = random_rankings(positions, batch["rankings"].shape[1], setup.machine.seed)
+        if "random" in protocols:
+            positions = batch["positions"].tolist()
+            random = {"random": random_rankings(positions, batch["rankings"].shape[1], setup.machine.seed)}
+            batch |= pinned(random) if setup.device.type == "cuda" else random
         lengths = by_length(batch["tokens"]) if "tokens" in batch else [(tokens, None)]
         batch = {name: tensor.to(setup.device, non_blocking=True) for name, tensor in batch.items()}
         patches = setup.normalized(batch["patches"])
@@ -65,7 +67,7 @@ def evaluate(
                     # A selector in training is shown tickets without dropping from them again.
                     logits = (model if protocol == "dropped" else model.undropped())(whole, every(whole)).float()
                 else:
-                    rankings = random.to(setup.device) if protocol == "random" else batch["rankings"]
+                    rankings = batch["random" if protocol == "random" else "rankings"]
                     logits = on_tickets(model.undropped(), patches, rankings, lengths)
             ranked = best_classes(logits)
             sums[row] += figures(logits, ranked, batch["labels"])
@@ -127,7 +129,7 @@ def figures(logits: Tensor, ranked: Tensor, labels: Tensor) -> Tensor:
     """
     best = ranked == labels[:, None]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    count = torch.tensor(len(labels), device=logits.device)
+    count = torch.full((), len(labels), device=logits.device)  # torch.tensor would wait for the device
     return torch.stack([best[:, 0].sum(), best.any(1).sum(), loss, count]).double()
 
 

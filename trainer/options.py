@@ -19,7 +19,7 @@ from shards.console import Finite
 from shards.errors import TicketSetError
 from shards.flags import Settings, marked, setting
 
-Arm = Literal["winning", "random", "random-fixed", "center", "inverse", "full"]
+Arm = Literal["winning", "random", "random-fixed", "gaussian", "center", "inverse", "full"]
 ARMS: tuple[str, ...] = get_args(Arm)
 PROTOCOLS = ("tickets", "all", "random")  # how a student is tested
 WeightArm = Literal["winning", "reinit", "shuffled", "random", "dense"]
@@ -122,7 +122,10 @@ class Tickets(Settings):
         shown="the set's",
         parse=parse_tokens,
     )
-    resize_to_tokens: bool = setting(False, help="The control of the same cost: the whole view at K coarser patches.")
+    resize_to_tokens: bool = setting(
+        False,
+        help="The control of the same cost: the whole view at K coarser patches; with --unmask-epochs until these begin.",
+    )
     unmask_epochs: int = setting(0, COUNT, "Train the last E epochs on all patches.")
     repeats: int = setting(3, POSITIVE, "Views replayed per decode (repeated augmentation).")
 
@@ -146,6 +149,11 @@ class Tickets(Settings):
     def count(self) -> int | None:
         """K, or its mean where it varies; None: the set's."""
         return int(str(self.tokens).removeprefix("auto:")) if self.tokens is not None else None
+
+    @property
+    def coarse_first(self) -> bool:
+        """Whether whole views are shown in coarser patches until the last epochs show all."""
+        return self.resize_to_tokens and self.unmask_epochs > 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from shards.views import CROP_PCT
 from trainer.data.dataset import ticket_size
 from trainer.data.lengths import Lengths
 from trainer.families.base import TicketModel, square_side
+from trainer.families.coarse import CoarseViT
 from trainer.families.dropping import DroppingViT
 from trainer.families.registry import feed_of
 from trainer.options import Dropping, Model, Tickets
@@ -37,8 +38,13 @@ def build_student(
             f"`tokens` {tickets.tokens}: {model.model} with `feed` {feed} is built for tickets of one K, a square; give K"
         )
     patch = kind.patch_of(meta, opened.manifest.patch_size)
+    if tickets.coarse_first and feed != "tokens":
+        raise TicketSetError(f"`unmask_epochs` with `resize_to_tokens`: expected a ViT, got {model.model}")
     side = _side(opened, tickets, kind, patch)
-    grid = (side // patch,) * 2 if tickets.resize_to_tokens else opened.grid
+    coarse = (side // patch,) * 2
+    if tickets.coarse_first:
+        side = opened.grid[0] * patch
+    grid = coarse if tickets.resize_to_tokens and not tickets.coarse_first else opened.grid
     timm_model = create_model(model, opened, pretrained=model.pretrained, **kind.size_arguments(meta, side))
     _start_weights(timm_model, model, opened, trained)
     if model.grad_checkpointing:
@@ -60,7 +66,7 @@ def build_student(
         )
     if patch != opened.manifest.patch_size:
         log.info(f"{model.model} has patches of {patch} px: it is fed the views' {grid[0]}x{grid[1]} at {side} px")
-    return student
+    return CoarseViT(timm_model, coarse) if tickets.coarse_first else student
 
 
 def create_model(model: Model, opened: TicketSet, pretrained: bool = False, **size: Any) -> Any:

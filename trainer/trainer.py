@@ -103,7 +103,7 @@ class Trainer:
         self.validation = ValidationDataset(
             opened,
             recipe.data.val_split,
-            views=views,
+            views=replace(views, side=views.whole_side) if tickets.coarse_first else views,
             batch_size=optimization.batch_size,
             rank=self.rank.number,
             ranks=self.rank.size,

@@ -7,11 +7,12 @@ import torch
 
 from miner.models import choose_device
 from miner.producers.kept import KeptRankings, KeptTokenLabels
+from miner.producers.masks import build_mask_rankings
 from miner.producers.producer import Producer
 from miner.producers.ranked import ranked_pixels
 from miner.producers.rankings import build_rankings, uses_model
 from miner.producers.token_labels import TokenLabels
-from miner.selectors import BLIND
+from miner.selectors import BLIND, MODEL_FREE
 from miner.settings import Geometry, Labeling, Machine, Output, Selection
 from miner.sources import Source
 from miner.token_labels import build_labeler
@@ -64,7 +65,8 @@ def build_models(
     device = device_of(selection, labeling, machine)
     producers: list[Producer] = []
     if selection is not None and selection.ranks:
-        producers.append(build_rankings(selection, geometry, machine, device, machine.batch_size))
+        build = build_mask_rankings if selection.masks else build_rankings
+        producers.append(build(selection, geometry, machine, device, machine.batch_size))
     if labeling.token_labels is not None:
         name, weights, size = labeling.token_labels, labeling.token_label_weights, labeling.token_label_size
         labeler = build_labeler(name, weights, classes, device, machine.amp, size)
@@ -100,7 +102,7 @@ def check_settings(selection: Selection | None, labeling: Labeling, output: Outp
         "selector": asked.selector, "weights": asked.weights, "drop_blocks": asked.drop_blocks,
         "torchcompile": machine.torchcompile,
     }  # fmt: skip
-    if is_blind(selection, labeling):
+    if labeling.token_labels is None and (selection is None or method in MODEL_FREE):
         unused["amp"] = machine.amp
     why = f"`method` {method} uses no model" if selection else "the rankings of `data` are kept, without a model"
     for name, value in unused.items():

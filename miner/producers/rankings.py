@@ -13,7 +13,7 @@ from torch import Tensor
 from miner import models
 from miner.drop import DEFAULT_KEEP_RATE, PAPER_STAGES, default_blocks, keep_counts, keep_counts_for
 from miner.producers.producer import Image, Item, Normalize
-from miner.selectors import BLIND, Selector, create_selector, find_method, needs_model
+from miner.selectors import BLIND, MODEL_FREE, Selector, create_selector, find_method, needs_model
 from miner.settings import DEFAULT_SELECTOR, Geometry, Machine, Selection
 from shards import format as fmt
 from shards import spread
@@ -51,9 +51,12 @@ class Rankings:
     def submit(self, batch: list[Item]) -> tuple[Tensor, ...]:
         """Rankings int32 [B, N] and scores float32 [B, N]."""
         seeds = [view_seed(self._seed, image.row["key"], number) for image, number in batch]
-        pixels = None if self.size is None else self._normalize(self.name, batch)
-        rankings, scores = self._selector.rank_and_score(pixels, seeds)
+        rankings, scores = self._selector.rank_and_score(self._shown(batch), seeds)
         return rankings.to(torch.int32), scores.float()
+
+    def _shown(self, batch: list[Item]) -> Tensor | None:
+        """What the method looks at."""
+        return None if self.size is None else self._normalize(self.name, batch)
 
     def collect(self, batch: list[Item], results: list[np.ndarray]) -> list[Answer]:
         """An `Answer` of every view.
@@ -115,7 +118,7 @@ def build_rankings(
     if method == "evit" and model and blocks is None:
         blocks = default_blocks(len(model.blocks))
     stages = len(blocks) if method == "evit" and blocks else PAPER_STAGES
-    counts = _counts(selection, grid[0] * grid[1], stages)
+    counts = counts_of(selection, grid, stages)
     selector = create_selector(method, model, grid, counts, blocks, device, machine.amp, machine.torchcompile)
     identity = describe(selector, selection, geometry, machine, state)
     return Rankings(selector, identity, batch_size, geometry.seed)
@@ -127,7 +130,7 @@ def describe(
     """What the plan says of a selector and of what it looks at.
 
     Args:
-        state: hash of its model's weights.
+        state: hash of its model's weights, or of what else it reads.
     """
     model, method, blind = selector.model, selector.method, selector.method in BLIND
     mean: tuple[float, ...]
@@ -136,7 +139,7 @@ def describe(
         (mean, std), size = models.mean_and_std(model), geometry.grid[0] * models.square_patch(model)
     elif blind:
         mean, std, size = (), (), None
-    else:  # a user's method without a model sees the view as the student does, in [0, 1]
+    else:  # entropy, and a user's method without a model, see the view as the student does, in [0, 1]
         mean, std, size = (0.0,) * 3, (1.0,) * 3, geometry.img_size
     return SelectorIdentity(
         method=method,
@@ -148,7 +151,7 @@ def describe(
         input_size=size,
         mean=mean,
         std=std,
-        dtype="bfloat16" if machine.amp and not blind else "float32",
+        dtype="bfloat16" if machine.amp and method not in MODEL_FREE else "float32",
         compiled=machine.torchcompile,
         # Another version of a user's own method is another plan.
         code=source_hash(find_method(method)) if ":" in method else None,
@@ -161,7 +164,7 @@ def uses_model(selection: Selection) -> bool:
     Raises:
         TicketSetError: there is no such method.
     """
-    asked = (selection.selector or selection.weights) and selection.method not in BLIND
+    asked = (selection.selector or selection.weights) and selection.method not in MODEL_FREE
     return needs_model(selection.method) or bool(asked)
 
 
@@ -181,8 +184,13 @@ def _keep_rate(selection: Selection) -> float:
     return DEFAULT_KEEP_RATE if selection.keep_rate is None else selection.keep_rate
 
 
-def _counts(selection: Selection, num_patches: int, stages: int) -> tuple[int, ...]:
-    """Patches left after each stage; the last is K."""
+def counts_of(selection: Selection, grid: tuple[int, int], stages: int = PAPER_STAGES) -> tuple[int, ...]:
+    """Patches left after each stage; the last is K.
+
+    Raises:
+        TicketSetError: no such number of patches, or no keep rate.
+    """
+    num_patches = grid[0] * grid[1]
     try:
         if selection.tokens:
             return keep_counts_for(num_patches, selection.tokens, stages)

@@ -424,7 +424,12 @@ def diff(a: str, b: str, split: str | None, as_json: bool) -> None:
 @main.command()
 @_folder
 @_split
-@click.option("--masks", required=True, metavar="DIR", help="PNG masks: DIR/train/bird/x.png for train/bird/x.jpg.")
+@click.option(
+    "--masks",
+    required=True,
+    metavar="DIR",
+    help="PNG masks, white on the object: DIR/train/bird/x.png for train/bird/x.jpg.",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),

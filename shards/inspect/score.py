@@ -3,14 +3,12 @@
 A patch is an object patch where at least half of its pixels are inside the true mask.
 """
 
-import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from shards.errors import TicketSetError
-from shards.images import decode
+from shards.masks import mask_path, object_shares
 from shards.reader import TicketSet
 from shards.views import center_ranking
 
@@ -23,12 +21,13 @@ def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict
     Args:
         opened: the set.
         split: its split.
-        masks: folder of PNGs, 0 outside the object; of `train/bird/x.jpg` either train/bird/x.png or bird/x.png.
+        masks: their folder, see `shards.masks`.
         tokens: the K to score.
     Returns:
         images, without_mask, without_object, mean_object_patches, rows: k, ticket, stderr, center, random.
     Raises:
         TicketSetError: no image has a mask, or the set holds token labels alone.
+        ImageError: a mask that is none.
     """
     opened.require_tickets()
     n = opened.num_patches
@@ -40,11 +39,11 @@ def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict
         rows = {row["key"]: row for row in opened.shard_table(name).to_pylist()}
         for sample in opened.stream_shard(name):
             row = rows[sample.key]
-            path = _mask_path(masks, row["source"], split)
+            path = mask_path(masks, row["source"])
             if path is None:
                 without_mask += 1
                 continue
-            patches = object_patches(path, (row["width"], row["height"]), sample.views[0], opened.grid)
+            patches = object_shares(path, (row["width"], row["height"]), sample.views[:1], opened.grid)[0] >= HALF
             if not patches.any():
                 without_object += 1
                 continue
@@ -67,26 +66,3 @@ def recall(opened: TicketSet, split: str, masks: str, tokens: list[int]) -> dict
             for k, m, e in zip(tokens, shares.mean(axis=0), stderr, strict=True)
         ],
     }
-
-
-def object_patches(path: str, size: tuple[int, int], view: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """bool [N]: patches of a view that are at least half object. `size` is the stored image's (width, height)."""
-    with open(path, "rb") as file:
-        pixels = decode(file.read())  # its size is checked before it is decoded
-    mask = Image.fromarray(pixels).convert("L").point(lambda value: 255 if value > 127 else 0)
-    if mask.size != size:  # the set stores a smaller image
-        mask = mask.resize(size, Image.Resampling.NEAREST)
-    top, left, height, width, flip = (int(v) for v in view)
-    cells = mask.convert("F").resize(grid[::-1], Image.Resampling.BOX, (left, top, left + width, top + height))
-    covered = np.asarray(cells)[:, :: -1 if flip else 1] / 255
-    return covered.flatten() >= HALF
-
-
-def _mask_path(masks: str, source: str, split: str) -> str | None:
-    stem = os.path.splitext(source)[0]
-    for candidate in (stem, stem.partition("/")[2]):
-        path = os.path.join(masks, candidate + ".png")
-        inside = not (os.path.isabs(candidate) or ".." in candidate.split("/") or "\0" in candidate)
-        if candidate and inside and os.path.isfile(path):
-            return path
-    return None

@@ -277,6 +277,42 @@ def test_ties_among_some_patches_go_to_the_lower_index() -> None:
     assert row == [*range(2, N, 3), *range(1, N, 3), *range(0, N, 3)]
 
 
+def textured(count: int, seed: int = 0) -> np.ndarray:
+    """uint8 [B, 48, 48, 3]: every patch of 8 x 8 has its own number of levels, the first is flat."""
+    draw = np.random.default_rng(seed)
+    images = np.empty((count, 48, 48, 3), np.uint8)
+    for number, patch in enumerate(draw.permutation(N).tolist()):
+        top, left = 8 * (number // 6), 8 * (number % 6)
+        images[:, top : top + 8, left : left + 8] = draw.integers(0, 1 + 7 * patch, (count, 8, 8, 3))
+    return images
+
+
+def test_entropy_counts_a_patchs_gray_levels_as_apt_does() -> None:
+    images = textured(3)
+    ranking, scores = create_selector("entropy", None, GRID, (9,)).rank_and_score(
+        torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    )
+    for image, order, bits in zip(images, ranking.tolist(), scores.tolist(), strict=True):
+        naive = []
+        for number in range(N):
+            top, left = 8 * (number // 6), 8 * (number % 6)
+            red, green, blue = image[top : top + 8, left : left + 8].astype(np.float64).reshape(-1, 3).T
+            gray = 0.2989 * red + 0.5870 * green + 0.1140 * blue
+            share = np.histogram(gray, bins=512, range=(0, 255))[0] / 64
+            naive.append(-sum(p * np.log2(p) for p in share if p))
+        assert bits == pytest.approx(naive, abs=1e-6) and min(bits) == 0 and max(bits) > 5
+        assert order == sorted(range(N), key=lambda patch: (-round(naive[patch], 9), patch))
+
+
+def test_entropy_of_a_view_is_the_same_in_every_batch_and_under_amp() -> None:
+    images = torch.from_numpy(textured(5)).permute(0, 3, 1, 2).float() / 255
+    together = create_selector("entropy", None, GRID, (9,)).rank_and_score(images)
+    alone = [create_selector("entropy", None, GRID, (9,), amp=True).rank_and_score(image[None]) for image in images]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+    assert len({tuple(row) for row in together[0].tolist()}) == 5
+
+
 def test_random_is_a_pure_function_of_the_seed() -> None:
     selector = create_selector("random", None, (4, 4), (8,))
     assert selector.rank(None, [5, 6]).tolist() == [

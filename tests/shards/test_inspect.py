@@ -14,10 +14,12 @@ from PIL import Image
 from conftest import SELECTOR, inspect, mine
 from servers import upload
 from shards.console import size
+from shards.errors import ImageError
 from shards.inspect import draw, pictures
 from shards.inspect.compare import overlap
 from shards.inspect.draw import rank_tile, ticket_tile, view_tile
-from shards.inspect.score import object_patches, recall
+from shards.inspect.score import recall
+from shards.masks import object_shares
 from shards.reader import TicketSet
 from shards.views import center_ranking
 
@@ -248,12 +250,35 @@ def test_object_patches_follow_box_and_flip(tmp_path):
     mask = np.zeros((40, 80), np.uint8)
     mask[:, 60:] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
-    path = str(tmp_path / "m.png")
-    whole = object_patches(path, (80, 40), np.array([0, 40, 40, 40, 0]), (2, 2))
-    assert whole.tolist() == [False, True, False, True]
-    flipped = object_patches(path, (80, 40), np.array([0, 40, 40, 40, 1]), (2, 2))
-    assert flipped.tolist() == [True, False, True, False]
-    assert not object_patches(path, (80, 40), np.array([0, 0, 40, 40, 0]), (2, 2)).any()
+    views = np.array([[0, 40, 40, 40, 0], [0, 40, 40, 40, 1], [0, 0, 40, 40, 0], [0, 50, 40, 20, 0]])
+    expected = [[0, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]
+    for pixels in ((80, 40), (40, 20), (800, 400), (81, 40)):  # of the mask; views are of the image
+        Image.fromarray(mask).resize(pixels, Image.Resampling.NEAREST).save(tmp_path / "m.png")
+        assert object_shares(str(tmp_path / "m.png"), (80, 40), views, (2, 2)).tolist() == expected
+
+
+def test_shares_of_a_mask_are_counted_at_its_own_resolution(tmp_path):
+    mask = (np.random.default_rng(0).random((96, 144)) < 0.5).astype(np.uint8) * 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    (found,) = object_shares(str(tmp_path / "m.png"), (72, 48), np.array([[4, 8, 32, 32, 1]]), (4, 4))
+    box = mask[8:72, 16:80][:, ::-1] / 255  # two pixels of the mask to one of the image
+    assert found.tolist() == box.reshape(4, 16, 4, 16).mean(axis=(1, 3)).flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.ones((40, 80), np.uint8), "expected 255 on the object and 0 elsewhere, got 1 at most"),
+        (np.zeros((80, 40), np.uint8), "expected the shape of the image, 80x40, got 40x80"),
+        (b"no PNG", "not an image"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused_in_words(pixels, words, tmp_path):
+    path = tmp_path / "m.png"
+    path.write_bytes(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels).save(path)
+    with pytest.raises(ImageError, match=words) as caught:
+        object_shares(str(path), (80, 40), np.array([[0, 0, 40, 40, 0]]), (2, 2))
+    assert str(path) in str(caught.value)
 
 
 def test_center_ranking_here_is_the_miners(center_set):

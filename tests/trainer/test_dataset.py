@@ -245,7 +245,20 @@ def test_unmasked_epochs_hold_all_patches_of_the_same_views(opened):
     assert all(torch.equal(batch[n], ticket[n]) for n in ("labels", "partners", "lam", "erase"))
 
 
-@pytest.mark.parametrize("arm", ["winning", "random", "random-fixed", "center", "inverse"])
+@pytest.mark.parametrize("mixing", ["pixels", "patches"])
+def test_coarse_epochs_are_those_of_resized_and_the_last_those_of_full(opened, mixing):
+    rich = {**RICH, "mixing": mixing}
+    size = {"resize_to_tokens": True, "tokens": 9}
+    both = dataset(opened, rich, **size, unmask_epochs=1, unmask_from=2, views=Views(48, 64, 16))
+    coarse = dataset(opened, rich, **size, views=Views(48, 48, 16))
+    full = dataset(opened, rich, tickets="full", views=Views(64, 64, 16))
+    assert (both.tokens, coarse.tokens, full.tokens) == (9, 9, 16)
+    for epoch, alone in ((0, coarse), (1, coarse), (2, full)):
+        assert equal(both[epoch, 0, 0], alone[epoch, 0, 0])
+    assert both[1, 0, 0]["patches"].shape == (8, 9, 768) and both[2, 0, 0]["patches"].shape == (8, 16, 768)
+
+
+@pytest.mark.parametrize("arm", ["winning", "random", "random-fixed", "gaussian", "center", "inverse"])
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_another_number_of_tokens_is_another_prefix(opened, arm, mixup):
     six, three = (dataset(opened, PLAIN, tickets=arm, tokens=k, mixup=mixup)[0, 0, 0] for k in (6, 3))
@@ -275,8 +288,9 @@ def kept_by_view(opened: TicketSet, arm: str, seed: int = 0) -> list[dict[tuple[
 
 
 def test_random_is_drawn_anew_for_every_epoch_and_view_and_random_fixed_is_not(opened):
-    first, second = kept_by_view(opened, "random")
-    assert len(set(first.values()) | set(second.values())) == 126
+    for arm in ("random", "gaussian"):
+        first, second = kept_by_view(opened, arm)
+        assert len(set(first.values()) | set(second.values())) == 126
     first, second = kept_by_view(opened, "random-fixed")
     assert first == second
     assert len(set(first.values())) == 63

@@ -251,6 +251,15 @@ def test_swins_cost_is_held_against_the_whole_view_at_timms_own_window(tickets, 
     assert small <= 4 / 16 * dense
 
 
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "hiera_tiny_224", "test_resnet", "lvvit_t", "vit_small_patch16_dinov3"]
+)
+def test_a_curriculum_of_resolution_is_of_plain_vits_alone(tickets, tmp_path, name):
+    words = ["--model", name, "--resize-to-tokens", "--tokens", 9, "--unmask-epochs", 1]
+    said = train(tickets, tmp_path, "x", *words, plain=True, code=1).output.splitlines()[-1]
+    assert "--unmask-epochs with --resize-to-tokens: expected a ViT, got" in said and not (tmp_path / "x").exists()
+
+
 def test_hiera_trains_on_units(photos, tmp_path):
     mine("--data", photos, "--out", tmp_path / "set", "--method", "random", "--img-size", 96, "--patch-size", 32,
          "--tokens", 4, "--views", 3)  # fmt: skip

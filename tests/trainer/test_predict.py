@@ -221,6 +221,11 @@ def test_a_table_of_many_photos_is_cut_where_a_file_has_them_all(run, photos, tm
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 21
 
 
+def test_true_masks_are_of_mining_alone(run, photos):
+    assert "--method masks: needs true masks" in predict(run, photos, "--method", "masks", code=2).stderr
+    assert "no such option" in predict(run, photos, "--masks", photos, code=2).stderr.lower()
+
+
 def test_help_needs_no_torch():
     code = "import sys, trainer.predict.cli; print({'torch', 'timm', 'pyarrow', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -159,6 +159,7 @@ def test_a_cut_set_feeds_up_to_what_is_stored(opened, cut):
         ({"tokens": 9}, "`tokens` 9: expected at most 8"),
         ({"tickets": "random"}, "`tickets` random"),
         ({"tickets": "random-fixed"}, "`tickets` random-fixed"),
+        ({"tickets": "gaussian"}, "`tickets` gaussian"),
         ({"tickets": "inverse"}, "`tickets` inverse"),
         ({"tickets": "center"}, "`tickets` center"),
         ({"tickets": "full"}, "`tickets` full"),

@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from shards.errors import TicketSetError
+from trainer.families.coarse import CoarseViT
 from trainer.families.patches import gather_patches, patchify, scatter_patches
 from trainer.families.vit import TicketViT
 
@@ -51,6 +53,25 @@ def build(name: str) -> tuple[VisionTransformer, torch.Tensor, torch.Tensor]:
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
     keep = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
     return model, images, keep
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_coarser_view_equals_timms_model_of_that_size_and_all_patches_the_full_one(name):
+    """Timm's own way to another size: its checkpoint filter's resampling, here of the position table alone."""
+    model, images, _ = build(name)
+    timm_name, arguments = MODELS[name]
+    patch, prefix = model.patch_embed.patch_size[0], 0 if model.no_embed_class else model.num_prefix_tokens
+    small = timm.create_model(timm_name, **{**arguments, "img_size": 2 * patch}).double().eval()
+    table = resample_abs_pos_embed(model.pos_embed, [2, 2], [3, 3], num_prefix_tokens=prefix)
+    small.load_state_dict({**model.state_dict(), "pos_embed": table})
+    student, coarse = CoarseViT(model, (2, 2)), images[:, :, : 2 * patch, : 2 * patch]
+    assert (student.grid, student.whole_side) == ((2, 2), 3 * patch)
+    every = [torch.arange(count).expand(3, -1) for count in (4, 9)]
+    answer = student(patchify(coarse, patch), every[0])
+    assert torch.allclose(answer, small(coarse), atol=1e-6)
+    assert torch.allclose(student(patchify(images, patch), every[1]), model(images), atol=1e-10)
+    answer.sum().backward()
+    assert model.pos_embed.grad[:, prefix:].abs().sum(-1).min() > 0, "every position learns"
 
 
 @pytest.mark.parametrize("name", MODELS)

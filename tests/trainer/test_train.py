@@ -24,7 +24,7 @@ from trainer.evaluate import evaluate
 from trainer.families.vit import TicketViT
 from trainer.options import Machine, Optimization
 from trainer.ranks import Rank
-from training import SMALL, arguments, same, stopped_at, summary_of, train, weights_of
+from training import SMALL, arguments, same, stopped_at, summary_of, train, two_ranks, weights_of
 
 pytestmark = pytest.mark.slow  # trains for each test
 
@@ -109,7 +109,7 @@ def test_timm_loads_the_checkpoints_and_gives_the_same_logits(tickets, whole):
     assert (whole / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 
-@pytest.mark.parametrize("arm", ["random", "random-fixed", "center", "inverse", "full"])
+@pytest.mark.parametrize("arm", ["random", "random-fixed", "gaussian", "center", "inverse", "full"])
 def test_every_arm_trains(tickets, tmp_path, arm):
     output = train(tickets, tmp_path, arm, "--tickets", arm, "--epochs", 1).output
     tokens = 16 if arm == "full" else 8
@@ -122,6 +122,46 @@ def test_unmasked_epochs_and_the_resized_control_train(tickets, tmp_path):
     assert "whole views, resized: 9 of 16 tokens" in output
     refused = train(tickets, tmp_path, "odd", "--resize-to-tokens", code=1).output
     assert "8 is not a square; use --tokens 4 or 9" in refused
+
+
+CURRICULUM = ("--resize-to-tokens", "--tokens", 9, "--unmask-epochs", 1)
+
+
+def test_a_curriculum_of_resolution_resumes_across_the_switch_and_counts_both_sizes(tickets, tmp_path, monkeypatch):
+    """7 steps at 3 x 3 patches and 7 at 4 x 4, of one schedule; the model is one of 4 x 4."""
+    output = train(tickets, tmp_path, "never", *CURRICULUM).output
+    assert "whole views, resized: 9 of 16 tokens, the last 1 epochs all" in output
+    assert "Tokens: 9/16" in output and "Tokens: 16/16" in output
+    for update in (3, 9):
+        with monkeypatch.context() as patch:
+            stopped_at(update, patch)
+            train(tickets, tmp_path, f"stopped-{update}", *CURRICULUM, code=128 + signal.SIGTERM)
+        train(tickets, tmp_path, f"stopped-{update}", *CURRICULUM, "--resume", "latest")
+        assert same(weights_of(tmp_path / f"stopped-{update}"), weights_of(tmp_path / "never"))
+
+    train(tickets, tmp_path, "resized", *CURRICULUM[:3])
+    curriculum, resized = (json.loads((tmp_path / name / "final.json").read_text()) for name in ("never", "resized"))
+    small, dense = resized["cost"]["train_gmacs"], resized["cost"]["dense_gmacs"]
+    assert curriculum["cost"]["train_gmacs"] == pytest.approx((small + dense) / 2) and small < dense
+    assert curriculum["cost"]["test_gmacs"] == {"all": dense} and curriculum["cost"]["tokens"] == 9
+    table = weights_of(tmp_path / "never")["pos_embed"]
+    assert table.shape[1] == 17 and weights_of(tmp_path / "resized")["pos_embed"].shape[1] == 10
+    model = timm.create_model(f"local-dir:{tmp_path / 'never'}", pretrained=True)  # an ordinary one of the full size
+    assert model.patch_embed.grid_size == (4, 4)
+    said = CliRunner().invoke(main, ["--eval", "--resume", str(tmp_path / "never"), "-j", "0", "-b", "4"]).output
+    assert f"top-1 {curriculum['results']['all']['top1']:.2f}" in said
+
+
+@pytest.mark.long
+def test_two_ranks_train_a_curriculum_of_resolution_as_one_does(tickets, tmp_path):
+    """Sums of gradients differ in the last bits."""
+    flags = [*map(str, CURRICULUM), "--drop-path", "0", "--reprob", "0", "--clip-grad", "1"]
+    ranks = two_ranks(*arguments(tickets, tmp_path, "two", *flags, "-b", "2"))
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    train(tickets, tmp_path, "one", *flags)
+    one, two = (weights_of(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one)
 
 
 def test_accumulation_trains_on_the_same_samples(tickets, tmp_path):

@@ -18,7 +18,10 @@ from PIL import Image
 
 from browser import Browser, needs_chromium
 from pages import Page, check_self_contained
+from trainer.options import ARMS
+from trainer.verdict import panels
 from trainer.verdict.cli import main
+from trainer.verdict.page import SHAPES
 from trainer.verdict.statistics import Estimate, Spread, bootstrap, decide, difference, mean, pooled, t_quantile
 
 K, N, IMAGES = 20, 36, 200
@@ -207,8 +210,12 @@ def test_rows(tmp_path: Path) -> None:
     runs += [run for run in write_arms(tmp_path / "k12", shift={"winning": -10}, tokens=12) if "full" not in run.name]
     runs.append(write_run(tmp_path / "tuned", (55, 56, 44), unmask_epochs=5))
     runs.append(write_run(tmp_path / "resized", (0, 50, 0), resize_to_tokens=True, tokens=25))
+    sizes = {"resize_to_tokens": True, "tokens": 25, "unmask_epochs": 5}
+    runs.append(write_run(tmp_path / "curriculum", (0, 54, 0), set_id="d" * 64, **sizes))
     output = verdict(*runs)
     lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert any(line.startswith("resized +5 unmasked 25 1 n/a 54.00 ") for line in lines)
+    assert "resized, unmasked: at K coarser patches first" in output
     assert any(line.startswith("winning +5 unmasked 20 1 55.00 ") for line in lines)
     (resized,) = (line for line in lines if line.startswith("resized 25 1 "))
     assert resized.startswith("resized 25 1 n/a 50.00 ") and resized.endswith("n/a, 0.250")
@@ -554,6 +561,12 @@ def test_full_runs_of_packed_tickets_are_held_against_tickets_of_their_own_k(tmp
     verdict(*runs, "-o", tmp_path / "out")
     verdicts = json.loads((tmp_path / "out/verdict.json").read_text())["models"][0]["verdicts"]
     assert {v["tokens"]: round(v["a_minus_c"]["value"], 6) for v in verdicts} == {16: 23, 25: -7}
+
+
+def test_every_arm_has_a_look_and_its_shape_is_drawn_on_the_page() -> None:
+    looks = panels.LOOKS
+    assert set(looks) == {*ARMS, "resized"} and len(set(looks.values())) == len(looks)
+    assert {marker for _, marker in looks.values()} <= set(SHAPES)
 
 
 def test_an_arm_has_its_own_color_and_shape_in_every_picture(tmp_path: Path, monkeypatch) -> None:

@@ -66,12 +66,12 @@ class Views:
         """Those of a set for a student; without one, for a ViT.
 
         Args:
-            resized: whole views at the student's own size stand in for tickets.
+            resized: whole views on the student's own grid stand in for tickets.
         """
         if student is None:
             return cls(opened.manifest.img_size, opened.manifest.img_size, opened.manifest.patch_size)
         return cls(
-            side=student.whole_side if resized else opened.grid[0] * student.patch_size,
+            side=(student if resized else opened).grid[0] * student.patch_size,
             whole_side=student.whole_side,
             patch_size=student.patch_size,
             wants_all=student.wants_all,
@@ -181,7 +181,8 @@ class TicketDataset(Dataset[Batch]):
         self.unmask_from = unmask_from
         self._count = opened.manifest.splits[split].views
         self._arm = "full" if tickets.resize_to_tokens else tickets.tickets
-        self.tokens = math.prod(self.views.at(True)[1]) if self._arm == "full" else ticket_size(opened, tickets)
+        whole = math.prod(self.views.at(not tickets.coarse_first)[1])
+        self.tokens = whole if self._arm == "full" else ticket_size(opened, tickets)
         self.token_shares = {self.tokens: 1.0}
         self.lengths = self._fit(opened, share) if tickets.varying else None
         self.labeled = self.views.token_labels and token_labels is not False and self.rows.has_token_labels
@@ -281,8 +282,9 @@ class TicketDataset(Dataset[Batch]):
         return other
 
     def is_whole(self, epoch: int) -> bool:
-        """Whether an epoch feeds all patches."""
-        return self._arm == "full" or (self.unmask_from is not None and epoch >= self.unmask_from)
+        """Whether an epoch feeds all patches, at the size at which the student takes them in the end."""
+        always = self._arm == "full" and not self.tickets.coarse_first
+        return always or (self.unmask_from is not None and epoch >= self.unmask_from)
 
     def samples(self, epoch: int) -> np.ndarray:
         """int64 [samples, 3], (shard, row, visit): see trainer.data.sampler."""
@@ -318,7 +320,8 @@ class TicketDataset(Dataset[Batch]):
         return self._ranked is not None and not self._always_whole and not self.is_whole(epoch)
 
     def _mixes_patches(self, epoch: int) -> bool:
-        return self.augment.mixes and self.augment.mixing == "patches" and not self.is_whole(epoch)
+        mixes = self.augment.mixes and self.augment.mixing == "patches"
+        return mixes and self._arm != "full" and not self.is_whole(epoch)
 
     def __getitem__(self, place: Place) -> Batch:
         epoch, step, micro = place

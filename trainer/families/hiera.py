@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from timm.models import checkpoint_seq
 from torch import Tensor
 
 from shards.errors import TicketSetError
@@ -11,7 +11,7 @@ from trainer.families.patches import scatter_patches
 
 
 class TicketHiera(TicketModel):
-    """Hiera drops the units that its mask leaves out before its first block; dropped pixels are not even given.
+    """Hiera drops units before its first block, as its own mask does; dropped pixels are not even given.
 
     Raises:
         TicketSetError: the set's patches are not the model's mask units, or the model drops units at random itself.
@@ -40,6 +40,18 @@ class TicketHiera(TicketModel):
         images = scatter_patches(patches, keep_indices, self.grid, self.patch_size)
         if keep_indices.shape[1] == self.grid[0] * self.grid[1]:
             return self.model(images)
-        mask = torch.zeros(len(images), self.grid[0] * self.grid[1], dtype=torch.bool, device=images.device)
-        kept = self.model.forward_features(images, mask.scatter(1, keep_indices, True))
-        return self.model.forward_head(kept)  # forward itself stops before the head where there is a mask
+        return self.model.forward_head(self._kept_features(images, keep_indices))
+
+    def _kept_features(self, images: Tensor, keep_indices: Tensor) -> Tensor:
+        """timm's forward_features with a mask. It takes the kept units by a boolean mask, whose count the host would wait
+        for in every step; here by their places, in raster order as there."""
+        model = self.model
+        x = model.unroll(model._pos_embed(model.patch_embed(images)))  # [B, tokens of a unit * N, D]
+        places = keep_indices.sort(1).values[:, None, :, None]
+        units = x.unflatten(1, (model.mu_size, -1))
+        x = units.gather(2, places.expand(-1, model.mu_size, -1, x.shape[-1])).flatten(1, 2)
+        if model.grad_checkpointing:
+            return checkpoint_seq(model.blocks, x)
+        for block in model.blocks:
+            x = block(x)
+        return x

@@ -69,15 +69,21 @@ class TicketViT(TicketModel):
 
     def _embed(self, patches: Tensor, keep_indices: Tensor) -> Tensor:
         """[B, P + K, D]: prefix tokens, then embedded patches at their own positions."""
-        model, stem = self.model, self.model.patch_embed
-        prefix = model.num_prefix_tokens
-        weight = stem.proj.weight.flatten(1)
-        zeros = weight.new_zeros(
-            1, *(self.grid if model.dynamic_img_size else (self.grid[0] * self.grid[1],)), len(weight)
-        )
-        table = model._pos_embed(zeros)  # [1, P + N, D]
+        stem, prefix = self.model.patch_embed, self.model.num_prefix_tokens
+        weight, table = stem.proj.weight.flatten(1), self._table(patches.shape[1])
         x = stem.norm(nn.functional.linear(patches, weight, stem.proj.bias)) + table[0, prefix:][keep_indices]
         return torch.cat([table[:, :prefix].expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+
+    def _table(self, count: int) -> Tensor:
+        """[1, P + N, D]: prefix tokens and the positions of all places, for an input of `count` patches."""
+        model, weight, (rows, columns) = (
+            self.model,
+            self.model.patch_embed.proj.weight,
+            self.model.patch_embed.grid_size,
+        )
+        shape = (rows, columns) if model.dynamic_img_size else (rows * columns,)
+        table: Tensor = model._pos_embed(weight.new_zeros(1, *shape, len(weight)))
+        return table
 
 
 class _Slot(nn.Module):

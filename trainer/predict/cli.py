@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 from click.core import ParameterSource
 
-from miner.settings import DEFAULT_SELECTOR, Selection
+from miner.settings import DEFAULT_SELECTOR, MASKS, Selection
 from shards.console import duration, file_option, printable, rate, reports_errors, table
+from shards.errors import TicketSetError
 from shards.flags import options_of, setting, settings_from
 
 if TYPE_CHECKING:
@@ -48,6 +49,14 @@ class Picking(Selection):
     tokens: int | None = setting(
         None, click.IntRange(min=1), "Patches in a ticket.", metavar="K", shown="what the run was tested on"
     )
+    masks: ClassVar[None] = None  # type: ignore[misc]  # photos of any place have none
+
+    def __post_init__(self) -> None:
+        if self.method == MASKS:
+            raise TicketSetError(
+                f"`method` {MASKS}: needs true masks, which are of mining; expected one that looks at photos"
+            )
+        super().__post_init__()
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

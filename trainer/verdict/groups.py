@@ -34,7 +34,7 @@ class Group:
         arm: "winning", "random +5 unmasked", "winning auto" (K varies), ...
         tokens: K, trained on and tested on; its mean at most where it varies; N for full.
         patches: N, of the un-resized view.
-        set_id: None for full and resized.
+        set_id: None for full and resized, unmasked or not.
         weights: what a weight ticket makes of it; None without one.
         differs: ((argument, value), ...) of those that --allow-diff names; beside weight tickets also of `epochs`.
         runs: by seed.

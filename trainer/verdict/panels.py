@@ -12,11 +12,13 @@ from trainer.verdict.sentences import RESAMPLED
 from trainer.verdict.weight_report import dense_beside
 
 Looks = Mapping[str, tuple[str, str]]
-# Of each arm Okabe and Ito's color, told apart by the color-blind too, and a shape, in every picture the same ones.
+# Of each arm Okabe and Ito's color, told apart by the color-blind too, and a shape, in every picture the same ones; gray
+# stands for their yellow, which is too faint for a line.
 LOOKS: Looks = {
     "winning": ("#0072B2", "o"),
     "random": ("#D55E00", "s"),
     "random-fixed": ("#E69F00", "D"),
+    "gaussian": ("#7F7F7F", "p"),
     "center": ("#009E73", "^"),
     "inverse": ("#CC79A7", "v"),
     "resized": ("#56B4E9", "P"),

@@ -197,12 +197,17 @@ class Report:
             f"train {unit}: one view's forward; in brackets the whole training against full. Times compare only on one idle machine",
             f"test {unit}: the student's, on tickets and on all patches. A test on tickets also needs the selector, not counted here",
         ]
-        if any(run.arm == "resized" for run in self.runs):
+        arms = {run.arm.split(" ")[0] for run in self.runs}
+        if "resized" in arms:
             notes.append("resized: the whole image at K coarser patches, in training and in testing")
         if any(" auto" in run.arm for run in self.runs):
             notes.append(
                 "auto: of each view as many patches as its scores ask for, in training and on tickets; K is their mean"
             )
+        if any(run.arm.startswith("resized +") for run in self.runs):
+            notes.append("resized, unmasked: at K coarser patches first, at all in the last epochs and in testing")
+        if "gaussian" in arms:
+            notes.append("gaussian: random patches, denser at the center (GLIP), tested on the tickets of the set")
         return [*notes, *key_notes(self.runs), *(f"left out: {why}" for why in self.left_out)]
 
     def set_name(self, set_id: str | None) -> str:

@@ -130,17 +130,16 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """What it trained on; full and resized runs see every patch anyway, so unmasking does not change them."""
-        if self.args["resize_to_tokens"]:
-            return "resized"
-        unmasked = self.args["unmask_epochs"] if self.args["tickets"] != "full" else 0
-        varying = " auto" if isinstance(self.args["tokens"], str) and self.args["tickets"] != "full" else ""
-        return self.args["tickets"] + varying + (f" +{unmasked} unmasked" if unmasked else "")
+        """What it trained on; full runs see every patch anyway, so unmasking does not change them."""
+        arm = "resized" if self.args["resize_to_tokens"] else self.args["tickets"]
+        unmasked = self.args["unmask_epochs"] if arm != "full" else 0
+        varying = " auto" if isinstance(self.args["tokens"], str) and arm != "full" else ""
+        return arm + varying + (f" +{unmasked} unmasked" if unmasked else "")
 
     @property
     def set_id(self) -> str | None:
         """The ticket set; None where its tickets play no part in training: runs of any set of the base are the same."""
-        return None if self.arm in ("full", "resized") else self.args["set_id"]
+        return None if self.arm.split(" +")[0] in ("full", "resized") else self.args["set_id"]
 
     @property
     def weights(self) -> Weights | None:
