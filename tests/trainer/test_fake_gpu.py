@@ -53,7 +53,9 @@ def student_of(case: str) -> TicketModel:
     feed, kind = feed_of(timm.create_model(name, **options), wanted)
     side_fed = kind.side_of(tokens, side, patch)
     size = kind.size_arguments(timm.create_model(name, **options), side_fed)
-    model: Any = timm.create_model(name, num_classes=5, drop_path_rate=0.0 if name == "test_resnet" else 0.1, **options, **size)
+    model: Any = timm.create_model(
+        name, num_classes=5, drop_path_rate=0.0 if name == "test_resnet" else 0.1, **options, **size
+    )
     if "dropping" in case:
         return DroppingViT(model, (0,), 0.5, "fused" in case).train()
     return kind.wrap(model, feed, (side // patch,) * 2, patch, side_fed).train()
