@@ -43,7 +43,10 @@ class Crossings(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        out = func(*args, **kwargs)
+        locked = kwargs.get("pin_memory", False)
+        out = func(*args, **{**kwargs, "pin_memory": False} if locked else kwargs)
+        if locked or (func is aten.detach.default and self._is_locked(args[0])):  # torch.empty gives a detached one
+            self._locked.append(out)
         if func is aten._to_copy.default:
             self._copied(args[0], out, kwargs.get("non_blocking", False))
         elif func is aten.copy_.default:
@@ -55,8 +58,10 @@ class Crossings(TorchDispatchMode):
     def _copied(self, source: Tensor, target: Tensor, promised: bool) -> None:
         host = source if target.device.type == "cuda" else target
         if source.device != target.device:
-            locked = any(host is tensor for tensor in self._locked)
-            self.seen.append((target.device.type, not (promised and locked)))
+            self.seen.append((target.device.type, not (promised and self._is_locked(host))))
+
+    def _is_locked(self, host: Tensor) -> bool:
+        return any(host is tensor for tensor in self._locked)
 
     @property
     def waits(self) -> int:

@@ -45,6 +45,7 @@ WANTED: dict[str, tuple[str, float]] = {
     "step fed from ranked views against one repeated batch": ("<=", 1.05),
     "weight masks against none": ("<=", 1.05),
     "waits of the host in a step": ("<=", 0),
+    "waits of the host in a batch of validation": ("<=", 0),
     "loss under DistributedDataParallel against without": ("<=", 100),  # ppm
     "compiled against eager": (">=", 1),
 }
@@ -143,6 +144,12 @@ class Bench:
     def ranked(self) -> Path:
         """The same tickets with ranked views."""
         return self.mine("ranked", "--images", "ranked", data=self.mined)
+
+    def host_alone(self, threads: int) -> Path:
+        """The same, with a selector that looks at nothing: what the host's threads can give to any other."""
+        size = ["--shard-size", max(1, self.size.pictures // 10), "--val-share", 0, "--views", self.size.views]
+        method = ["--method", "benchmarks.mining:nothing", "--tokens", K, "--device", self.device.type, "-b", 128]
+        return self.mine(f"host-{threads}", *method, *size, "-j", threads)
 
     @property
     def few(self) -> list[Any]:

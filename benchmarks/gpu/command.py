@@ -29,7 +29,7 @@ PARTS: dict[str, tuple[float, Measure]] = {  # seconds of its box
     "training": (50, correct.training),
     "steps": (60, speed.steps),
     "rivals": (40, speed.rivals),
-    "mining": (50, flow.mining),
+    "mining": (90, flow.mining),
     "feed": (60, flow.feed),
     "masks": (15, speed.masks),
     "kernels": (20, speed.kernels),
@@ -46,7 +46,7 @@ class OutOfTime(BaseException):
 @click.argument("parts", nargs=-1, type=click.Choice([*PARTS]), metavar="[PART]...")
 @click.option("--device", default="cuda", show_default=True, help="cuda, cpu.")
 @click.option("--size", type=click.Choice([*SIZES]), default="full", show_default=True, help="toy: to try it on a CPU.")
-@click.option("--seconds", default=290.0, show_default=True, help="No part begins or goes on after so long.")
+@click.option("--seconds", default=420.0, show_default=True, help="No part begins or goes on after so long.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, envvar="DATALTH_GPU_OUT", help="Of gpu.json.")
 def main(parts: tuple[str, ...], device: str, size: str, seconds: float, out: Path) -> None:
     """Measure PARTs, all of them by default, in this order: card, rankings, bytes, training, steps, rivals, mining, feed,

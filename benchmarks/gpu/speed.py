@@ -20,6 +20,8 @@ from benchmarks.rounds import Row
 from benchmarks.steps import Steps
 from trainer.data.loader import Batch, pinned
 from trainer.engine import apply_update, train_micro_batch
+from trainer.evaluate import evaluate
+from trainer.options import PROTOCOLS
 from trainer.weights.masks import Masked
 from trainer.weights.scores import count_of, drawn
 from trainer.weights.subnetwork import Subnetwork, prunable
@@ -114,9 +116,10 @@ def kernels(bench: Bench, notes: list[str]) -> Iterator[Row]:
         step = partial(model.train, tickets)
         laps = bench.timed(step)
         if bench.device.type == "cuda":
-            places = waits(model, tickets)
+            places = waits(partial(model.train, tickets))
             yield row(f"{name}, K = {K}: waits of the host in a step", len(places), unit="waits")
             notes += [f"kernels: {name}: the host waits at {place}" for place in sorted(set(places))]
+        yield from tested(bench, model)
         longest, total = profiled(bench, step)
         share = total / statistics.median(laps)
         yield row(f"{name}, K = {K}: share of a step that the device works", share)
@@ -129,13 +132,32 @@ def host_batch(bench: Bench, model: Steps) -> Batch:
     return pinned(batch) if bench.device.type == "cuda" else batch
 
 
-def waits(model: Steps, batch: Batch) -> list[str]:
-    """File and line of every operation of a step for which the host waits."""
+def tested(bench: Bench, model: Steps) -> Iterator[Row]:
+    """Validation under its three protocols: its rate, and where the host waits but for the figures at the end."""
+    rows = model.batch
+    batch = {"patches": model.patches, "rankings": model.order, "labels": model.targets["labels"]}
+    batch = {name: tensor.cpu() for name, tensor in batch.items()} | {"positions": torch.arange(rows)}
+    batch = pinned(batch) if bench.device.type == "cuda" else batch
+
+    def test(batches: int) -> None:
+        evaluate({"": model.state.student}, [{**batch} for _ in range(batches)], PROTOCOLS, K, rows, model.setup)
+
+    what = f"{model.name}, K = {K}"
+    test(1)
+    yield rates(f"{what}: validation, three protocols", 3 * rows, [bench.seconds(lambda: test(3)) / 3])
+    if bench.device.type == "cuda":
+        more = len(waits(lambda: test(3))) - len(waits(lambda: test(1)))
+        yield row(f"{what}: waits of the host in a batch of validation", more / 2, unit="waits")
+    model.model.train()
+
+
+def waits(action: Callable[[], Any]) -> list[str]:
+    """File and line of every operation for which the host waits."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            model.train(batch)
+            action()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = [warning for warning in seen if "called a synchronizing" in str(warning.message)]

@@ -60,6 +60,21 @@ def test_batches_come_in_order_and_whole_and_leave_no_process():
     assert children() == before
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 0)])
+def test_each_tensor_for_a_gpu_is_pinned_once_and_handed_on(device, workers, monkeypatch):
+    """Of training and validation alike: both are fed by `loader`."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    batches = list(loader(Numbers(), range(5), workers, device))
+    given = [tensor for batch in batches for tensor in batch.values()]
+    if device == CPU:
+        assert not pinned
+    else:
+        assert len(pinned) == len(given) == 15 and all(a is b for a, b in zip(pinned, given, strict=True))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_worker_that_is_killed_is_an_error_with_its_signal(number):
     before = children()
