@@ -104,8 +104,7 @@ class Writer:
         try:
             self._raise()  # a shard before it failed: nothing new is begun
             common, planned = self._plan.common, self._plan.splits[split]
-            plan_id, views = planned.plan_id, planned.views if common.k else None
-            made_as = (common.num_patches, plan_id, self._plan.format, views, self._shared)
+            made_as = (common.num_patches, planned.plan_id, self._plan.format, common.k > 0, self._shared)
             with ShardWriter(self._store, split, number, *made_as) as shard:
                 while (image := self._next(images)) is not _END:
                     row, encoded = image.result()
@@ -114,7 +113,7 @@ class Writer:
                     else:
                         members, columns = encoded
                         shard.add(row | columns, members)
-                check_unchanged(self._store, split, plan_id)
+                check_unchanged(self._store, split, planned.plan_id)
                 stats = shard.commit(timing)
         except BaseException as error:
             if self._error is None:

@@ -20,14 +20,14 @@ from shards.tar import BLOCK
 MAX_BYTES = 256 << 20  # of the columns read, in memory
 
 
-def index_schema(num_patches: int, views: int | None = None) -> pa.Schema:
-    """Columns of index/*.parquet.
+def index_schema(num_patches: int, spread: bool = False) -> pa.Schema:
+    """Columns of index/*.parquet, of all splits the same, so that they are one table.
 
     Args:
         num_patches: N.
-        views: V, where the index says how their scores are spread.
+        spread: whether the index says how views' scores are spread.
     """
-    more = [] if views is None else [("spread", pa.binary(spread.size(views, num_patches)))]
+    more = [("spread", pa.binary())] if spread else []
     return pa.schema(
         [
             ("key", pa.string()),
@@ -65,7 +65,7 @@ def read_index(data: bytes, where: str, num_patches: int, num_classes: int, view
     Raises:
         TicketSetError: not a parquet file, or not such an index.
     """
-    schema = index_schema(num_patches, views)
+    schema = index_schema(num_patches, views is not None)
     table = read_parquet(data, where, schema.names)
     for field in schema:
         if table.schema.field(field.name).type != field.type:
@@ -86,6 +86,9 @@ def read_index(data: bytes, where: str, num_patches: int, num_classes: int, view
         whole = pc.equal(pc.multiply(pc.divide(good[name], BLOCK), BLOCK), good[name])
         _require(good, where, name, pc.and_(pc.greater_equal(good[name], least), whole), f"blocks of {BLOCK} bytes")
     if views is not None:
+        size = spread.size(views, num_patches)
+        sized = pc.or_kleene(pc.is_null(table["spread"]), pc.equal(pc.binary_length(table["spread"]), size))
+        _require(table, where, "spread", sized, f"{size} bytes, for {views} views, or none")
         counts = spread.decode(table["spread"].to_pylist(), views, num_patches)
         sound = pa.chunked_array([pa.array(spread.is_sound(counts, num_patches))])
         _require(table, where, "spread", sound, f"numbers of patches that rise from 1 to {num_patches}, or none")
@@ -113,7 +116,7 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MA
         missing = next((name for name in columns if name not in schema.names), None)
         if missing is not None or len(set(schema.names)) < len(schema.names):
             raise TicketSetError(f"{where}: no column {missing}" if missing else f"{where}: columns of one name")
-        texts = [name for name in columns if pa.types.is_string(schema.field(name).type)]
+        texts = {name: kind for name in columns if (kind := schema.field(name).type) in (pa.string(), pa.binary())}
         fixed = [schema.field(name).type for name in columns if name not in texts]
         odd = next((kind for kind in fixed if not _is_plain(kind)), None)
         if odd is not None:
@@ -122,13 +125,13 @@ def read_parquet(data: bytes, where: str, columns: Sequence[str], most: int = MA
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         _check_size(where, rows, most, sum(group.total_byte_size for group in groups))
         # As dictionaries: a text that a million rows share is then in memory once, and can be multiplied out on paper.
-        file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False, read_dictionary=texts)
+        file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False, read_dictionary=[*texts])
         table = file.read(list(columns), use_threads=False)
-        for name in texts:
+        for name, kind in texts.items():
             column = table[name].combine_chunks()
             lengths = pc.binary_length(column.dictionary).take(column.indices)
             _check_size(where, rows, most, pc.sum(lengths).as_py() or 0)
-            table = table.set_column(table.schema.get_field_index(name), name, column.cast(pa.string()))
+            table = table.set_column(table.schema.get_field_index(name), name, column.cast(kind))
         table.validate(full=True)  # text is UTF-8
         return table
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -62,7 +62,7 @@ class ShardWriter:
         num_patches: N.
         plan_id: of the split; goes into the parquet and the JSON, so that another plan's shard is noticed.
         version: of the format, (major, minor).
-        views: V, where rows say how the views' scores are spread.
+        spread: whether rows say how the views' scores are spread.
         shared: other processes may write the same shard, now or when this one is taken for dead.
     """
 
@@ -74,13 +74,13 @@ class ShardWriter:
         num_patches: int,
         plan_id: str,
         version: tuple[int, int] = fmt.FORMAT,
-        views: int | None = None,
+        spread: bool = False,
         shared: bool = False,
     ) -> None:
         self.store, self.split, self.number, self._version, self._shared = store, split, number, version, shared
         self.name = fmt.shard_name(split, number)
         self._plan_id = plan_id
-        self._schema = index_schema(num_patches, views)
+        self._schema = index_schema(num_patches, spread)
         self._rows: list[dict[str, Any]] = []
         self._image_bytes = 0
         self._committed = False

@@ -169,8 +169,7 @@ def ls(
                     rows.append({"split": name, **row})
     if as_json:
         for row in rows:
-            row["ticket"] = row["ticket"].hex() if row["ticket"] else None
-            click.echo(json.dumps(row))
+            click.echo(json.dumps(_without_bytes(opened, row)))
         return
     head = ["split", "key", "class", "width", "height", "status", "entropy", "error"]
     cells = [
@@ -180,6 +179,17 @@ def ls(
     click.echo(table(cells, head))
     if total > len(rows):
         click.echo(f"{len(rows)} of {total} rows; -n 0 lists all")
+
+
+def _without_bytes(opened: "TicketSet", row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the index as JSON has it: bits in hexadecimal, counts [V, 7] as lists."""
+    from shards import spread
+
+    row["ticket"] = row["ticket"].hex() if row["ticket"] else None
+    if row.get("spread") is not None:
+        views = len(row["spread"]) // spread.size(1, opened.num_patches)
+        row["spread"] = spread.decode([row["spread"]], views, opened.num_patches)[0].tolist()
+    return row
 
 
 def _label_number(opened: "TicketSet", label: str) -> int:
@@ -213,7 +223,7 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
     if output:
         opened.require_tickets()
     split, row = opened.find(key, split)
-    row["ticket"] = row["ticket"].hex() if row["ticket"] else None
+    row = _without_bytes(opened, row)
     sample = next(opened.stream_shard(row["shard"], {row["key"]}), None)
     views = [] if sample is None else sample.views.tolist()
     tickets = [] if sample is None else sample.tickets.tolist()
@@ -229,7 +239,7 @@ def show(folder: str, key: str, base: str | None, split: str | None, output: str
         print_json(content | {"center_classes": center} if center else content)
     else:
         likeliest = {"center": ", ".join(f"{name} {share:.3f}" for name, share in center) or None}
-        cells = {"split": split, **row, **likeliest, "ticket": None}  # its bits say little to a person
+        cells = {"split": split, **row, **likeliest, "ticket": None, "spread": None}  # they say little to a person
         if row["label"] is not None:
             cells["label"] = f"{row['label']} ({opened.class_name(row['label'])})"
         click.echo(table([[name, _short(value)] for name, value in cells.items() if value is not None]))

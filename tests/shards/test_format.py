@@ -318,9 +318,7 @@ def later_minor_version(source: Path, out: Path) -> None:
     for name in opened.shard_names("train") + opened.shard_names("val"):
         rows = {row["key"]: row for row in opened.shard_table(name).to_pylist()}
         split, number = name.split("-")
-        with ShardWriter(
-            open_store(out), split, int(number), 16, "plan", views=opened.manifest.splits[split].views
-        ) as writer:
+        with ShardWriter(open_store(out), split, int(number), 16, "plan", spread=True) as writer:
             for sample in opened.stream_shard(name):
                 members = {
                     "png" if sample.image[:4] == b"\x89PNG" else "jpg": sample.image,

@@ -318,8 +318,8 @@ def test_arithmetic_in_theory_leaves_out_the_products_of_zeros(opened, kept):
     found = trainer(opened)
     gone = sum(int((~mask).sum()) for mask in kept.values())
     dense = gmacs(found.student, 13)
-    assert sparse_gmacs(found.student, 13, kept) == pytest.approx(dense - gone * 14 / 1e9, rel=1e-12)
-    assert sparse_gmacs(found.student, 13, {}) == dense
+    assert sparse_gmacs(found.student, {13: 1.0}, kept) == pytest.approx(dense - gone * 14 / 1e9, rel=1e-12)
+    assert sparse_gmacs(found.student, {13: 1.0}, {}) == dense
 
 
 def test_what_may_be_pruned_lies_between_stem_and_head(opened):
