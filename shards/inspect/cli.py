@@ -111,7 +111,9 @@ def _spread_row(opened: "TicketSet") -> list[list[str]]:
     values = opened.shard_table(opened.shard_names(split)[0])["spread"].drop_null().to_pylist()
     if not values:
         return [["spread of scores", f"none: those of {opened.manifest.selector.method} are no shares of a whole"]]
-    counts = spread.decode(values, opened.manifest.splits[split].views, opened.num_patches)[..., spread.SHARES.index(0.9)]
+    counts = spread.decode(values, opened.manifest.splits[split].views, opened.num_patches)[
+        ..., spread.SHARES.index(0.9)
+    ]
     low, middle, high = np.percentile(counts, [5, 50, 95])
     text = f"90 % of a view's score in {low:.0f} to {high:.0f} patches, median {middle:.0f} (first shard's views, 5 to 95 %)"
     return [["spread of scores", text]]
