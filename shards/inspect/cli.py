@@ -83,7 +83,6 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
             if opened.has_tickets
             else "none: token labels alone",
         ],
-        *_spread_row(opened),
         *_token_labels_row(opened),
         ["grid", f"{opened.grid[0]} x {opened.grid[1]}, {manifest.img_size} px, patch {manifest.patch_size}"],
         ["classes", f"{len(opened.classes)}" if opened.classes else "none: unlabeled"],
@@ -95,28 +94,6 @@ def info(folder: str, base: str | None, as_json: bool) -> None:
     pixels = "ranked views" if manifest.ranked else "images"
     head = ["split", "samples", "failed", "views", "shards", "size", pixels, "tickets a sample"]
     click.echo(table([_split_row(name, s, opened) for name, s in manifest.splits.items()], head))
-
-
-def _spread_row(opened: "TicketSet") -> list[list[str]]:
-    """How far views differ in what a ticket of varying length goes by, as the first shard has it."""
-    if not opened.says_spread:
-        return []
-    import numpy as np
-
-    from shards import spread
-
-    split = next((name for name, stats in opened.manifest.splits.items() if stats.shards), None)
-    if split is None:
-        return []
-    values = opened.shard_table(opened.shard_names(split)[0])["spread"].drop_null().to_pylist()
-    if not values:
-        return [["spread of scores", f"none: those of {opened.manifest.selector.method} are no shares of a whole"]]
-    counts = spread.decode(values, opened.manifest.splits[split].views, opened.num_patches)[
-        ..., spread.SHARES.index(0.9)
-    ]
-    low, middle, high = np.percentile(counts, [5, 50, 95])
-    text = f"90 % of a view's score in {low:.0f} to {high:.0f} patches, median {middle:.0f} (first shard's views, 5 to 95 %)"
-    return [["spread of scores", text]]
 
 
 def _token_labels_row(opened: "TicketSet") -> list[list[str]]:

@@ -85,15 +85,13 @@ def test_a_set_says_it_of_every_view(tickets: Path, weights: Path) -> None:
         assert (found == expected).mean() > 0.9
 
 
-def test_info_says_it_in_a_line(tickets: Path, center_set: Path, tmp_path: Path) -> None:
+def test_json_shows_it_as_numbers(tickets: Path) -> None:
     opened = TicketSet.open(str(tickets))
-    column = opened.shard_table("train-000000")["spread"].to_pylist()
-    at90 = np.concatenate([np.frombuffer(value, np.uint8).reshape(4, 7)[:, 4] for value in column])
-    low, middle, high = np.percentile(at90, [5, 50, 95])
-    text = f"90 % of a view's score in {low:.0f} to {high:.0f} patches, median {middle:.0f}"
-    assert text in inspect("info", tickets).output
-    assert "none: those of center are no shares of a whole" in inspect("info", center_set).output
-    assert "spread of scores" not in inspect("info", as_format(tickets, tmp_path / "old", [1, 2])).output
+    (row, *_) = opened.shard_table("train-000000").to_pylist()
+    expected = np.frombuffer(row["spread"], np.uint8).reshape(4, 7).tolist()
+    assert json.loads(inspect("show", tickets, row["key"], "--json").output)["spread"] == expected
+    listed = [json.loads(line) for line in inspect("ls", tickets, "--json").output.splitlines()]
+    assert next(one for one in listed if one["key"] == row["key"])["spread"] == expected
 
 
 def test_center_says_nothing_and_an_image_that_failed_neither(center_set: Path, photos: Path, tmp_path: Path) -> None:
