@@ -41,7 +41,9 @@ def mining(bench: Bench, notes: list[str]) -> Iterator[Row]:
     yield row("whole, copies, float32", whole / 1000, unit="k views/s")
     share = whole * statistics.median(ready["float32"]) / SELECTOR_BATCH
     yield row("whole, share of the selector's rate", share)
-    for threads in bench.size.workers[:: len(bench.size.workers) - 1]:  # as fast with more of them, or not: what they share is Python's lock
+    for threads in bench.size.workers[
+        :: len(bench.size.workers) - 1
+    ]:  # as fast with more of them, or not: what they share is Python's lock
         timings, views = timing(bench.host_alone(threads), bench.size.views)
         rate = views / sum(entry["seconds"] for entry in timings)
         yield row(f"whole, a selector that looks at nothing, {threads} threads", rate / 1000, unit="k views/s")
