@@ -5,7 +5,7 @@ A model that drops patches inside, a selector in training, is tested with its dr
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def evaluate(
             positions = batch["positions"].tolist()
             random = {"random": random_rankings(positions, batch["rankings"].shape[1], setup.machine.seed)}
             batch |= pinned(random) if setup.device.type == "cuda" else random
-        lengths = by_length(batch["tokens"]) if "tokens" in batch else [(tokens, None)]
+        lengths = by_length(batch["tokens"], setup.device) if "tokens" in batch else [(tokens, None)]
         batch = {name: tensor.to(setup.device, non_blocking=True) for name, tensor in batch.items()}
         patches = setup.normalized(batch["patches"])
         # A student that packs its tickets into a smaller image sees whole views at that size.
@@ -82,9 +82,11 @@ def evaluate(
     return results, answers.cpu()
 
 
-def by_length(tokens: Tensor) -> list[tuple[int, Tensor | None]]:
-    """The rows of a batch by their K, int64 [B] on the host: nothing waits for a device."""
-    return [(int(k), (tokens == k).nonzero()[:, 0]) for k in tokens.unique()]
+def by_length(tokens: Tensor, device: torch.device) -> list[tuple[int, Tensor | None]]:
+    """The rows of a batch by their K, on the way to a device: `tokens`, int64 [B], are on the host, so that nothing waits."""
+    rows = {str(k): (tokens == k).nonzero()[:, 0] for k in tokens.unique().tolist()}
+    rows = pinned(rows) if device.type == "cuda" else rows
+    return [(int(k), some.to(device, non_blocking=True)) for k, some in rows.items()]
 
 
 def on_tickets(
@@ -99,7 +101,7 @@ def on_tickets(
     """
     out: Tensor | None = None
     for k, some in lengths:
-        rows = slice(None) if some is None else some.to(patches.device, non_blocking=True)
+        rows: Any = slice(None) if some is None else some
         keep, given = rankings[rows, :k], patches[rows]
         logits = model(given if model.wants_all else gather_patches(given, keep), keep).float()
         if some is None:

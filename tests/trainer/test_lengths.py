@@ -419,7 +419,7 @@ def test_each_image_is_tested_on_its_own_k(varied: TicketSet) -> None:
     patches, tokens = torch.randn(5, 16, 768, generator=rng), torch.tensor([4, 16, 4, 8, 16])
     rankings = torch.stack([torch.randperm(16, generator=rng) for _ in range(5)])
     with torch.no_grad():
-        found = on_tickets(student, patches, rankings, by_length(tokens))
+        found = on_tickets(student, patches, rankings, by_length(tokens, patches.device))
         for i, k in enumerate(tokens.tolist()):
             keep = rankings[i : i + 1, :k]
             assert torch.allclose(found[i], student(gather_patches(patches[i : i + 1], keep), keep)[0], atol=1e-5)

@@ -160,7 +160,7 @@ class Ticket:
                 f"`method` {self._rankings.identity.method}: its scores do not say how many patches a photo needs, which this"
                 f" run's tickets go by; `tokens` {self._tokens} takes as many of each"
             )
-        return by_length(torch.from_numpy(self._lengths.of(counts)))
+        return by_length(torch.from_numpy(self._lengths.of(counts)), self._device)
 
 
 def answers(
