@@ -134,8 +134,9 @@ def _default(value: Any, option: click.Option, context: click.Context, where: st
         if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             return value
         raise TicketSetError(f"{where}: expected lines of name: value, got {_shown(value)}")
-    if option.name == "drop_blocks" and isinstance(value, (list, int)) and not isinstance(value, bool):
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)  # a list as args.yaml has it
+    if option.name in ("drop_blocks", "tokens") and isinstance(value, (list, int)) and not isinstance(value, bool):
+        # Text to click, but a list of blocks and K as a number in args.yaml.
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if value is None and not (option.is_flag or isinstance(option.default, (int, float, str))):
         return None
     text = isinstance(option.type, (click.Choice, click.types.StringParamType))

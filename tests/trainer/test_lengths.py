@@ -343,6 +343,12 @@ def test_stopped_and_resumed_gives_the_same_weights(
     assert "tokens: auto:8 there, 8 here" in said
 
 
+def test_a_run_is_repeated_from_its_own_args(varying: Path, tickets: Path, tmp_path: Path) -> None:
+    """They hold auto:8, and the share that came of it."""
+    train(tickets, tmp_path, "again", "-c", varying / "args.yaml")
+    assert same(weights_of(tmp_path / "again"), weights_of(varying))
+
+
 def test_testing_a_run_again_goes_by_its_own_share(varying: Path, tickets: Path) -> None:
     said = train(tickets, varying.parent, "run", "--eval", "--resume", varying).output
     last = [
