@@ -20,6 +20,7 @@ from webdataset import TarWriter
 
 from conftest import mine
 from shards import format as fmt
+from shards import spread
 from shards.errors import TicketSetError
 from shards.reader import TicketSet, resolve_base
 from shards.sample import Sample
@@ -248,8 +249,16 @@ def test_the_index_has_these_columns(center_set: Path) -> None:
         assert schema.metadata[b"datalth.shard"] == path.stem.encode()
         assert schema.metadata[b"datalth.plan_id"] == stats["plan_id"].encode()
     assert str(index_schema(196).field("ticket").type) == "fixed_size_binary[25]"
-    assert str(index_schema(196, 16).field("spread").type) == "fixed_size_binary[112]"
-    assert str(index_schema(324, 16).field("spread").type) == "fixed_size_binary[224]"  # of two bytes
+    assert spread.size(16, 196) == 112 and spread.size(16, 324) == 224  # 7 counts a view, of two bytes in the second
+    for path in sorted((center_set / "index").iterdir()):
+        assert set(pq.read_table(path)["spread"].to_pylist()) == {None}  # center's scores are no shares of a whole
+
+
+def test_the_column_spread_has_7_counts_a_view(tickets: Path) -> None:
+    for path in sorted((tickets / "index").iterdir()):
+        views = 4 if path.stem.startswith("train") else 1
+        sizes = {len(value) for value in pq.read_table(path)["spread"].to_pylist() if value is not None}
+        assert sizes == {7 * views}
 
 
 def test_the_index_tells_where_a_sample_is_and_what_its_ticket_is(center_set: Path) -> None:
