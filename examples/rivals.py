@@ -192,15 +192,16 @@ def recalls(study: Rivals, seeds: range) -> None:
     for at, (tokens, marker) in enumerate(((QUARTER, "o"), (HALF, "s"))):
         points = {name: (rows[at]["ticket"], "winning" if name == "dinov2" else name) for name, rows in found.items()}
         points |= {name: (found["dinov2"][at][name], name) for name in ("center", "random")}
-        for name, (share, arm) in sorted(points.items(), key=lambda item: -item[1][0]):
+        for place, (name, (share, arm)) in enumerate(sorted(points.items(), key=lambda item: -item[1][0])):
             accuracy = np.mean([figures(study.runs / f"{arm}-{tokens}-{seed}")["tickets"] for seed in seeds])
             lines.append(f"| {name} | {tokens} | {share:.2f} | {accuracy:.1f} |")
             axis.plot(share, accuracy, marker, color=f"C{at}")
-            axis.annotate(name, (share, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8)
+            aside = {"xytext": (6, -3), "ha": "left"} if place % 2 == 0 else {"xytext": (-6, -3), "ha": "right"}
+            axis.annotate(name, (share, accuracy), textcoords="offset points", fontsize=8, **aside)
         axis.plot([], [], marker, color=f"C{at}", label=f"K = {tokens} of {N}")
     dense = float(np.mean([figures(study.runs / f"full-{seed}")["all"] for seed in seeds]))
     axis.axhline(dense, color="gray", linestyle="--", linewidth=1, label="all patches (c)")
-    axis.set(xlabel="object patches that a ticket holds", ylabel="top-1 on tickets, %")
+    axis.set(xlim=(0.15, 1.1), xlabel="object patches that a ticket holds", ylabel="top-1 on tickets, %")
     axis.legend(frameon=False, loc="upper left")
     figure.savefig(study.out / "recall.png", metadata={"Software": None})
     write_table(study.out / "recall.md", lines)

@@ -29,6 +29,8 @@ def example(monkeypatch) -> Any:
         "make_symbols",
         "make_digits",
         "photos",
+        "make_photos",
+        "rivals",
     ):  # `weights` is too plain a name to stay
         sys.modules.pop(name, None)
 
@@ -62,6 +64,48 @@ def test_every_symbol_is_one_of_the_font(example):
     missing = symbols.symbol("\U0010ffff").tobytes()  # the box that a font draws for what it does not have
     assert len(set(drawn.values()) | {missing}) == len(drawn) + 1
     assert len(drawn) == len(symbols.CLASSES) + len(symbols.OTHERS) and len(symbols.CLASSES) == 10
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_a_thing_on_a_photo_is_as_large_as_said_whole_in_view_0_and_where_its_mask_is(example, size):
+    photos = example("make_photos")
+    stamp = Image.new("RGBA", (90, 60), (250, 0, 250, 255))  # a color of no scene
+    scene = Image.effect_noise((300, 200), 20).convert("RGB")
+    low, high = photos.SIZES[size]
+    for seed in range(20):
+        draws = photos.random.Random(seed)
+        picture, mask = photos.compose(stamp, scene, draws.uniform(low, high), draws)
+        pixels, inside = np.asarray(picture, int), np.asarray(mask) == 255
+        magenta = pixels[..., 0] + pixels[..., 2] - 2 * pixels[..., 1] > 200
+        assert 0.98 * low <= inside.sum() / photos.VIEW**2 <= 1.02 * high
+        assert not inside[: photos.MARGIN].any() and not inside[:, photos.SIDE - photos.MARGIN :].any()
+        assert (magenta == inside).mean() > 0.99 and (magenta == inside[::-1]).mean() < 0.99
+
+
+def test_things_that_look_alike_stand_on_one_side(example):
+    halves = example("make_photos").halves
+    names = [f"food/fruit/apple_{i}" for i in range(2)] + [f"food/fruit/{i}" for i in range(10)]
+    for seed in range(10):
+        split = halves(names, str(seed))
+        assert sorted(split["train"] + split["val"]) == sorted(names) and len(split["val"]) >= 3
+        assert len({side for side, found in split.items() for name in found if "apple" in name}) == 1
+    assert len({tuple(halves(names, str(seed))["val"]) for seed in range(10)}) > 1
+
+
+def test_rivals_commands_are_ours_and_wait_for_what_another_writes(example, tmp_path):
+    from command_lines import check_taken
+
+    rivals = example("rivals")
+    weights = {name: tmp_path / name for name in rivals.MODELS}
+    study, seeds = rivals.Rivals(tmp_path / "out", weights), range(2)
+    runs = [*study.of_equal_epochs(seeds), *study.of_equal_cost(seeds), *study.of_varying_length(seeds)]
+    commands = [*map(study.mined, rivals.SETS), *runs]
+    for command in commands:
+        check_taken([str(word) for word in command.words])
+    files = [command.done for command in commands]
+    assert len(set(files)) == len(files) == 6 + 2 * (29 + 13 + 4)  # sets, and runs of a seed
+    there = {*files, study.base / "manifest.json"}
+    assert {path for command in commands for path in command.needs} <= there
 
 
 def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):

@@ -132,10 +132,11 @@ class Tickets(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            # A program's "98" is no number, as in all other fields.
-            parse_tokens(self.tokens if not isinstance(self.tokens, str) or self.varying else object())
+            parsed = parse_tokens(self.tokens)
         except TicketSetError as error:
-            raise TicketSetError(f"`tokens` {self.tokens!r}: {error}") from None
+            raise TicketSetError(f"`tokens`: {error}") from None
+        if type(parsed) is not type(self.tokens):  # a program's "98" is no number, as in all other fields
+            raise TicketSetError(f"`tokens`: expected the number {parsed}, got {self.tokens!r}")
         if self.varying and (self.tickets == "full" or self.resize_to_tokens):
             what = "`resize_to_tokens`" if self.resize_to_tokens else "`tickets` full"
             raise TicketSetError(f"`tokens` {self.tokens}: {what} has one number of patches for all views; give K")

@@ -278,8 +278,10 @@ def test_a_model_of_one_k_is_refused(tickets: Path, tmp_path: Path) -> None:
         tickets, tmp_path, "run", "--model", "swin_tiny_patch4_window7_224", "--tokens", "auto:8", code=1, plain=True
     )
     assert "small-dense is built for tickets of one K" in said.output
-    with pytest.raises(TicketSetError, match="tokens"):
-        Tickets(tokens="98")  # a program's text is no number
+    with pytest.raises(
+        TicketSetError, match="^`tokens`: expected the number 98, got '98'$"
+    ):  # a program's text is no number
+        Tickets(tokens="98")
     assert Recipe.of({"tokens": "auto:98"}).tickets.count == 98
 
 

@@ -3,7 +3,7 @@ runs right across. Of weight tickets: accuracy against sparsity, one line an arm
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.verdict.claim import OWN, Judge
 from trainer.verdict.groups import Group, place
@@ -31,7 +31,7 @@ WEIGHT_LOOKS: Looks = {
     "random": ("#D55E00", "s"),
     "dense": ("#000000", ""),
 }
-PALER = 0.6  # of the color, of each further line of one arm
+PALER, PALEST = 0.6, 0.3  # of the color: the second line of one arm, and the last of many
 DODGE = 0.006  # between arms of the same cost, as a share of full's
 SPAN = 0.2  # of all arms of the same sparsity, as a share of what is left
 PANELS = (
@@ -114,7 +114,12 @@ def plots(report: Report) -> list[Plot]:
 def _costs(report: Report) -> Plot:
     panels = [
         Panel(
-            title, [line for n, judge in enumerate(report.judges) for line in _cost_lines(report, judge, n, protocol)]
+            title,
+            [
+                line
+                for n, judge in enumerate(report.judges)
+                for line in _paler([*_cost_lines(report, judge, n, protocol)])
+            ],
         )
         for protocol, title in PANELS
     ]
@@ -124,7 +129,7 @@ def _costs(report: Report) -> Plot:
 
 def _cost_lines(report: Report, judge: Judge, model: int, protocol: str) -> Iterator[Line]:
     """Lines of one model; none where all of its runs have weight tickets."""
-    lines, drawn_of = _by_label(report, judge), Counter[str]()
+    lines = _by_label(report, judge)
     (unit, factor), named = report.unit(), protocol == OWN and len(report.set_names) == len(report.judges) == 1
     widest = factor * max((group.cost("dense_gmacs") for group in judge.groups), default=0)
     for index, (label, groups) in enumerate(lines.items()):
@@ -140,8 +145,16 @@ def _cost_lines(report: Report, judge: Judge, model: int, protocol: str) -> Iter
         if points:
             color, marker = LOOKS[arm]
             points.sort(key=lambda point: point.x)
-            yield Line(label, color, marker, PALER ** drawn_of[arm], bool(tuned), arm == "full", model, points)
-            drawn_of[arm] += 1
+            yield Line(label, color, marker, 1.0, bool(tuned), arm == "full", model, points)
+
+
+def _paler(lines: Sequence[Line]) -> Iterator[Line]:
+    """The same; of several lines of one arm each is paler than the one before, and none too pale to be seen."""
+    count, drawn = Counter(line.color for line in lines), Counter[str]()
+    for line in lines:
+        step = min(1 - PALER, (1 - PALEST) / max(1, count[line.color] - 1))
+        yield replace(line, strength=1 - step * drawn[line.color])
+        drawn[line.color] += 1
 
 
 def _by_label(report: Report, judge: Judge) -> dict[str, list[Group]]:
@@ -162,7 +175,14 @@ def _sparsities(report: Report) -> Plot:
     titles = {"trained and tested on all patches": True, "trained and tested on tickets, or on random patches": False}
     groups = [group for judge in report.judges for group in judge.ticketed]
     panels = [
-        Panel(title, [line for n, judge in enumerate(report.judges) for line in _weight_lines(report, judge, n, full)])
+        Panel(
+            title,
+            [
+                line
+                for n, judge in enumerate(report.judges)
+                for line in _paler([*_weight_lines(report, judge, n, full)])
+            ],
+        )
         for title, full in titles.items()
         if any((group.arm == "full") == full for group in groups)
     ]
@@ -182,7 +202,6 @@ def _weight_lines(report: Report, judge: Judge, model: int, full: bool) -> Itera
         label = ", ".join(filter(None, [*names, judge.model if len(report.judges) > 1 else ""]))
         lines.setdefault(label, []).append(group)
     dashed = sum(_is_dense(members[0]) for members in lines.values())
-    drawn_of: Counter[str] = Counter()
     for index, (label, members) in enumerate(sorted(lines.items(), key=lambda line: not _is_dense(line[1][0]))):
         arm = members[0].weights.arm if members[0].weights else "dense"
         beside = 0 if arm == "dense" else SPAN * (0.5 - (index - dashed + 1) / (len(lines) - dashed + 1))
@@ -195,8 +214,7 @@ def _weight_lines(report: Report, judge: Judge, model: int, full: bool) -> Itera
         if points:
             color, marker = WEIGHT_LOOKS[arm]
             points.sort(key=lambda point: point.x)
-            yield Line(label, color, marker, PALER ** drawn_of[arm], False, arm == "dense", model, points)
-            drawn_of[arm] += 1
+            yield Line(label, color, marker, 1.0, False, arm == "dense", model, points)
 
 
 def _is_dense(group: Group) -> bool:

@@ -20,8 +20,15 @@ TOP1_TOLERANCE = 0.01  # points
 MAX_JSON, MAX_PREDICTIONS = 1_000_000, 1_000_000_000  # bytes
 MAX_IMAGES = 1 << 22  # rows
 
+
+def _is_tokens(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"auto:[1-9][0-9]{0,8}", value) is not None
+    return type(value) is int and value > 0
+
+
 COUNT, POSITIVE, AMOUNT, NAME = integer(0, 2**63), integer(1, 2**31), number(0, 1e15), text(200)
-TOKENS = rule(lambda v: bool(re.fullmatch(r"(auto:)?[1-9][0-9]{0,9}", str(v))), "K or auto:K")
+TOKENS = rule(_is_tokens, "K or auto:K")
 # Of args.yaml and of final.json, what the verdict reads.
 ARGUMENTS = fields(
     {
