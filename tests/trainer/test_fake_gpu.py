@@ -282,7 +282,7 @@ def graphs(case: str, student: TicketModel, tokens: list[int], backend: str) -> 
     return counted.frame_count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_vit_compiles_whole_and_once_more_for_all_other_k() -> None:
     """As at the unmasked epochs."""
     assert graphs("ViT", student_of("ViT"), [6, 6, 16, 9], "aot_eager") == 2

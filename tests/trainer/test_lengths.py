@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import mine
+from conftest import long, mine
 from miner.selectors import register_method
 from shards import spread
 from shards.errors import TicketSetError
@@ -332,7 +332,7 @@ def test_costs_are_means_over_the_views(varying: Path, tickets: Path) -> None:
     assert cost["test_gmacs"]["all"] == gmacs(student, 16) and cost["tokens"] == 8
 
 
-@pytest.mark.parametrize("update", [3, 8])  # in the middle of a window, in the first epoch and in the second
+@pytest.mark.parametrize("update", [long(3), 8])  # in the middle of a window, in the first epoch and in the second
 def test_stopped_and_resumed_gives_the_same_weights(
     varying: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int
 ) -> None:
@@ -359,6 +359,7 @@ def test_testing_a_run_again_goes_by_its_own_share(varying: Path, tickets: Path)
     assert last and all(line in said for line in last)
 
 
+@pytest.mark.long
 def test_two_ranks_are_one_process_of_twice_the_batch(tickets: Path, tmp_path: Path) -> None:
     # Stochastic depth and noise are drawn a micro-batch; Adam makes much of a gradient's last bits.
     flags = [*FLAGS, "--drop-path", 0, "--reprob", 0, "--opt", "sgd", "--lr", 0.05]
@@ -371,7 +372,7 @@ def test_two_ranks_are_one_process_of_twice_the_batch(tickets: Path, tmp_path: P
     assert results[0]["tickets"]["loss"] == pytest.approx(results[1]["tickets"]["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("more", [["--feed", "zero", "--model", "test_resnet"], ["--model", "lvvit_t"]])
+@pytest.mark.parametrize("more", [["--feed", "zero", "--model", "test_resnet"], long(["--model", "lvvit_t"])])
 def test_other_families_take_them_too(tickets: Path, tmp_path: Path, more: list[str]) -> None:
     train(
         tickets,
@@ -389,6 +390,7 @@ def test_other_families_take_them_too(tickets: Path, tmp_path: Path, more: list[
     )
 
 
+@pytest.mark.long
 def test_each_k_is_compiled_once(tickets: Path) -> None:
     """As `build_state` compiles; with torch's own choice the second K makes a graph of any length."""
     from trainer.options import Dropping, Model
