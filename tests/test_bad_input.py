@@ -594,14 +594,24 @@ def test_the_same_plan_is_mined_together_and_temporary_files_go_with_the_last(ph
 def test_two_plans_at_once_leave_one_whole_set(locks, photos, tmp_path, monkeypatch):
     """The second starts while the first is in its first shard. Without locks it may overwrite it, and the first finds out."""
     out, add, results = tmp_path / "out", ShardWriter.add, []
+    plans, lock, second_has_ended = [], threading.Lock(), threading.Event()
     if not locks:
         monkeypatch.setattr("miner.lock.fcntl", None)
 
     def add_and_mine(self, row, members):
-        if not results:
-            results.append(None)
-            how = [] if locks else ["--overwrite"]
-            results[0] = mine("--data", photos, "--out", out, *CENTER, "--seed", 1, *how, code=int(locks))
+        with lock:
+            plans.append(self._plan_id)
+            first = len(plans) == 1
+        if first:
+            try:
+                how = [] if locks else ["--overwrite"]
+                results.append(mine("--data", photos, "--out", out, *CENTER, "--seed", 1, *how, code=int(locks)))
+            finally:
+                second_has_ended.set()
+        elif (
+            self._plan_id == plans[0]
+        ):  # the first's other shard, which would be written while the second clears the folder
+            second_has_ended.wait()
         return add(self, row, members)
 
     monkeypatch.setattr(ShardWriter, "add", add_and_mine)

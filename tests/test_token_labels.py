@@ -1,7 +1,7 @@
 """Token labels: the classifier's own head at every place, the same bytes however they are mined, read beside tickets."""
 
 import dataclasses
-import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -446,8 +446,10 @@ def test_verify_finds_another_shape_dtype_or_name(damaged: Path, before: bytes, 
 
 
 def test_verify_holds_the_manifest_against_the_plan(damaged: Path) -> None:
+    numbers = itertools.count()
+
     def refresh(change: Callable[[dict], object]) -> str:
-        folder = damaged.parent / hashlib.blake2b(str(change).encode()).hexdigest()[:8]
+        folder = damaged.parent / f"changed-{next(numbers)}"
         shutil.copytree(damaged, folder)
 
         def edit(manifest: dict) -> None:

@@ -12,7 +12,7 @@ import torch
 from feeds import PLAIN, RICH, dataset, equal
 from timm.data.mixup import Mixup, mixup_target
 
-from conftest import mine
+from conftest import long, mine
 from shards import images
 from shards.errors import TicketSetError
 from shards.reader import TicketSet
@@ -80,7 +80,7 @@ def test_batches_are_equal_for_any_number_of_workers(opened):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [long("spawn"), "fork"])
 def test_batches_are_equal_however_workers_start(opened, method):
     feed = dataset(opened, RICH)
     places = [(0, 0, 0), (1, 2, 0)]
