@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from conftest import long
 from shards import format as fmt
 from shards.schema import ShardStats, parse_shard
 from shards.store import Conflict
@@ -157,7 +158,7 @@ def search(folder: Path, seed: int, hashed: bool) -> str:
 
 
 @pytest.mark.parametrize("hashed", [False, True], ids=["tags of their own", "tags are hashes"])
-@pytest.mark.parametrize(("first", "last"), [(0, 80), pytest.param(80, 240, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "last"), [(0, 80), long(80, 240)])
 def test_in_any_order_a_shard_that_is_done_is_one_writers(tmp_path: Path, hashed: bool, first: int, last: int) -> None:
     assert Counter(search(tmp_path, seed, hashed) for seed in range(first, last)) == {"said": last - first}
 

@@ -171,7 +171,7 @@ def test_every_arm_of_other_families_trains(tickets, tmp_path, name, more, feed,
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("swin_tiny_patch4_window7_224", ["--tokens", 9, "--unmask-epochs", 1]), ("test_resnet", [])],
+    [("swin_tiny_patch4_window7_224", ["--tokens", 9, "--unmask-epochs", 1]), long("test_resnet", [])],
 )
 def test_other_families_resume_to_the_same_weights(tickets, tmp_path, monkeypatch, name, more):
     assert_resumes(tickets, tmp_path, monkeypatch, *flags(name), *more)

@@ -310,7 +310,7 @@ def test_a_score_of_ones_own(center_set, tmp_path, monkeypatch):
         ("swin_tiny_patch4_window7_224", ["embed_dim=24", "depths=(2,2)", "num_heads=(1,2)", "window_size=4"]),
         long("lvvit_t", ["embed_dim=32", "depth=2", "num_heads=2", "stem_width=8"]),
         long("hiera_tiny_224", ["embed_dim=24", "num_heads=1", "stages=(1,1,2,1)"]),
-        ("test_resnet", []),
+        long("test_resnet", []),
         long("eva02_tiny_patch14_224", ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=16"]),
     ],
 )
