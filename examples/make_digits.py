@@ -7,6 +7,7 @@ The canonical view (the centerd 0.875 of the canvas) is 96 pixels, 6 x 6 patches
 exactly 2 x 2 of them: off the grid, a ViT from scratch learns far more slowly.
 
     python examples/make_digits.py --out digits --train 3000 --val 500
+    python examples/make_digits.py --out sizes --sizes      # on 2 x 2, 3 x 3 or 4 x 4 patches, a third of the pictures each
 
     digits/train/CLASS/NAME.png  digits/val/CLASS/NAME.png    ImageFolder, 110 x 110 pixels
     digits/masks/...             255 inside the digit's box, for `datalth-shards score`
@@ -30,8 +31,8 @@ def enlarge(digit: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).astype(float)
 
 
-def compose(digits: np.ndarray, chosen: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A canvas [110, 110] with digit `chosen`, and its mask."""
+def compose(digits: np.ndarray, chosen: int, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A canvas [110, 110] with digit `chosen`, side x side pixels, and its mask."""
     canvas = rng.normal(70, 20, (CANVAS, CANVAS))
     for _ in range(14):  # fragments, at the same stroke width as the digit itself
         piece = enlarge(digits[rng.integers(len(digits))], DIGIT)
@@ -39,11 +40,11 @@ def compose(digits: np.ndarray, chosen: int, rng: np.random.Generator) -> tuple[
         top, left = rng.integers(0, CANVAS - FRAGMENT, 2)
         spot = canvas[top : top + FRAGMENT, left : left + FRAGMENT]
         np.maximum(spot, piece[y : y + FRAGMENT, x : x + FRAGMENT] * 0.8, out=spot)
-    top, left = MARGIN + PATCH * rng.integers(0, 5, 2)
-    spot = canvas[top : top + DIGIT, left : left + DIGIT]
-    np.maximum(spot, enlarge(digits[chosen], DIGIT), out=spot)
+    top, left = MARGIN + PATCH * rng.integers(0, (CANVAS - 2 * MARGIN - side) // PATCH + 1, 2)
+    spot = canvas[top : top + side, left : left + side]
+    np.maximum(spot, enlarge(digits[chosen], side), out=spot)
     mask = np.zeros((CANVAS, CANVAS))
-    mask[top : top + DIGIT, left : left + DIGIT] = 255
+    mask[top : top + side, left : left + side] = 255
     return canvas.clip(0, 255), mask
 
 
@@ -58,8 +59,9 @@ def write(out: Path, name: Path, picture: np.ndarray, mask: np.ndarray) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
 @click.option("--train", default=3000, show_default=True, help="Pictures for training.")
 @click.option("--val", default=500, show_default=True, help="Pictures for validation.")
+@click.option("--sizes", is_flag=True, help="Digits of three sizes, of 4, 9 and 16 patches.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, train: int, val: int, seed: int) -> None:
+def main(out: Path, train: int, val: int, sizes: bool, seed: int) -> None:
     """Write cluttered digits and their masks."""
     digits, labels = load_digits(return_X_y=True)
     digits = digits.reshape(-1, 8, 8)
@@ -68,7 +70,8 @@ def main(out: Path, train: int, val: int, seed: int) -> None:
         for i in range(count):
             rng = np.random.default_rng([seed, pool.start, i])
             chosen = i % len(part)
-            picture, mask = compose(part, chosen, rng)
+            side = int(rng.choice([DIGIT, DIGIT + PATCH, DIGIT + 2 * PATCH])) if sizes else DIGIT
+            picture, mask = compose(part, chosen, side, rng)
             write(out, Path(split, str(labels[pool.start + chosen]), f"{i:05d}.png"), picture, mask)
     click.echo(f"{out}: {train} train and {val} val pictures of 10 classes, {CANVAS} x {CANVAS} pixels")
 

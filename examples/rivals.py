@@ -15,6 +15,7 @@ from trainer.verdict.statistics import difference, mean, pooled
 
 RECIPE, SIDE = HERE / "photos.yaml", 128
 N, EPOCHS = 64, 6  # patches of a view; of every run that is not longer for a reason
+FINE_TUNING = 4  # epochs
 HALF, QUARTER, MOST = 32, 16, 48
 # On one set, whose tickets all are tested on: the best selector's.
 ARMS = ("winning", "random", "gaussian", "center", "random-fixed")
@@ -22,7 +23,13 @@ MODELS = {
     "dinov2": ["--method", "cls-attention", "--selector", "vit_small_patch14_dinov2"],
     "clip": ["--method", "cls-attention", "--selector", "vit_base_patch16_clip_quickgelu_224"],
 }
+PATCHES = {"dinov2": 14, "clip": 16}  # pixels a side
 SETS = ("dinov2", "clip", "rollout", "evit", "entropy", "masks")
+FILE = click.Path(exists=True, path_type=Path)
+WEIGHTS_OF_DINOV2 = click.option(
+    "--dinov2", required=True, type=FILE, help=f"Weights of timm's {MODELS['dinov2'][-1]}."
+)
+WEIGHTS_OF_CLIP = click.option("--clip", required=True, type=FILE, help=f"Of its {MODELS['clip'][-1]}.")
 
 
 class Rivals:
@@ -101,26 +108,18 @@ class Rivals:
         """As many patches on average, shared out by how a view's scores are spread."""
         for tokens in (QUARTER, HALF):
             for seed in seeds:
+                varying = ["--tokens", f"auto:{tokens}"]
                 for arm in ("winning", "random"):
-                    yield self.run(f"{arm}-auto-{tokens}", seed, "--tickets", arm, "--tokens", f"auto:{tokens}")
+                    yield self.run(f"{arm}-auto-{tokens}", seed, "--tickets", arm, *varying)
+                yield self.run(f"masks-auto-{tokens}", seed, *varying, on="masks")  # as long as the object is large
 
 
 @click.command()
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; one that is there goes on."
 )
-@click.option(
-    "--dinov2",
-    required=True,
-    type=click.Path(exists=True, path_type=Path),
-    help="Weights of timm's vit_small_patch14_dinov2.",
-)
-@click.option(
-    "--clip",
-    required=True,
-    type=click.Path(exists=True, path_type=Path),
-    help="Of its vit_base_patch16_clip_quickgelu_224.",
-)
+@WEIGHTS_OF_DINOV2
+@WEIGHTS_OF_CLIP
 @click.option("--seeds", default=3, show_default=True, help="Of every arm.")
 def rivals(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
     """Photos: does a ≈ c > b hold, and against rivals that need no selector? docs/RESULTS.md shows it."""
@@ -135,12 +134,51 @@ def rivals(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
     parts = [[*part(range(seeds))] for part in (study.of_equal_epochs, study.of_varying_length, study.of_equal_cost)]
     run_all([*map(study.mined, SETS), *itertools.chain(*parts)], 2)
     show("datalth-verdict", *(command.done.parent for command in parts[0]), "-o", out / "verdict")
-    accuracies(out / "rivals.md", list(itertools.chain(*parts)))
+    accuracies(out / "rivals.md", list(itertools.chain(*parts)), EPOCHS)
     recalls(study, range(seeds))
 
 
-def accuracies(path: Path, commands: Sequence[Command]) -> None:
-    """A row for runs that differ in the seed alone: accuracy under each protocol, and minus c's on all patches."""
+@click.command()
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; one that is there goes on."
+)
+@WEIGHTS_OF_DINOV2
+@WEIGHTS_OF_CLIP
+@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+def pretrained(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
+    """Fine-tune DINOv2-S and CLIP's B/16 on 300 photos, on tickets that each chose; validation shows other objects."""
+    photos = out / "photos"
+    if not photos.exists():
+        show(HERE / "make_photos.py", "--out", photos, "--unseen", "--train", 300, "--val", 300)
+    for name, weights in (("dinov2", dinov2), ("clip", clip)):
+        commands = [*fine_tuning(out, name, weights, range(seeds))]
+        run_all(commands, 2)
+        _, *runs = commands
+        show("datalth-verdict", *(run.done.parent for run in runs), "-o", out / f"{name}-verdict")
+        accuracies(out / f"{name}.md", runs, FINE_TUNING)
+
+
+def fine_tuning(out: Path, name: str, weights: Path, seeds: range) -> Iterator[Command]:
+    """A pretrained model looks at photos, and learns from what it chose."""
+    tickets, model = out / name, MODELS[name][-1]
+    views = ["--views", 4, "--scale", 0.5, 1]
+    how = [*MODELS[name], "--weights", weights, "--tokens", HALF, *views]
+    yield mining(tickets, "--data", out / "photos", *how, side=PATCHES[name] * 8)
+    learns = ["--model", model, "--initial-checkpoint", weights, "--epochs", FINE_TUNING, "--val-interval", FINE_TUNING]
+    for seed in seeds:
+        for arm, tokens in (("full", N), *itertools.product(ARMS[:3], (HALF, QUARTER))):
+            words = [*learns, "--workers", 0, "--tickets", arm, "--tokens", tokens, "--seed", seed]
+            run = f"{arm}-{seed}" if arm == "full" else f"{arm}-{tokens}-{seed}"
+            needs = [tickets / "manifest.json"]
+            yield training(out / f"{name}-runs", run, tickets, *words, needs=needs, recipe=Path("finetune"))
+
+
+def accuracies(path: Path, commands: Sequence[Command], epochs: int) -> None:
+    """A row for runs that differ in the seed alone: accuracy under each protocol, and minus c's on all patches.
+
+    Args:
+        epochs: of c.
+    """
     runs: dict[str, list[Path]] = {}
     for command in commands:
         if command.done.exists():
@@ -165,7 +203,7 @@ def accuracies(path: Path, commands: Sequence[Command]) -> None:
         cells = [
             name,
             cost["tokens"],
-            round(EPOCHS * cost["updates"] / costs["full"]["updates"]),
+            round(epochs * cost["updates"] / costs["full"]["updates"]),
             len(runs[name]),
             f"{share:.0%}",
         ]

@@ -4,6 +4,7 @@
     python examples/study.py results --out .results   # an hour and more; run again, it goes on
     python examples/study.py families --out .results  # another hour
     python examples/study.py ranked --out .results    # two hours
+    python examples/study.py lengths --out .lengths   # minutes
     python examples/study.py weights --out .results   # hours on two cores
 
 Every command is printed as one would type it. Trainings run two at a time, one thread each, with logs beside their runs.
@@ -21,7 +22,7 @@ from typing import Any
 
 import click
 import numpy as np
-from rivals import rivals
+from rivals import pretrained, rivals
 
 from commands import HERE, figures, mine, mining, plus_minus, run_all, say, show, training, write_table
 from trainer.verdict.statistics import difference, mean, pooled
@@ -60,6 +61,7 @@ def main() -> None:
 
 main.add_command(weights)
 main.add_command(rivals)
+main.add_command(pretrained)
 
 
 @main.command()
@@ -380,6 +382,34 @@ def against(found: list[dict[Any, np.ndarray]], ours: list[Any], theirs: list[An
             "" if ours == theirs else plus_minus(difference(first, second, spread), "+"),
         ]
     return cells
+
+
+@main.command()
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; not that of `results`."
+)
+@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+def lengths(out: Path, seeds: int) -> None:
+    """Digits on 4, 9 or 16 patches: do tickets of varying length beat a fixed K of the same mean?"""
+    digits, masks = out / "digits", out / "masks"
+    if not digits.exists():
+        show(HERE / "make_digits.py", "--out", digits, "--sizes")
+    full = teach(out, digits, range(seeds))
+    whole = ["--method", "masks", "--masks", digits / "masks", "--tokens", 12]
+    mine(masks, "--data", out / "base", "--images", "link", *whole)
+    sets = {"winning": out / "tickets", "random": out / "tickets", "masks": masks}
+    jobs: list[Job] = []
+    names: dict[Any, list[str]] = {}
+    for arm, kind in itertools.product(sets, ("12", "auto:12")):
+        names[arm, kind] = [f"{arm}-{kind}-{seed}".replace(":", "-") for seed in range(seeds)]
+        flags = ["--tickets", "random" if arm == "random" else "winning", "--tokens", kind, "--seed"]
+        jobs += [(name, sets[arm], [*flags, seed]) for seed, name in enumerate(names[arm, kind])]
+    train(out / "runs", jobs)
+    judge(out / "runs", [name for name, _, _ in [*full, *jobs]], out / "verdict")
+    found = measured(out / "runs", names)
+    lines = ["| trained on | K | tickets | minus 12 | all | minus 12 |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {arm} | {kind} | {' | '.join(against(found, [(arm, kind)], [(arm, '12')]))} |" for arm, kind in names]
+    write_table(out / "lengths.md", lines)
 
 
 def judge(runs: Path, names: Sequence[str], out: Path) -> None:

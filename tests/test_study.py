@@ -103,9 +103,37 @@ def test_rivals_commands_are_ours_and_wait_for_what_another_writes(example, tmp_
     for command in commands:
         check_taken([str(word) for word in command.words])
     files = [command.done for command in commands]
-    assert len(set(files)) == len(files) == 6 + 2 * (29 + 13 + 4)  # sets, and runs of a seed
+    assert len(set(files)) == len(files) == 6 + 2 * (29 + 13 + 6)  # sets, and runs of a seed
     there = {*files, study.base / "manifest.json"}
     assert {path for command in commands for path in command.needs} <= there
+
+
+def test_fine_tuning_commands_are_ours_and_wait_for_their_tickets(example, tmp_path):
+    from command_lines import check_taken
+
+    rivals = example("rivals")
+    for name in rivals.MODELS:
+        mining, *runs = rivals.fine_tuning(tmp_path, name, tmp_path / "weights", range(2))
+        for command in (mining, *runs):
+            check_taken([str(word) for word in command.words])
+        assert len({run.done for run in runs}) == len(runs) == 2 * 7
+        assert {path for run in runs for path in run.needs} == {mining.done}
+
+
+def test_digits_of_three_sizes_fill_whole_patches(example, tmp_path):
+    digits = example("make_digits")
+    patches = {}
+    for name, flags in (("one", []), ("three", ["--sizes"])):
+        out = tmp_path / name
+        made = CliRunner().invoke(digits.main, ["--out", str(out), "--train", "24", "--val", "1", *flags])
+        assert made.exit_code == 0, made.output
+        patches[name] = []
+        for path in (out / "masks" / "train").rglob("*.png"):
+            view = np.asarray(Image.open(path))[7:103, 7:103].reshape(6, 16, 6, 16) / 255
+            inside = view.mean((1, 3))
+            assert set(inside.ravel()) == {0, 1}  # a patch is in or out
+            patches[name].append(int(inside.sum()))
+    assert set(patches["one"]) == {4} and set(patches["three"]) == {4, 9, 16}
 
 
 def test_what_a_command_waits_for_is_what_another_writes(example, tmp_path):
