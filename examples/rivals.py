@@ -26,10 +26,11 @@ MODELS = {
 PATCHES = {"dinov2": 14, "clip": 16}  # pixels a side
 SETS = ("dinov2", "clip", "rollout", "evit", "entropy", "masks")
 FILE = click.Path(exists=True, path_type=Path)
-WEIGHTS_OF_DINOV2 = click.option(
-    "--dinov2", required=True, type=FILE, help=f"Weights of timm's {MODELS['dinov2'][-1]}."
-)
-WEIGHTS_OF_CLIP = click.option("--clip", required=True, type=FILE, help=f"Of its {MODELS['clip'][-1]}.")
+DINOV2 = click.option("--dinov2", required=True, type=FILE, help=f"Weights of timm's {MODELS['dinov2'][-1]}.")
+CLIP = click.option("--clip", required=True, type=FILE, help=f"Of its {MODELS['clip'][-1]}.")
+FOLDER = click.Path(path_type=Path)
+OUT = click.option("--out", required=True, type=FOLDER, help="Folder to write into; one that is there goes on.")
+SEEDS = click.option("--seeds", default=3, show_default=True, help="Of every arm.")
 
 
 class Rivals:
@@ -115,12 +116,10 @@ class Rivals:
 
 
 @click.command()
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; one that is there goes on."
-)
-@WEIGHTS_OF_DINOV2
-@WEIGHTS_OF_CLIP
-@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+@OUT
+@DINOV2
+@CLIP
+@SEEDS
 def rivals(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
     """Photos: does a ≈ c > b hold, and against rivals that need no selector? docs/RESULTS.md shows it."""
     study = Rivals(out, {"dinov2": dinov2, "clip": clip})
@@ -139,12 +138,10 @@ def rivals(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into; one that is there goes on."
-)
-@WEIGHTS_OF_DINOV2
-@WEIGHTS_OF_CLIP
-@click.option("--seeds", default=3, show_default=True, help="Of every arm.")
+@OUT
+@DINOV2
+@CLIP
+@SEEDS
 def pretrained(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
     """Fine-tune DINOv2-S and CLIP's B/16 on 300 photos, on tickets that each chose; validation shows other objects."""
     photos = out / "photos"
@@ -166,11 +163,13 @@ def fine_tuning(out: Path, name: str, weights: Path, seeds: range) -> Iterator[C
     yield mining(tickets, "--data", out / "photos", *how, side=PATCHES[name] * 8)
     learns = ["--model", model, "--initial-checkpoint", weights, "--epochs", FINE_TUNING, "--val-interval", FINE_TUNING]
     for seed in seeds:
-        for arm, tokens in (("full", N), *itertools.product(ARMS[:3], (HALF, QUARTER))):
-            words = [*learns, "--workers", 0, "--tickets", arm, "--tokens", tokens, "--seed", seed]
-            run = f"{arm}-{seed}" if arm == "full" else f"{arm}-{tokens}-{seed}"
+        arms = {"full": ["--tickets", "full"]}
+        for arm, tokens in itertools.product(ARMS[:3], (HALF, QUARTER)):
+            arms[f"{arm}-{tokens}"] = ["--tickets", arm, "--tokens", str(tokens)]
+        for run, words in arms.items():
+            flags = [*learns, "--workers", 0, *words, "--seed", seed]
             needs = [tickets / "manifest.json"]
-            yield training(out / f"{name}-runs", run, tickets, *words, needs=needs, recipe=Path("finetune"))
+            yield training(out / f"{name}-runs", f"{run}-{seed}", tickets, *flags, needs=needs, recipe=Path("finetune"))
 
 
 def accuracies(path: Path, commands: Sequence[Command], epochs: int) -> None:
