@@ -23,7 +23,6 @@ MODELS = {
     "dinov2": ["--method", "cls-attention", "--selector", "vit_small_patch14_dinov2"],
     "clip": ["--method", "cls-attention", "--selector", "vit_base_patch16_clip_quickgelu_224"],
 }
-PATCHES = {"dinov2": 14, "clip": 16}  # pixels a side
 SETS = ("dinov2", "clip", "rollout", "evit", "entropy", "masks")
 FILE = click.Path(exists=True, path_type=Path)
 DINOV2 = click.option("--dinov2", required=True, type=FILE, help=f"Weights of timm's {MODELS['dinov2'][-1]}.")
@@ -160,7 +159,7 @@ def fine_tuning(out: Path, name: str, weights: Path, seeds: range) -> Iterator[C
     tickets, model = out / name, MODELS[name][-1]
     views = ["--views", 4, "--scale", 0.5, 1]
     how = [*MODELS[name], "--weights", weights, "--tokens", HALF, *views]
-    yield mining(tickets, "--data", out / "photos", *how, side=PATCHES[name] * 8)
+    yield mining(tickets, "--data", out / "photos", *how, side=112)  # 7 x 7 patches
     learns = ["--model", model, "--initial-checkpoint", weights, "--epochs", FINE_TUNING, "--val-interval", FINE_TUNING]
     for seed in seeds:
         arms = {"full": ["--tickets", "full"]}
