@@ -23,6 +23,7 @@ from shards.errors import TicketSetError
 from shards.reader import TicketSet
 from trainer.costs import costs, sparse_gmacs
 from trainer.data.dataset import TicketDataset, ValidationDataset, Views, loader
+from trainer.data.lengths import PARTS
 from trainer.data.loader import Batch
 from trainer.engine import Setup, State, Stopped, is_better, train_epoch, train_micro_batch
 from trainer.evaluate import Figures, evaluate
@@ -75,7 +76,8 @@ class Trainer:
     ) -> None:
         self.opened, self.recipe, self._stop = opened, recipe, stop
         self.rank = rank or Rank(device=choose_device(recipe.machine.device, ("cuda", "cpu")))
-        optimization, machine, tickets = recipe.optimization, recipe.machine, recipe.tickets
+        machine, tickets = recipe.machine, recipe.tickets
+        optimization = in_parts(recipe) if tickets.varying else recipe.optimization
         found = subnetwork or self.rank.on_first(lambda: Subnetwork.of(recipe.weights, machine.seed))
         self.subnetwork = found or Subnetwork({})
         # For the student's first weights; steps seed themselves by their place.
@@ -94,6 +96,7 @@ class Trainer:
             views=views,
             batch_size=optimization.batch_size,
             micro_batches=self.rank.size * optimization.grad_accum_steps,
+            parts=PARTS if tickets.varying else 1,
             seed=machine.seed,
             unmask_from=optimization.epochs - tickets.unmask_epochs if tickets.unmask_epochs else None,
             token_labels=open_token_labels(recipe),
@@ -104,7 +107,7 @@ class Trainer:
             opened,
             recipe.data.val_split,
             views=replace(views, side=views.whole_side) if tickets.coarse_first else views,
-            batch_size=optimization.batch_size,
+            batch_size=recipe.optimization.batch_size,
             rank=self.rank.number,
             ranks=self.rank.size,
             copies=copies,
@@ -363,6 +366,23 @@ def check_student(recipe: Recipe, student: TicketModel) -> None:
         raise TicketSetError(
             f"`mixing` patches: two views' patches of one place are no ticket for {recipe.model.model}; ViTs take them"
         )
+
+
+def in_parts(recipe: Recipe) -> Optimization:
+    """Steps of the same samples whose batches are cut into parts of one K each, for tickets of varying length.
+
+    Raises:
+        TicketSetError: a batch that cannot be cut so.
+    """
+    optimization, augment = recipe.optimization, recipe.augment
+    unit = PARTS * (2 if augment.mixes or augment.mix_token else 1)  # pairs are mixed within a part
+    if optimization.batch_size % unit:
+        raise TicketSetError(
+            f"`batch_size` {optimization.batch_size}: with `tokens` {recipe.tickets.tokens} expected a multiple of {unit}, since"
+            f" a batch has {PARTS} parts, of one K each"
+        )
+    accum = optimization.grad_accum_steps * PARTS
+    return replace(optimization, batch_size=optimization.batch_size // PARTS, grad_accum_steps=accum)
 
 
 def build_state(

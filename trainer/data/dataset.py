@@ -131,8 +131,8 @@ class TicketDataset(Dataset[Batch]):
 
     A batch holds patches uint8 [B, K, C*p*p] ([B, N, C*p*p] where the student wants all), keep_indices int64 [B, K],
     labels and partners int64 [B], lam float32 [B] (share of the own label), grid_width int64 [B], and with random erasing
-    erase int64 [B, 4]. A step is `micro_batches` of them: ranks times accumulation steps. Where K varies from view to view, a
-    step has one K.
+    erase int64 [B, 4]. A step is `micro_batches` of them: ranks times accumulation steps. Where K varies from view to view,
+    each of `parts` of a step has one K: micro-batches 0, 1, ... are the first part's, the last ones the last's.
 
     Args:
         opened: the set.
@@ -142,6 +142,7 @@ class TicketDataset(Dataset[Batch]):
         views: what the student takes, `Views.of(opened, student)`; None: what a ViT takes.
         batch_size: of a micro-batch.
         micro_batches: of a step.
+        parts: of a step where K varies; divides `micro_batches`.
         seed: of order, draws and random tickets.
         unmask_from: the epoch from which on all patches are fed; None: never.
         token_labels: another set that holds them; False: none, though the set has some.
@@ -151,7 +152,7 @@ class TicketDataset(Dataset[Batch]):
         rows: the samples.
         tokens: K; where it varies, its mean at most.
         lengths: how K varies; None where it does not.
-        token_shares: {K: the share of views that have it}; a batch of several K has the size nearest to their mean.
+        token_shares: {K: the share of views that have it}; a part of several K has the size nearest to their mean.
         steps: optimizer steps of an epoch, the same for all; a last batch begins the epoch anew where samples run out.
     Raises:
         TicketSetError: images without a label, too few images or views for `repeats`, a K above N, or mixing that does not
@@ -168,6 +169,7 @@ class TicketDataset(Dataset[Batch]):
         views: Views | None = None,
         batch_size: int = 128,
         micro_batches: int = 1,
+        parts: int = 1,
         seed: int = 42,
         unmask_from: int | None = None,
         token_labels: TicketSet | bool | None = None,
@@ -178,7 +180,7 @@ class TicketDataset(Dataset[Batch]):
         self.rows = labeled_rows(opened, split, labels, copies)
         self.tickets, self.augment, self.views = tickets, augment, views or Views.of(opened)
         self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
-        self.unmask_from = unmask_from
+        self.unmask_from, self._parts = unmask_from, parts
         self._count = opened.manifest.splits[split].views
         self._arm = "full" if tickets.resize_to_tokens else tickets.tickets
         whole = math.prod(self.views.at(not tickets.coarse_first)[1])
@@ -290,11 +292,13 @@ class TicketDataset(Dataset[Batch]):
         """int64 [samples, 3], (shard, row, visit): see trainer.data.sampler."""
         return epoch_samples(self.seed, epoch, self.rows.sizes, self.tickets.repeats)
 
-    def tokens_at(self, epoch: int, step: int) -> int:
-        """K of a step."""
+    def tokens_at(self, epoch: int, step: int, micro: int = 0) -> int:
+        """K of a micro-batch."""
         if self.is_whole(epoch):
             return math.prod(self.views.at(True)[1])
-        return self.tokens if self.lengths is None else int(self._by_length(epoch)[1][step])
+        if self.lengths is None:
+            return self.tokens
+        return int(self._by_length(epoch)[1][step, micro * self._parts // self.micro_batches])
 
     def _positions(self, epoch: int, step: int, micro: int) -> np.ndarray:
         """Of a micro-batch, in the epoch's order of samples."""
@@ -303,7 +307,7 @@ class TicketDataset(Dataset[Batch]):
         return self._by_length(epoch)[0][step, micro * self.batch_size : (micro + 1) * self.batch_size]
 
     def _by_length(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch in batches of one K each; see `batches_by_length`. The last one that was asked for is kept."""
+        """An epoch in parts of one K each; see `batches_by_length`. The last one that was asked for is kept."""
         assert self.lengths is not None
         if self._sorted is None or self._sorted[0] != epoch:
             views, images = views_of(self.seed, self.samples(epoch), self.rows.sizes, self._count)
@@ -311,8 +315,8 @@ class TicketDataset(Dataset[Batch]):
                 self._view_tokens[images, views].astype(np.int64),
                 self.augment.mixes or self.augment.mix_token,
             )
-            layout = self.steps, self.global_batch, paired
-            self._sorted = epoch, *batches_by_length(tokens, self.lengths.sizes, *layout, self.seed, epoch)
+            shape = self.steps, self._parts, self.global_batch // self._parts
+            self._sorted = epoch, *batches_by_length(tokens, self.lengths.sizes, shape, paired, self.seed, epoch)
         return self._sorted[1:]
 
     def reads_prefixes(self, epoch: int) -> bool:
@@ -329,7 +333,7 @@ class TicketDataset(Dataset[Batch]):
         chosen = self.samples(epoch)[positions]
         side, grid = self.views.at(self.is_whole(epoch))
         by_patches = self.reads_prefixes(epoch) or self._mixes_patches(epoch)
-        fed = (self._tickets if by_patches else self._mixed_views)(chosen, positions, epoch, step)
+        fed = (self._tickets if by_patches else self._mixed_views)(chosen, positions, place)
         labels = self.rows.labels_of(chosen[:, 0], chosen[:, 1])
         partners = labels[np.arange(len(labels)) ^ 1] if "lam" in fed else labels
         batch = {
@@ -343,8 +347,9 @@ class TicketDataset(Dataset[Batch]):
             batch["erase"] = self._erasing_boxes(positions, epoch, side)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _mixed_views(self, chosen: np.ndarray, positions: np.ndarray, epoch: int, step: int) -> dict[str, np.ndarray]:
+    def _mixed_views(self, chosen: np.ndarray, positions: np.ndarray, place: Place) -> dict[str, np.ndarray]:
         """Patches and places out of whole views; mixing is of their pixels, or of their places (MixToken)."""
+        epoch, step, _ = place
         whole = self.is_whole(epoch)
         side, grid = self.views.at(whole)
         pixels = np.empty((len(chosen), side, side, 3), np.uint8)
@@ -354,7 +359,7 @@ class TicketDataset(Dataset[Batch]):
             for slot, view, ranking in self._views(chosen, positions, epoch, maps):
                 pixels[slot], rankings[slot] = view, ranking
         everything = np.tile(np.arange(rankings.shape[1]), (len(rankings), 1))
-        tokens = self.tokens_at(epoch, step)
+        tokens = self.tokens_at(*place)
         keep, mixed = everything if whole else rankings[:, :tokens], {}
         with self._mix_generator(epoch, step):
             if self.augment.mix_token:
@@ -367,10 +372,10 @@ class TicketDataset(Dataset[Batch]):
         patches = gather(pixels, everything if self.views.wants_all else keep, self.views.patch_size)
         return {"patches": patches, "keep_indices": np.ascontiguousarray(keep, np.int64), **mixed, **stacked(maps)}
 
-    def _tickets(self, chosen: np.ndarray, positions: np.ndarray, epoch: int, step: int) -> dict[str, np.ndarray]:
+    def _tickets(self, chosen: np.ndarray, positions: np.ndarray, place: Place) -> dict[str, np.ndarray]:
         """Patches and places out of the best patches of views alone; mixing is of patches."""
-        mixing = None
-        count = tokens = self.tokens_at(epoch, step)
+        mixing, (epoch, step, _) = None, place
+        count = tokens = self.tokens_at(*place)
         if self.augment.mixes:
             with self._mix_generator(epoch, step):
                 mixing = PatchMixing.draw(self.augment, self.views.side, self.views.patch_size, tokens)

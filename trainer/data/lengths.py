@@ -1,4 +1,4 @@
-"""Tickets of varying length: K of a view by how its scores are spread, and batches of one K each.
+"""Tickets of varying length: K of a view by how its scores are spread, and parts of batches of one K each.
 
 A view gets as many patches as hold a share of its score, rounded up to one of a few sizes. The share is one for all views
 of a run, such that they get the asked number on average.
@@ -17,6 +17,9 @@ from shards.reader import TicketSet
 log = logging.getLogger("datalth")
 MAX_SIZES = 8  # torch.compile makes a graph of each, and gives up after 8
 WINDOW = 32  # batches among which samples are sorted
+# K that a step has. Views of one K are alike in more than K (the same scenes, say): steps of a single one learn worse than of
+# mixed views, also on random patches (docs/RESULTS.md).
+PARTS = 4
 STEPS = 1_000_000  # the share is a whole number of millionths, so that it is found exactly and read back from any file
 
 
@@ -118,26 +121,33 @@ def shares_of(tokens: np.ndarray) -> dict[int, float]:
 
 
 def batches_by_length(
-    tokens: np.ndarray, sizes: tuple[int, ...], steps: int, global_batch: int, paired: bool, seed: int, epoch: int
+    tokens: np.ndarray,
+    sizes: tuple[int, ...],
+    shape: tuple[int, int, int],
+    paired: bool,
+    seed: int,
+    epoch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An epoch in batches of one K each: int64 [steps, global_batch], positions in the epoch's order, and int64 [steps], K.
+    """An epoch in parts of one K each: int64 [steps, global_batch], positions in the epoch's order, and int64 [steps, parts], K.
 
-    Within each window of batches samples are sorted by their K and cut into batches; these are shown in a permuted order,
-    or short tickets would come before long ones. Where a batch holds several K, it has the size nearest to their mean.
+    Within each window of batches samples are sorted by their K and cut into parts; these are shown in a permuted order, so
+    that a batch has parts of several K. Where a part holds several, it has the size nearest to their mean.
 
     Args:
         tokens: K of each sample in the epoch's order.
         sizes: the K that there are, rising.
-        steps: batches; past the end the epoch begins anew.
+        shape: steps, parts of each, samples of a part; past the end the epoch begins anew.
         paired: neighbors (2i, 2i + 1) stay neighbors, and are sorted by what they have together.
         seed, epoch: name the permutations.
     """
-    unit = 2 if paired else 1
-    order = (np.arange(steps * global_batch) % len(tokens)).reshape(steps, global_batch)
-    shown = np.empty_like(order)
+    unit, (steps, parts, size) = 2 if paired else 1, shape
+    order = (np.arange(steps * parts * size) % len(tokens)).reshape(steps, -1)
+    shown = np.empty(shape, np.int64)
     for first in range(0, steps, WINDOW):
         units = order[first : first + WINDOW].reshape(-1, unit)
-        batches = units[tokens[units].sum(1).argsort(kind="stable")].reshape(-1, global_batch)
-        shown[first : first + WINDOW] = batches[permutation(len(batches), "lengths", seed, epoch, first)]
-    means = tokens[shown].mean(1, keepdims=True)
-    return shown, np.asarray(sizes, np.int64)[np.abs(means - np.array(sizes)).argmin(1)]
+        cut = units[tokens[units].sum(1).argsort(kind="stable")].reshape(-1, size)
+        shown[first : first + WINDOW] = cut[permutation(len(cut), "lengths", seed, epoch, first)].reshape(
+            -1, parts, size
+        )
+    means = tokens[shown].mean(2, keepdims=True)
+    return shown.reshape(steps, -1), np.asarray(sizes, np.int64)[np.abs(means - np.array(sizes)).argmin(2)]

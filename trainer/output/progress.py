@@ -141,7 +141,8 @@ def show(trainer: "Trainer") -> None:
 def progress(trainer: "Trainer", figures: Mapping[str, float], left: str) -> None:
     """Within an epoch, as timm's."""
     state, steps, dataset = trainer.state, trainer.steps, trainer.dataset
-    tokens = dataset.tokens_at(state.epoch, state.step - 1)
+    own = [dataset.tokens_at(state.epoch, state.step - 1, micro) for micro in range(dataset.micro_batches)]
+    tokens = round(sum(own) / len(own))
     images, seconds = figures["images"] * trainer.rank.size, figures["seconds"]
     mean = state.loss_sum / state.loss_count
     log.info(
