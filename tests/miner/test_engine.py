@@ -203,27 +203,27 @@ def test_another_plan_in_the_same_folder_is_refused(arguments: Arguments, refere
 # One process imports everything and forks a child for every moment, before any thread has started. A
 # child is killed with SIGKILL before or after its nth os.replace, or after its nth sample.
 KILLER = """
-import os, signal, sys
+import itertools, os, signal, sys
 import safetensors.torch, timm, torch, webdataset
 import miner.cli, miner.run, shards.writer
 
 out, count, *arguments = sys.argv[1:]
-replace, add, calls = os.replace, shards.writer.ShardWriter.add, {"replace": 0, "add": 0}
+replace, add = os.replace, shards.writer.ShardWriter.add
+calls = {"replace": itertools.count(1), "add": itertools.count(1)}  # two shards are written at once: each call keeps its own number
 
-def hit(what, when):
-    if moment == (what, calls[what], when):
+def hit(*now):
+    if moment == now:
         os.kill(os.getpid(), signal.SIGKILL)
 
 def counted_replace(*args):
-    calls["replace"] += 1
-    hit("replace", "before")
+    number = next(calls["replace"])
+    hit("replace", number, "before")
     replace(*args)
-    hit("replace", "after")
+    hit("replace", number, "after")
 
 def counted_add(*args):
     add(*args)
-    calls["add"] += 1
-    hit("add", "after")
+    hit("add", next(calls["add"]), "after")
 
 os.replace, shards.writer.ShardWriter.add = counted_replace, counted_add
 moments = [("replace", n, when) for n in range(1, int(count) + 1) for when in ("before", "after")]
