@@ -17,8 +17,8 @@ from shards.reader import TicketSet
 log = logging.getLogger("datalth")
 MAX_SIZES = 8  # torch.compile makes a graph of each, and gives up after 8
 WINDOW = 32  # batches among which samples are sorted
-# K that a step has. Views of one K are alike in more than K (the same scenes, say): steps of a single one learn worse than of
-# mixed views, also on random patches (docs/RESULTS.md).
+# K that a step has. Steps of a single one learn worse, also on random patches; not so where K has nothing to do with the view
+# (docs/RESULTS.md).
 PARTS = 4
 STEPS = 1_000_000  # the share is a whole number of millionths, so that it is found exactly and read back from any file
 
