@@ -375,11 +375,12 @@ def in_parts(recipe: Recipe) -> Optimization:
         TicketSetError: a batch that cannot be cut so.
     """
     optimization, augment = recipe.optimization, recipe.augment
-    unit = PARTS * (2 if augment.mixes or augment.mix_token else 1)  # pairs are mixed within a part
+    mixes = augment.mixes or augment.mix_token
+    unit = PARTS * (2 if mixes else 1)  # pairs are mixed within a part
     if optimization.batch_size % unit:
         raise TicketSetError(
             f"`batch_size` {optimization.batch_size}: with `tokens` {recipe.tickets.tokens} expected a multiple of {unit}, since"
-            f" a batch has {PARTS} parts, of one K each"
+            f" a batch has {PARTS} parts, of one K each{', in which pairs are mixed' if mixes else ''}"
         )
     accum = optimization.grad_accum_steps * PARTS
     return replace(optimization, batch_size=optimization.batch_size // PARTS, grad_accum_steps=accum)
