@@ -92,7 +92,7 @@ def stopped_by_sigterm() -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         received.append(signal.Signals(number))
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*received[-1:])
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

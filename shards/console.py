@@ -5,10 +5,14 @@ import errno
 import functools
 import json
 import math
+import os
 import re
+import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from _thread import start_new_thread
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,8 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         ready_screen()
         try:
-            return command(*args, **kwargs)
+            with _stops_heard():
+                return command(*args, **kwargs)
         except (TicketSetError, ImageError) as error:
             raise _message(str(error)) from None
         except MemoryError as error:
@@ -69,6 +74,29 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise _message(f"{where}{error.strerror or first_line(error)}{_goes_on(error.errno)}") from None
 
     return run
+
+
+@contextlib.contextmanager
+def _stops_heard() -> Iterator[None]:
+    """A Ctrl-C that is raised where Python ignores it (a weak reference's callback, __del__, a fork's hook) is sent again."""
+    before, inside = sys.unraisablehook, True
+
+    def again(number: int) -> None:
+        time.sleep(0.01)  # until what ignores it has ended
+        if inside:
+            os.kill(os.getpid(), number)
+
+    def hook(ignored: Any) -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            return before(ignored)
+        number = ignored.exc_value.args[0] if ignored.exc_value.args else signal.SIGINT
+        start_new_thread(again, (number,))  # no threading.Timer: its locks may be held by what was interrupted here
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook, inside = before, False
 
 
 def _goes_on(number: int | None) -> str:

@@ -13,8 +13,11 @@ from pathlib import Path
 def start(module: str, arguments: list[str], log: Path, before: Callable[[], None] = lambda: None) -> int:
     """A command in a child process; returns its pid."""
     sys.stdout.flush()
+    # Until the child may be interrupted: inside the hooks of a fork Python ignores a Ctrl-C, and prints a traceback.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
     code = 70
     try:
@@ -25,10 +28,13 @@ def start(module: str, arguments: list[str], log: Path, before: Callable[[], Non
         signal.alarm(0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         importlib.import_module(module).main(arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1 if end.code else 0
+    except KeyboardInterrupt:  # before click was there to hear it
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -114,6 +115,61 @@ def test_a_list_of_ours_keeps_its_lines():
 def test_a_fault_of_ours_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run(error)
+
+
+INTERRUPTED = """
+import gc, os, signal, sys, time, weakref
+import click
+from miner.cli import stopped_by_sigterm
+from shards.console import reports_errors
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+place, number = sys.argv[1], int(sys.argv[2])
+
+
+class Thing:
+    def __del__(self):
+        if place == "del":
+            stop()
+
+
+def stop(*_):
+    os.kill(os.getpid(), number)
+    time.sleep(0)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("rest", nargs=-1)
+@HEARD
+def command(rest):
+    with stopped_by_sigterm():
+        thing = Thing()
+        seen = weakref.ref(thing, stop) if place == "weakref" else None
+        if place == "fork":
+            os.register_at_fork(after_in_parent=stop)
+            os.fork() or os._exit(0)
+        del thing
+        for _ in range(100 if heard else 10):
+            time.sleep(0.05)
+    print("went on")
+
+
+command()
+"""
+
+
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["del", "weakref", "fork"])
+def test_a_stop_where_python_ignores_it_is_heard_all_the_same(place, number, heard):
+    """Without `reports_errors`, the control, the command goes on after a traceback."""
+    script = f"heard = {heard}\n" + INTERRUPTED.replace("@HEARD", "@reports_errors" if heard else "")
+    command = [sys.executable, "-c", script, place, f"{int(number)}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if heard:
+        assert (found.returncode, found.stdout, found.stderr.strip()) == (1, "", "Aborted!")
+    else:
+        assert (found.returncode, found.stdout) == (0, "went on\n") and "KeyboardInterrupt" in found.stderr
 
 
 SPEAKING = """
