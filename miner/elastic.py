@@ -110,7 +110,8 @@ class Worker:
             self._refused = 0
 
         try:
-            mine_shards(self._job, claimed(), producers, progress, committed)
+            with progress.stoppable():
+                mine_shards(self._job, claimed(), producers, progress, committed)
             return True
         except (Stolen, Conflict):  # this worker was taken for dead, and another is at its shard
             pass

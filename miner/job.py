@@ -27,6 +27,7 @@ from miner.sources import Source
 from miner.writer import Writer
 from shards.errors import TicketSetError
 from shards.schema import Plan, ShardStats
+from shards.signals import Signals
 from shards.store import Store
 
 
@@ -110,6 +111,7 @@ class Progress:
         reasons: of the first few failures, `source: reason`.
         waited: seconds that the main thread waited for each leg.
         shard: that is mined now; where an error came out of it, the one that failed.
+        stops: signals that came while it was `stoppable`.
     """
 
     max_failures: float = math.inf
@@ -119,9 +121,21 @@ class Progress:
     reasons: list[str] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "select": 0.0, "write": 0.0})
     shard: Shard | None = None
+    stops: Signals = field(default_factory=Signals)
 
     def changed(self) -> None:
-        """Called now and then; a progress bar overrides it."""
+        """Called now and then, by the main thread where it holds nothing; a progress bar overrides it.
+
+        Raises:
+            KeyboardInterrupt: see `stoppable`.
+        """
+        self.stops.check()
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C inside are raised between two images, and never in the middle of what threads share."""
+        with self.stops.untorn():
+            yield
 
     @contextlib.contextmanager
     def waiting(self, leg: str) -> Iterator[None]:
@@ -137,7 +151,9 @@ class Progress:
 
         Raises:
             TooManyFailures: see there.
+            KeyboardInterrupt: see `stoppable`.
         """
+        self.stops.check()
         self.images += 1
         if image.error is None:
             self.views += len(image.views) if viewed else 0

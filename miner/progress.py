@@ -129,7 +129,8 @@ class ProgressBar(Progress):
         self._elsewhere, self._their_shards = images, shards
 
     def changed(self) -> None:
-        """Show what was counted."""
+        """Show what was counted. See `Progress.changed`."""
+        super().changed()
         if self._quiet:
             return
         now, images = time.monotonic(), self.images + self._elsewhere

@@ -137,7 +137,8 @@ def mine_missing(
     progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0 and bool(todo))
     with contextlib.closing(progress):
         if pool is None:
-            mine_shards(job, todo, producers, progress)
+            with progress.stoppable():
+                mine_shards(job, todo, producers, progress)
         else:
             pool.mine(job, todo, progress)
     seconds = time.monotonic() - started

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from shards.errors import StoreFailed, TicketSetError, first_line
+from shards.signals import Signals
 
 T = TypeVar("T")
 WAITS = (0.2, 0.8)  # seconds before a second and a third try, give or take a half
@@ -73,13 +74,15 @@ def retry(url: str, call: Callable[..., T], *arguments: Any, **keywords: Any) ->
         FileNotFoundError: the file is not there.
         TicketSetError: anything else that a client raises.
     """
-    with remote_errors(url):
+    signals = Signals()
+    with remote_errors(url), signals.untorn():  # fsspec waits for its own thread by what is not to be torn
         for wait in WAITS:
             try:
                 return call(*arguments, **keywords)
             except Exception as error:
                 if not _may_pass(error):
                     raise
+            signals.check()
             time.sleep(wait * random.uniform(0.5, 1.5))  # so that many clients do not come back at once
         return call(*arguments, **keywords)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from shards.errors import TicketSetError
 from shards.remote import filesystem, is_object_store, remote_errors, retry
+from shards.signals import Signals
 
 BLOCK = 16 << 20  # bytes asked for at once
 SMALL = 1 << 20  # bytes of a file that is asked for before its size: most JSON, and indices
@@ -158,13 +159,13 @@ def blocks(found: RemoteFile) -> Iterator[bytes]:
         return
     pool = ThreadPoolExecutor(BLOCKS_AT_ONCE, "blocks")
     try:
-        waiting: deque[Future[list[bytes]]] = deque()
-        for place in places:
-            waiting.append(pool.submit(read_ranges, [place]))
-            if len(waiting) == BLOCKS_AT_ONCE:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+        asked, waiting = iter(places), deque[Future[list[bytes]]]()
+        for _ in places:
+            with Signals().untorn():
+                for place in itertools.islice(asked, BLOCKS_AT_ONCE - len(waiting)):
+                    waiting.append(pool.submit(read_ranges, [place]))
+                part = waiting.popleft().result()
+            yield from part
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -233,5 +234,5 @@ class RemoteRanges:
         return block
 
     def __del__(self) -> None:
-        for number in self._fetched:
+        for number in getattr(self, "_fetched", ()):  # an interrupt may have come before
             self._kept.pop((self._own, number), None)

@@ -214,7 +214,7 @@ class _LocalRanges:
         return data
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # it may not have been opened
             os.close(self._descriptor)
 
 

@@ -18,7 +18,6 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +29,7 @@ from filelock import FileLock
 from shards import remote, storage
 from shards.errors import TicketSetError, first_line
 from shards.format import CLAIMS
+from shards.signals import in_threads
 
 T = TypeVar("T")
 ANY = "whatever is there"  # as what a put expects
@@ -143,8 +143,7 @@ class Store(abc.ABC):
             except FileNotFoundError:
                 return None
 
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "read") as pool:
-            return list(pool.map(read, names))
+        return in_threads(read, names, REQUESTS_AT_ONCE)
 
     def clock(self) -> Callable[[], float]:
         """The store's own clock, in seconds: what `Entry.modified` can be held against, whatever this machine's says.
@@ -318,8 +317,7 @@ class RemoteStore(Store):
             with contextlib.suppress(FileNotFoundError):
                 remote.retry(self.at(name), fs.rm_file, path)
 
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "remove") as pool:
-            list(pool.map(remove, names))
+        in_threads(remove, names, REQUESTS_AT_ONCE)
 
     def spool(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         # Nobody else may read it, or put a link in its place: the folder is mostly one that all users share.

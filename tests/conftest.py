@@ -1,6 +1,7 @@
 """Small labeled image sets and a small selector with saved weights, for every test."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub, which would be tried again and again for most of a minute
@@ -10,6 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+
+# A shell's background jobs ignore it: what a test sends must not depend on how the tests were started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["browser", "servers"]
 SELECTOR = "test_vit"  # timm's own small ViT: width 64, depth 6

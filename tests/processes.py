@@ -1,5 +1,6 @@
 """Commands in child processes, forked from this one, which has imported torch already."""
 
+import faulthandler
 import importlib
 import os
 import signal
@@ -25,8 +26,8 @@ def start(module: str, arguments: list[str], log: Path, before: Callable[[], Non
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        faulthandler.register(signal.SIGUSR1, 1)  # `kill` asks one that hangs where each of its threads is
         signal.alarm(0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         importlib.import_module(module).main(arguments)
@@ -38,8 +39,10 @@ def start(module: str, arguments: list[str], log: Path, before: Callable[[], Non
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+        finally:  # whatever comes so late
+            os._exit(code)
 
 
 def ended(pid: int, seconds: float) -> int | None:
@@ -57,6 +60,8 @@ def kill(pid: int, number: int = signal.SIGKILL) -> int:
     os.kill(pid, number)
     code = ended(pid, 20)
     if code is None:
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return 999  # it did not end when asked to

@@ -16,6 +16,7 @@ from shards.console import printable
 from shards.errors import TicketSetError, first_line
 from shards.flags import as_flags
 from shards.reader import TicketSet
+from shards.signals import Signals
 from shards.verify import verify
 from trainer.config import read_yaml
 from trainer.data.loader import WorkerDied
@@ -28,7 +29,6 @@ from trainer.output.events import Events
 from trainer.output.folder import ARGUMENTS, RunFolder, check_arguments, find
 from trainer.output.progress import Progress, report
 from trainer.ranks import Rank
-from trainer.signals import Signals
 from trainer.trainer import Trainer
 from trainer.weights.subnetwork import Subnetwork
 

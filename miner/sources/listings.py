@@ -5,7 +5,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from miner.sources.archive import Member
 from shards import format as fmt
 from shards.checks import parse_json
 from shards.errors import TicketSetError
+from shards.signals import in_threads
 from shards.store import REQUESTS_AT_ONCE, Conflict, Store, open_store
 
 MAX_BYTES = 1 << 30  # of one tar's listing
@@ -74,8 +74,7 @@ class SharedListings:
         Raises:
             TicketSetError: a tar is not there or not readable, or the store fails.
         """
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE, "list") as pool:
-            places = dict(zip(urls, pool.map(_place, urls), strict=True))
+        places = dict(zip(urls, in_threads(_place, urls, REQUESTS_AT_ONCE), strict=True))
         there = self._store.entries(fmt.LISTINGS)
         todo = [url for url, place in places.items() if place.rpartition("/")[2] not in there]
         random.shuffle(todo)  # so that workers that begin at once share the tars

@@ -123,7 +123,6 @@ import click
 from miner.cli import stopped_by_sigterm
 from shards.console import reports_errors
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 place, number = sys.argv[1], int(sys.argv[2])
 
 

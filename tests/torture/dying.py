@@ -59,8 +59,8 @@ class Killed:
             code = kill(pid, number)
             kills.append(f"{signal.Signals(number).name}: {code}")
             text = self._log.read_text()
-            if code == 999 or "Traceback" in text:
-                return Case(f"{kills}", self.name, "fault", f"{'did not end' if code == 999 else text[-1500:]}")
+            if code == 999 or "Traceback" in text:  # 999: it did not end
+                return Case(f"{kills}", self.name, "fault", text[-6000:])
         code = ended(start(self._module, self._arguments(out), self._log), 120)
         if code != 0:
             return Case(f"{kills}", self.name, "fault", f"exit code {code}: {self._log.read_text()[-1500:]}")

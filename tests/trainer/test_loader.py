@@ -172,7 +172,7 @@ def test_few_open_files_are_raised_to_what_is_allowed_or_a_line(tickets, tmp_pat
 
 def test_a_second_ctrl_c_ends_at_once_and_one_that_was_handed_on_does_not():
     code = """
-from trainer import signals
+from shards import signals
 signals.AGAIN = 0.5
 heard = signals.Signals()
 with heard.heard():

@@ -1,11 +1,12 @@
 """datalth-predict: a run and photos -> the class of each photo."""
 
+import contextlib
 import csv
 import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,7 @@ from miner.settings import DEFAULT_SELECTOR, MASKS, Selection
 from shards.console import duration, file_option, printable, rate, reports_errors, table
 from shards.errors import TicketSetError
 from shards.flags import options_of, setting, settings_from
+from shards.signals import Signals
 
 if TYPE_CHECKING:
     from trainer.predict.predictor import Answer
@@ -135,15 +137,18 @@ def main(
         sys.exit(1)
 
 
-def shown(batches: "Iterable[list[Answer]]", total: int) -> "list[Answer]":
+def shown(batches: "Generator[list[Answer], None, None]", total: int) -> "list[Answer]":
     """All answers, with a bar on a terminal and a line now and then elsewhere."""
     from tqdm import tqdm
 
     found: list[Answer] = []
     start = said = time.monotonic()
     terminal = sys.stderr.isatty()
-    with tqdm(total=total, unit="photo", leave=False, disable=not terminal) as bar:
+    stops = Signals()
+    bar = tqdm(total=total, unit="photo", leave=False, disable=not terminal)
+    with stops.untorn(), contextlib.closing(batches), bar:
         for batch in batches:
+            stops.check()
             found += batch
             bar.update(len(batch))
             now = time.monotonic()

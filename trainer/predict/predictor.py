@@ -6,7 +6,7 @@ main:    batches -> device -> logits -> classes
 
 import collections
 import contextlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -171,7 +171,7 @@ def answers(
     batch_size: int,
     workers: int,
     top: int,
-) -> Iterator[list[Answer]]:
+) -> Generator[list[Answer], None, None]:
     """Answers to photos, in order, batch by batch; one that cannot be read has its reason.
 
     Args:
