@@ -15,6 +15,7 @@ from trainer.verdict.statistics import difference, mean, pooled
 
 RECIPE, SIDE = HERE / "photos.yaml", 128
 N, EPOCHS = 64, 6  # patches of a view; of every run that is not longer for a reason
+VIEWS = 8  # of a picture, where there are several
 FINE_TUNING = 4  # epochs
 HALF, QUARTER, MOST = 32, 16, 48
 # On one set, whose tickets all are tested on: the best selector's.
@@ -104,6 +105,20 @@ class Rivals:
             yield self.run("resized-longest", seed, "--resize-to-tokens", *longest, on="base")
             yield self.run("full-long", seed, "--tickets", "full", *twice, on="base")
 
+    def of_many_views(self, seeds: range) -> Iterator[Command]:
+        """At equal cost again, where a ticket, too, differs from epoch to epoch: another stored view each time."""
+        tickets, runs = self.out / f"dinov2-{VIEWS}", self.out / "views-runs"
+        how = [*MODELS["dinov2"], "--weights", self.weights["dinov2"], "--tokens", HALF]
+        yield mining(tickets, "--data", self.photos, *how, "--views", VIEWS, "--scale", 0.5, 1, side=SIDE)
+        for seed in seeds:
+            arms = {"full": ["--tickets", "full"]}
+            for arm in ARMS[:3]:
+                arms[f"{arm}-longest"] = ["--tickets", arm, "--tokens", QUARTER, "--epochs", 4 * EPOCHS]
+            arms["full-long"] = ["--tickets", "full", "--epochs", 2 * EPOCHS]
+            for name, words in arms.items():
+                needs = [tickets / "manifest.json"]
+                yield training(runs, f"{name}-{seed}", tickets, *words, "--seed", seed, needs=needs, recipe=RECIPE)
+
     def of_varying_length(self, seeds: range) -> Iterator[Command]:
         """As many patches on average, shared out by how a view's scores are spread."""
         for tokens in (QUARTER, HALF):
@@ -130,9 +145,11 @@ def rivals(out: Path, dinov2: Path, clip: Path, seeds: int) -> None:
         ).words
     )
     parts = [[*part(range(seeds))] for part in (study.of_equal_epochs, study.of_varying_length, study.of_equal_cost)]
-    run_all([*map(study.mined, SETS), *itertools.chain(*parts)], 2)
+    views = [*study.of_many_views(range(seeds))]
+    run_all([*map(study.mined, SETS), *itertools.chain(*parts), *views], 2)
     show("datalth-verdict", *(command.done.parent for command in parts[0]), "-o", out / "verdict")
     accuracies(out / "rivals.md", list(itertools.chain(*parts)), EPOCHS)
+    accuracies(out / "views.md", views[1:], EPOCHS)
     recalls(study, range(seeds))
 
 
