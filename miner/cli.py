@@ -97,9 +97,10 @@ def stopped_by_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt as error:
-        # What was raised in the handler, Ray raises anew.
-        raise KeyboardInterrupt(*(received[:1] or error.args)) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            *received[:1]
+        ) from None  # what was raised in the handler, Ray raises anew, without its words
     finally:
         signal.signal(signal.SIGTERM, before)
 

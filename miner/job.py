@@ -133,7 +133,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C inside are raised between two images, and never in the middle of what threads share."""
+        """SIGTERM and Ctrl-C inside are raised by `changed`, by `done` and at the end: never in the middle of what threads share."""
         with self.stops.untorn():
             yield
 

@@ -135,10 +135,9 @@ def mine_missing(
     allowed = job.output.max_failures * count_images(plan, source, own) - sum(s.failed for s in done.values())
     started = time.monotonic()
     progress = ProgressBar(count_images(plan, source, todo), allowed, shown=rank == 0 and bool(todo))
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), progress.stoppable():
         if pool is None:
-            with progress.stoppable():
-                mine_shards(job, todo, producers, progress)
+            mine_shards(job, todo, producers, progress)
         else:
             pool.mine(job, todo, progress)
     seconds = time.monotonic() - started

@@ -78,7 +78,7 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _stops_heard() -> Iterator[None]:
-    """A Ctrl-C that is raised where Python ignores it (a weak reference's callback, __del__, a fork's hook) is sent again."""
+    """A stop that is raised where Python ignores it (a weak reference's callback, __del__, a fork's hook) is sent again."""
     before, inside = sys.unraisablehook, True
 
     def again(number: int) -> None:
@@ -89,7 +89,8 @@ def _stops_heard() -> Iterator[None]:
     def hook(ignored: Any) -> None:
         if not isinstance(ignored.exc_value, KeyboardInterrupt):
             return before(ignored)
-        number = ignored.exc_value.args[0] if ignored.exc_value.args else signal.SIGINT
+        said = ignored.exc_value.args[:1]  # datalth-mine's handler says which signal it was
+        number = said[0] if said and isinstance(said[0], signal.Signals) else signal.SIGINT
         start_new_thread(again, (number,))  # no threading.Timer: its locks may be held by what was interrupted here
 
     sys.unraisablehook = hook

@@ -82,8 +82,8 @@ def retry(url: str, call: Callable[..., T], *arguments: Any, **keywords: Any) ->
             except Exception as error:
                 if not _may_pass(error):
                     raise
-            signals.check()
             time.sleep(wait * random.uniform(0.5, 1.5))  # so that many clients do not come back at once
+            signals.check()
         return call(*arguments, **keywords)
 
 
@@ -113,7 +113,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     Raises:
         TicketSetError: fsspec does not know the protocol, lacks the package for it, or cannot log in.
     """
-    with remote_errors(url):
+    with remote_errors(url), Signals().untorn():  # it may start fsspec's thread, and log in
         import fsspec
 
         if url.startswith(("gs://", "gcs://")):

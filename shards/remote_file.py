@@ -175,7 +175,7 @@ def _stream(url: str) -> Iterator[bytes]:
     fs, path = filesystem(url)
     with contextlib.closing(retry(url, fs.open, path, "rb", block_size=0)) as file:  # 0: fsspec's word for it
         while True:
-            with remote_errors(url):
+            with remote_errors(url), Signals().untorn():
                 part = file.read(BLOCK)
             if not part:
                 return

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C during work that is not to be torn: noted at once, obeyed where the work says.
 
-An exception out of a handler may leave a lock of `threading` or `concurrent.futures` held for ever: they are Python code,
-and it can be raised in the middle. Of miners that were stopped like that about one in a thousand never ended.
+What a handler raises may leave a condition, an event, a future or a semaphore locked for ever: their code is Python, and
+the exception may come between any two lines of it. Of miners that were stopped like that about one in a thousand never ended.
 """
 
 import contextlib
@@ -19,61 +19,90 @@ AGAIN = 2.0  # seconds; torchrun hands on to its processes what they had from th
 
 
 class Signals:
-    """The number of the first that came, or 0; a second Ctrl-C ends the process at once."""
+    """What came while it was listened, in the main thread alone: elsewhere nothing is heard, as Python has it.
+
+    Attributes:
+        number: of the first signal, or 0.
+    """
 
     def __init__(self) -> None:
         self.number = 0
         self._since = 0.0
+        self._before: dict[int, Any] = {}  # the handlers that were there
+        self._outer: list[Signals] = []  # others that hear them already
+        self._puts_off = False
 
     @contextlib.contextmanager
-    def heard(self, *left: Any) -> Iterator[None]:
-        """SIGTERM and SIGINT inside are noted; what heard them before hears them again after. In the main thread alone.
-
-        Args:
-            left: a signal with one of these handlers is left to it, as are those that are ignored (as a shell's background
-                jobs do) and those that others of this class hear already.
-        """
-        before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number, handler in list(before.items()):
-            # None: it was not set by Python, which could not set it again.
-            if handler in (None, signal.SIG_IGN, *left) or getattr(handler, "__func__", None) is Signals._hear:
-                del before[number]
-        try:
-            for number in before:
-                signal.signal(number, self._hear)
+    def heard(self) -> Iterator[None]:
+        """Signals inside are noted, and nothing more; a Ctrl-C later than two seconds after the first ends the process."""
+        with self._noted(signal.SIGTERM), self._noted(signal.SIGINT):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Obey.
-
-        Raises:
-            KeyboardInterrupt: of the signal that came.
-        """
-        if self.number:
-            raise KeyboardInterrupt(signal.Signals(self.number))
 
     @contextlib.contextmanager
     def untorn(self) -> Iterator[None]:
-        """Where a signal's handler would raise, `check` and the end of it do."""
-        with self.heard(signal.SIG_DFL):
-            yield
+        """Handlers of Python's are put off to `check` and to the end, for most raise: an error inside hides no signal.
+
+        A Ctrl-C later than two seconds after the first is put off no longer. Where no handler is, the signal ends the process
+        as always, which tears nothing that lives on.
+        """
+        self._puts_off = True
+        try:
+            with self._noted(signal.SIGTERM, signal.SIG_DFL), self._noted(signal.SIGINT, signal.SIG_DFL):
+                yield
+        except Exception:
+            self.check()
+            raise
         self.check()
+
+    def check(self) -> None:
+        """Have what was put off handled now, here or where it was put off around this.
+
+        Raises:
+            KeyboardInterrupt: or whatever else the handler raises.
+        """
+        for outer in self._outer:
+            if outer._puts_off:
+                outer.check()
+        if self.number:
+            number, self.number = self.number, 0
+            self._before[number](number, None)
+
+    @contextlib.contextmanager
+    def _noted(self, number: int, *left: Any) -> Iterator[None]:
+        """One of them, unless `left` says to leave such a handler, it is ignored, or another object notes it already."""
+        main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(number) if main else None
+        owner = getattr(handler, "__self__", None)
+        if isinstance(owner, Signals) and owner is not self:
+            self._outer.append(owner)
+        # None: not set by Python, which could not set it again. Ignored: as a shell's background jobs do.
+        if handler in (None, signal.SIG_IGN, *left) or isinstance(owner, Signals):
+            yield
+            return
+        self._before[number] = handler
+        try:
+            signal.signal(number, self._hear)
+            yield
+        finally:
+            signal.signal(number, handler)
 
     def _hear(self, number: int, frame: Any) -> None:
         if not self.number:
             self.number, self._since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > AGAIN:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if self._puts_off:
+                self.number = 0
+                self._before[number](number, frame)
+            else:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
 
 def in_threads(function: Callable[[A], B], items: Iterable[A], count: int) -> list[B]:
-    """What a function gives for each, by some threads; where one fails, or a signal comes, no further one is begun."""
+    """What a function gives for each, by some threads; where one fails, or a signal comes, no further one is begun.
+
+    In the main thread a signal is obeyed within a second, once those under way have ended.
+    """
     signals = Signals()
     with signals.untorn(), ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(function, item) for item in items]

@@ -66,3 +66,11 @@ def kill(pid: int, number: int = signal.SIGKILL) -> int:
         os.waitpid(pid, 0)
         return 999  # it did not end when asked to
     return code
+
+
+def waits_for(there: Callable[[], bool], seconds: float = 60) -> None:
+    """Until something is there."""
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)

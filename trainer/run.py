@@ -194,11 +194,16 @@ def test(recipe: Recipe, output: Output, opened: TicketSet, rank: Rank) -> int:
         model_ema=False,
         **asdict(Weights()),  # a checkpoint of a weight ticket has its zeros
     )
-    trainer = Trainer(opened, recipe, rank=rank, trained=True, share=share)
+    signals = Signals()
+    trainer = Trainer(opened, recipe, rank=rank, stop=lambda: signals.number, trained=True, share=share)
     if newest is not None and content is not None:
         checkpoint.restore_weights(newest, content, trainer)
-    report(trainer.state, trainer.evaluate(trainer.protocols)[0])
-    return 0
+    with signals.untorn():
+        try:
+            report(trainer.state, trainer.evaluate(trainer.protocols)[0])
+            return 0
+        except Stopped:
+            return 128 + trainer.stopped_by  # of another rank; this one's own is raised at the end
 
 
 def with_own_set(recipe: Recipe, output: Output) -> Recipe:

@@ -19,7 +19,7 @@ import pytest
 
 from conftest import SELECTOR, contents, inspect, mine
 from miner import claims, elastic, reading, writer
-from processes import ended, start
+from processes import ended, start, waits_for
 from shards import format as fmt
 from shards.errors import StoreFailed, TicketSetError
 from shards.reader import TicketSet
@@ -90,13 +90,6 @@ def workers(tmp_path: Path) -> Iterator[Workers]:
     found = Workers(tmp_path / "logs")
     yield found
     found.close()
-
-
-def waits_for(there: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def stopped(pid: int) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from conftest import contents, mine
 from miner.job import Progress
 from miner.writer import Writer
-from processes import ended, kill, start
+from processes import ended, kill, start, waits_for
 
 
 def stop_inside_a_lock(number: int) -> None:
@@ -31,6 +31,7 @@ def stop_inside_a_lock(number: int) -> None:
         if sys._getframe(2).f_code is Writer.add.__code__:
             takes += 1
             if takes == 3:
+                os.write(2, b"locked\n")
                 os.kill(os.getpid(), number)
                 time.sleep(0)  # here its handler runs
         return result
@@ -50,7 +51,9 @@ def test_a_stop_leaves_no_lock_held(number: int, heard: bool, photos: Path, tmp_
         if not heard:
             Progress.stoppable = lambda self: contextlib.nullcontext()  # type: ignore[method-assign]
 
-    code = ended(pid := start("miner.cli", [*arguments, "--out", str(out)], log, before), 60 if heard else 3)
+    pid = start("miner.cli", [*arguments, "--out", str(out)], log, before)
+    waits_for(lambda: log.exists() and "locked" in log.read_text())
+    code = ended(pid, 60 if heard else 3)
     if not heard:
         assert code is None
         kill(pid)

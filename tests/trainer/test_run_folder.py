@@ -109,6 +109,24 @@ def test_eval_on_another_set(tickets, whole, center_set, photos, tmp_path):
     assert refused.exit_code == 1 and "trained on other classes (3, from ant) than" in refused.output
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_eval_can_be_stopped(asked, tickets, whole, monkeypatch):
+    def stop_requested(self):
+        if asked:
+            os.kill(os.getpid(), signal.SIGINT)
+        return requested(self)
+
+    requested = trainer_module.Trainer.stop_requested
+    monkeypatch.setattr(trainer_module.Trainer, "stop_requested", stop_requested)
+    result = CliRunner().invoke(
+        main, ["--shards", str(tickets), "-j", "0", "-b", "4", "--eval", "--resume", str(whole)]
+    )
+    assert result.exit_code == (130 if asked else 0)
+    assert ("SIGINT: stopped; nothing was to be saved" in result.output) == asked
+    assert ("top-1" in result.output) != asked
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_eval_of_a_run_knows_its_set(tickets, whole, center_set, tmp_path, monkeypatch):
     """By its args.yaml, while the same set is there."""
     final = json.loads((whole / "final.json").read_text())["results"]
