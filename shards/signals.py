@@ -29,7 +29,7 @@ class Signals:
         self.number = 0
         self._since = 0.0
         self._before: dict[int, Any] = {}  # the handlers that were there
-        self._outer: list[Signals] = []  # others that hear them already
+        self._outer: Signals | None = None  # one that hears them already
         self._puts_off = False
 
     @contextlib.contextmanager
@@ -60,9 +60,8 @@ class Signals:
         Raises:
             KeyboardInterrupt: or whatever else the handler raises.
         """
-        for outer in self._outer:
-            if outer._puts_off:
-                outer.check()
+        if self._outer is not None and self._outer._puts_off:
+            self._outer.check()
         if self.number:
             number, self.number = self.number, 0
             self._before[number](number, None)
@@ -74,7 +73,7 @@ class Signals:
         handler = signal.getsignal(number) if main else None
         owner = getattr(handler, "__self__", None)
         if isinstance(owner, Signals) and owner is not self:
-            self._outer.append(owner)
+            self._outer = owner
         # None: not set by Python, which could not set it again. Ignored: as a shell's background jobs do.
         if handler in (None, signal.SIG_IGN, *left) or isinstance(owner, Signals):
             yield
