@@ -98,9 +98,8 @@ def stopped_by_sigterm() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            *received[:1]
-        ) from None  # what was raised in the handler, Ray raises anew, without its words
+        # Not what was raised in the handler: Ray raises that anew, without its argument.
+        raise KeyboardInterrupt(*received[:1]) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -131,11 +131,9 @@ class Progress:
         """
         self.stops.check()
 
-    @contextlib.contextmanager
-    def stoppable(self) -> Iterator[None]:
+    def stoppable(self) -> contextlib.AbstractContextManager[None]:
         """SIGTERM and Ctrl-C inside are raised by `changed`, by `done` and at the end: never in the middle of what threads share."""
-        with self.stops.untorn():
-            yield
+        return self.stops.untorn()
 
     @contextlib.contextmanager
     def waiting(self, leg: str) -> Iterator[None]:
