@@ -113,7 +113,9 @@ class Rivals:
         for seed in seeds:
             arms = {"full": ["--tickets", "full"]}
             for arm in ARMS[:3]:
-                arms[f"{arm}-longest"] = ["--tickets", arm, "--tokens", QUARTER, "--epochs", 4 * EPOCHS]
+                quarter = ["--tickets", arm, "--tokens", QUARTER]
+                arms[f"{arm}-longest"] = [*quarter, "--epochs", 4 * EPOCHS]
+                arms[f"{arm}-unmasked"] = [*quarter, "--epochs", 17, "--unmask-epochs", 2]  # of the same cost
             arms["full-long"] = ["--tickets", "full", "--epochs", 2 * EPOCHS]
             for name, words in arms.items():
                 needs = [tickets / "manifest.json"]
