@@ -78,7 +78,10 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _stops_heard() -> Iterator[None]:
-    """A stop that is raised where Python ignores it (a weak reference's callback, __del__, a fork's hook) is sent again."""
+    """A stop that is raised where Python ignores it (a weak reference's callback, __del__, a fork's hook) is sent again.
+
+    And an error that comes of one is taken for it: until 3.11 Python makes a RuntimeError of what a class body's hook raises.
+    """
     before, inside = sys.unraisablehook, True
 
     def again(number: int) -> None:
@@ -96,6 +99,13 @@ def _stops_heard() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, KeyboardInterrupt):
+            found = found.__cause__ or found.__context__
+        if found is not None:
+            raise KeyboardInterrupt(*found.args) from None
+        raise
     finally:
         sys.unraisablehook, inside = before, False
 

@@ -171,6 +171,20 @@ def test_a_stop_where_python_ignores_it_is_heard_all_the_same(place, number, hea
         assert (found.returncode, found.stdout) == (0, "went on\n") and "KeyboardInterrupt" in found.stderr
 
 
+@pytest.mark.parametrize("raised", ["cause", "context"])
+def test_an_error_that_comes_of_a_stop_is_the_stop(raised):
+    @click.command()
+    @reports_errors
+    def command():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            raise RuntimeError("Error calling __set_name__") from (stop if raised == "cause" else None)
+
+    result = CliRunner().invoke(command, [])
+    assert (result.exit_code, result.output.strip()) == (1, "Aborted!")
+
+
 SPEAKING = """
 import click
 from shards.console import print_json, reports_errors
