@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C during work that is not to be torn: noted at once, obeyed where the work says.
 
 What a handler raises may leave a condition, an event, a future or a semaphore locked for ever: their code is Python, and
-the exception may come between any two lines of it. Of miners that were stopped like that about one in a thousand never ended.
+the exception may come between any two lines of it. Of some thousand miners that were stopped like that, two never ended.
 """
 
 import contextlib
